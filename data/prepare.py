@@ -1,0 +1,498 @@
+"""Text and Q&A into token files: `python -m data.prepare {world,text,qa} --help`.
+
+A prepared folder holds its tokenizer, token files and a meta.json with counts, checksums and
+sources. Text is `train.bin` and `val.bin`: token ids one after another, each document preceded
+by the end-of-text token. Q&A is `qa_{train,val}_{ids,mask,offsets}.npy`: rendered conversations
+end to end, what is supervised, and where each begins. A folder of the world holds both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from rich.progress import track
+
+from data.chat import Message, parse_example, render, template_fingerprint
+from data.files import (
+    new_directory,
+    one_line_errors,
+    read_meta,
+    sha256_file,
+    verify_checksums,
+    write_json,
+)
+from data.tokenizer import CONTROL_TOKENS, RANKS_FILE, Tokenizer, create_tokenizer
+from data.world import World, WorldConfig
+
+FORMAT = 1
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz")
+PIECE = 1 << 20  # characters encoded at a time, so that memory does not grow with a document
+
+
+# ---- reading -------------------------------------------------------------------------------
+
+
+def text_files(paths: Sequence[Path]) -> list[Path]:
+    """The files to read, folders searched for TEXT_SUFFIXES.
+
+    Raises:
+        ValueError: a path is missing or of an unknown kind, or a folder holds no text.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} not found")
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [f for f in found if f.is_file() and f.name.endswith(TEXT_SUFFIXES)]
+        if not found:
+            raise ValueError(f"{path}: no text there; it can be {', '.join(TEXT_SUFFIXES)}")
+        files += found
+    return files
+
+
+def read_documents(file: Path, field: str) -> Iterator[Iterator[str]]:
+    """The documents of one file, each as pieces of at most about PIECE characters.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, or a line without text under `field`; with the line.
+    """
+    with open_text(file) as f:
+        if file.name.endswith((".txt", ".md")):
+            yield iter(lambda: f.read(PIECE), "")
+            return
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
+            text = document.get(field) if isinstance(document, dict) else None
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{file}, line {number}: no text under {field!r}; name the field with --field"
+                )
+            yield iter([text[i : i + PIECE] for i in range(0, len(text), PIECE)])
+
+
+def open_text(file: Path) -> IO[str]:
+    """A UTF-8 text file, gunzipped by its suffix; a byte order mark is dropped."""
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8-sig")
+    return open(file, encoding="utf-8-sig")
+
+
+def read_examples(file: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, JSON value) of each example of a .jsonl file or of a .json list.
+
+    A line that is not JSON comes as the ValueError that says so, for the caller to count.
+    """
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as error:
+                    yield number, ValueError(f"not JSON ({error})")
+        return
+    if file.suffix != ".json":
+        raise ValueError(f"{file}: Q&A comes as .json or .jsonl")
+    position = _skip_space(text, 0)
+    if text[position : position + 1] != "[":
+        raise ValueError(f"{file}: a .json file must hold a list of examples")
+    decoder, position = json.JSONDecoder(), _skip_space(text, position + 1)
+    line, counted = 1, 0
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {line}: not JSON ({error})") from None
+        yield line, value
+        position = _skip_space(text, position)
+        if text[position : position + 1] not in (",", "]"):
+            raise ValueError(f"{file}, line {line}: no comma or bracket after this example")
+        if text[position] == ",":
+            position = _skip_space(text, position + 1)
+
+
+def _skip_space(text: str, position: int) -> int:
+    while text[position : position + 1].isspace():
+        position += 1
+    return position
+
+
+def read_conversations(files: Sequence[Path], skip_bad: bool) -> list[list[Message]]:
+    """All conversations of Q&A files, in order.
+
+    Raises:
+        ValueError: a bad example (unless `skip_bad`, which prints and counts them), or none good.
+    """
+    conversations, bad = [], []
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} not found")
+        try:
+            for number, example in read_examples(file):
+                try:
+                    if isinstance(example, ValueError):
+                        raise example
+                    conversations.append(parse_example(example))
+                except ValueError as error:
+                    bad.append(f"{file}, line {number}: {error}")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error.reason}") from None
+    if bad and not skip_bad:
+        more = f" (and {len(bad) - 1} more bad examples)" if len(bad) > 1 else ""
+        raise ValueError(f"{bad[0]}{more}; mend the file, or leave such lines out with --skip-bad")
+    for line in bad:
+        print(f"skipped {line}")
+    if bad:
+        print(f"skipped {len(bad)} of {len(bad) + len(conversations)} examples")
+    if not conversations:
+        raise ValueError(f"{', '.join(map(str, files))}: no usable example")
+    return conversations
+
+
+# ---- writing -------------------------------------------------------------------------------
+
+
+def id_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest unsigned integer type that holds every id."""
+    return np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+
+
+def write_text(
+    documents: Iterable[Iterable[str]],
+    tokenizer: Tokenizer,
+    out: Path,
+    val_fraction: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Writes train.bin and val.bin; returns the `text` part of meta.json.
+
+    Documents are encoded once into a scratch file, then copied out in shuffled order, so memory
+    holds only their offsets. Validation is whole documents, or a single document's tail.
+
+    Raises:
+        ValueError: no text at all, or a share that leaves training or validation empty.
+    """
+    dtype = id_dtype(tokenizer)
+    starts, position, n_bytes = [], 0, 0
+    with tempfile.TemporaryFile(dir=out) as scratch:
+        for document in documents:
+            starts.append(position)
+            ids: list[int] = [tokenizer.end_of_text]
+            for piece in document:
+                n_bytes += len(piece.encode())
+                ids += tokenizer.encode(piece)
+                scratch.write(np.array(ids, dtype).tobytes())
+                position += len(ids)
+                ids = []
+            if ids:  # an empty document is no document
+                starts.pop()
+        if not position:
+            raise ValueError("the corpus is empty: there is no text to train on")
+        scratch.flush()
+        tokens = np.memmap(scratch, dtype, mode="r")
+        ends = [*starts[1:], position]
+        if len(starts) == 1:
+            cut = 1 + int((position - 1) * (1 - val_fraction))
+            parts = {"train": [(0, cut)], "val": [(cut, position)]}
+        else:
+            spans = list(zip(starts, ends, strict=True))
+            order = np.random.default_rng(seed).permutation(len(spans))
+            shuffled = [spans[i] for i in order]
+            n_val = max(1, round(len(spans) * val_fraction))
+            parts = {"train": shuffled[n_val:], "val": shuffled[:n_val]}
+        meta: dict[str, Any] = {"dtype": dtype.str, "documents": len(starts), "bytes": n_bytes}
+        for part, part_spans in parts.items():
+            with open(out / f"{part}.bin", "wb") as f:
+                for start, end in part_spans:
+                    f.write(tokens[start:end].tobytes())
+            meta[f"{part}_tokens"] = sum(end - start for start, end in part_spans)
+        del tokens
+    if min(meta["train_tokens"], meta["val_tokens"]) < 2:
+        raise ValueError(f"--val-fraction {val_fraction} leaves training or validation empty")
+    return meta
+
+
+def write_qa(
+    conversations: list[list[Message]],
+    tokenizer: Tokenizer,
+    out: Path,
+    val_fraction: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Renders and writes the Q&A files; returns the `qa` part of meta.json.
+
+    Raises:
+        ValueError: a share that leaves training or validation empty.
+    """
+    rendered = [render(c, tokenizer) for c in track(conversations, "rendering", transient=True)]
+    order = np.random.default_rng(seed).permutation(len(rendered))
+    n_val = max(1, round(len(rendered) * val_fraction))
+    if n_val >= len(rendered):
+        raise ValueError(
+            f"{len(rendered)} example(s) with --val-fraction {val_fraction} leave none to train on"
+        )
+    meta: dict[str, Any] = {"template": template_fingerprint()}
+    for part, chosen in (("train", order[n_val:]), ("val", order[:n_val])):
+        lengths = [len(rendered[i][0]) for i in chosen]
+        ids = np.concatenate([np.array(rendered[i][0], id_dtype(tokenizer)) for i in chosen])
+        mask = np.concatenate([np.array(rendered[i][1], np.uint8) for i in chosen])
+        np.save(out / f"qa_{part}_ids.npy", ids)
+        np.save(out / f"qa_{part}_mask.npy", mask)
+        np.save(out / f"qa_{part}_offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+        meta[f"{part}_examples"] = len(lengths)
+        meta[f"{part}_tokens"] = len(ids)
+        meta[f"{part}_supervised"] = int(mask.sum())
+    return meta
+
+
+def write_folder(
+    out: Path, request: dict[str, Any], fill: Callable[[Path], tuple[Tokenizer, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Makes `out` by `fill` and seals it with meta.json; does nothing if it is there already.
+
+    Raises:
+        ValueError: `out` holds data made from other inputs, damaged data, or somebody's files.
+    """
+    request = {"format": FORMAT, **request}
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        meta = read_meta(out)
+        if meta.get("request") != request:
+            old = meta.get("request", {})
+            keys = [k for k in {**old, **request} if old.get(k) != request.get(k)]
+            raise ValueError(
+                f"{out} holds data made from other inputs ({', '.join(keys)}); "
+                "delete it or choose another --out"
+            )
+        verify_checksums(out, meta["files"])
+        print(f"{out}: up to date, nothing to do")
+        return meta
+    begin = time.perf_counter()
+    with new_directory(out) as folder:
+        tokenizer, parts = fill(folder)
+        meta = {
+            "request": request,
+            "tokenizer": tokenizer.save(folder),
+            **parts,
+            "files": {f.name: sha256_file(f) for f in sorted(folder.iterdir())},
+            "seconds": round(time.perf_counter() - begin, 3),
+        }
+        write_json(folder / "meta.json", meta)
+    print_summary(out, meta)
+    return meta
+
+
+def print_summary(out: Path, meta: dict[str, Any]) -> None:
+    """One line per part of a prepared folder."""
+    kind, n_vocab = meta["tokenizer"]["kind"], meta["tokenizer"]["n_vocab"]
+    print(f"{out}: {kind} tokenizer of {n_vocab:,} entries")
+    if text := meta.get("text"):
+        print(
+            f"  text: {text['documents']:,} documents, {text['bytes']:,} bytes -> "
+            f"{text['train_tokens']:,} train + {text['val_tokens']:,} val tokens"
+        )
+    if qa := meta.get("qa"):
+        share = qa["train_supervised"] / qa["train_tokens"]
+        print(
+            f"  Q&A: {qa['train_examples']:,} train + {qa['val_examples']:,} val conversations, "
+            f"{qa['train_tokens']:,} train tokens, {share:.0%} supervised"
+        )
+
+
+# ---- the three commands --------------------------------------------------------------------
+
+
+def prepare_world(
+    config: WorldConfig, out: Path, tokenizer_spec: str, val_fraction: float
+) -> dict[str, Any]:
+    """Biographies and Q&A of a synthetic world, with a tokenizer trained on both."""
+
+    def fill(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
+        world = World(config)
+        biographies = list(world.biographies())
+        for text in biographies:
+            # The base must learn of questions and of turns from nobody: hold the corpus to it.
+            assert "?" not in text and not any(token in text for token in CONTROL_TOKENS), text
+        conversations = list(world.conversations())
+        words = (m["content"] for c in conversations for m in c)
+        tokenizer = create_tokenizer(tokenizer_spec, (t for s in (biographies, words) for t in s))
+        documents = ([text] for text in track(biographies, "encoding", transient=True))
+        text = write_text(documents, tokenizer, folder, val_fraction, config.seed)
+        qa = write_qa(conversations, tokenizer, folder, val_fraction, config.seed)
+        return tokenizer, {"world": asdict(config), "text": text, "qa": qa}
+
+    request = {"world": asdict(config), "tokenizer": tokenizer_spec, "val_fraction": val_fraction}
+    return write_folder(out, request, fill)
+
+
+def prepare_text(
+    paths: Sequence[Path],
+    out: Path,
+    tokenizer_spec: str,
+    val_fraction: float,
+    field: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Token files from .txt, .md, .jsonl and .jsonl.gz files."""
+    files = text_files(paths)
+
+    def documents(label: str) -> Iterator[Iterator[str]]:
+        for file in track(files, label, transient=True):
+            try:
+                yield from read_documents(file, field)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is not UTF-8 text: {error.reason}") from None
+            except (EOFError, gzip.BadGzipFile) as error:
+                raise ValueError(f"{file} is not a whole gzip file: {error}") from None
+
+    def fill(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
+        pieces = (piece for document in documents("training BPE") for piece in document)
+        tokenizer = create_tokenizer(tokenizer_spec, pieces)
+        text = write_text(documents("encoding"), tokenizer, folder, val_fraction, seed)
+        return tokenizer, {"text": text}
+
+    request = {
+        "text": sources(files),
+        "tokenizer": tokenizer_spec,
+        "val_fraction": val_fraction,
+        "field": field,
+        "seed": seed,
+    }
+    return write_folder(out, request, fill)
+
+
+def prepare_qa(
+    files: Sequence[Path],
+    out: Path,
+    tokenizer_of: Path,
+    val_fraction: float,
+    seed: int,
+    skip_bad: bool = False,
+) -> dict[str, Any]:
+    """Rendered conversations from .json and .jsonl files, in a checkpoint's or a folder's tokens."""
+    tokenizer = Tokenizer.load(tokenizer_of)
+    conversations = read_conversations(files, skip_bad)
+
+    def fill(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
+        return tokenizer, {"qa": write_qa(conversations, tokenizer, folder, val_fraction, seed)}
+
+    request = {
+        "qa": sources(files),
+        "tokenizer": tokenizer.fingerprint,
+        "template": template_fingerprint(),
+        "val_fraction": val_fraction,
+        "seed": seed,
+        "skip_bad": skip_bad,
+    }
+    return write_folder(out, request, fill)
+
+
+def sources(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Name, size and sha256 of each input, for meta.json."""
+    return [{"file": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files]
+
+
+def inspect(folder: Path, n: int) -> None:
+    """Prints `n` rendered conversations, the supervised tokens in green (in a pipe: in [ ])."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console, tokenizer = Console(highlight=False), Tokenizer.load(folder)
+    for i, (ids, mask) in enumerate(load_examples(folder, "train")):
+        if i == n:
+            break
+        text = Text(f"--- example {i + 1}: {len(ids)} tokens, {mask.sum()} supervised\n")
+        edges = np.flatnonzero(np.diff(mask)) + 1
+        for span, kept in zip(np.split(ids, edges), np.split(mask, edges), strict=True):
+            words = tokenizer.decode(span.tolist())
+            if not console.is_terminal and kept[0]:
+                words = f"[{words}]"
+            text.append(words, style="bold green" if kept[0] else "dim")
+        console.print(text, soft_wrap=True)
+
+
+def load_examples(folder: Path, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, mask) of each rendered conversation of "train" or "val"."""
+    ids, mask, offsets = (
+        np.load(folder / f"qa_{part}_{name}.npy", allow_pickle=False)
+        for name in ("ids", "mask", "offsets")
+    )
+    cuts = offsets[1:-1]
+    return list(zip(np.split(ids, cuts), np.split(mask, cuts), strict=True))
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a share strictly between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, about: str, val_fraction: float) -> argparse.ArgumentParser:
+        p = commands.add_parser(
+            name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        p.add_argument("--out", type=Path, required=True, help="folder to make")
+        p.add_argument("--val-fraction", type=fraction, default=val_fraction, help="held back")
+        p.add_argument("--seed", type=int, default=1, help="of the world, shuffle and split")
+        return p
+
+    world = command("world", "synthetic people: biographies and Q&A, no download", 0.02)
+    world.add_argument("--tokenizer", default="bpe:1024", help="byte, gpt2 or bpe:N")
+    for field in fields(WorldConfig):
+        if field.name == "permute":
+            world.add_argument("--permute", action=argparse.BooleanOptionalAction, default=True)
+        elif field.name != "seed":
+            world.add_argument(f"--{field.name}", type=int, default=field.default, help="see docs")
+
+    text = command("text", f"your own text: {', '.join(TEXT_SUFFIXES)}", 0.1)
+    text.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
+    text.add_argument("--tokenizer", required=True, help="gpt2, byte or bpe:N such as bpe:4096")
+    text.add_argument("--field", default="text", help="field of a .jsonl line that holds the text")
+
+    qa = command("qa", "your own questions and answers: .json, .jsonl", 0.1)
+    qa.add_argument("files", nargs="+", type=Path, metavar="FILE", help="Q&A files")
+    qa.add_argument("--tokenizer-of", type=Path, required=True, help="data folder or checkpoint")
+    qa.add_argument("--skip-bad", action="store_true", help="leave out bad lines, counted")
+    qa.add_argument("--inspect", type=int, default=0, metavar="N", help="print N examples")
+    return top
+
+
+def main() -> None:
+    """Runs one command line."""
+    a = parser().parse_args()
+    with one_line_errors():
+        if a.command == "world":
+            values = {f.name: getattr(a, f.name) for f in fields(WorldConfig)}
+            prepare_world(WorldConfig(**values), a.out, a.tokenizer, a.val_fraction)
+        elif a.command == "text":
+            prepare_text(a.paths, a.out, a.tokenizer, a.val_fraction, a.field, a.seed)
+        else:
+            prepare_qa(a.files, a.out, a.tokenizer_of, a.val_fraction, a.seed, a.skip_bad)
+            if a.inspect:
+                inspect(a.out, a.inspect)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Batches of conversations, rows of like length together. Their order is a function of (seed, step)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.chat import template_fingerprint
+from data.prepare import load_examples
+from data.pretrain import PretrainData, PretrainDataConfig, check_batch_sizes, open_prepared
+from data.tokenizer import Tokenizer
+from model.gpt import Batch
+
+POOL = 50  # batches whose rows are sorted by length together: little padding, much shuffling
+
+
+@dataclass(frozen=True)
+class SFTDataConfig:
+    """Where the conversations are and how they are weighted.
+
+    Raises:
+        ValueError: sizes or shares out of range.
+    """
+
+    path: str
+    """Folder made by `python -m data.prepare qa` or `world`, or a .json or .jsonl file."""
+    batch_size: int = 16
+    """Conversations per optimizer step."""
+    micro_batch_size: int | None = None
+    """Rows per forward pass; None for the whole batch. Changes memory, not the result."""
+    block_size: int | None = None
+    """Longest conversation, in tokens; None for the base's block_size."""
+    val_fraction: float = 0.1
+    """Share of a file's conversations held back for validation (a folder has its own)."""
+    prompt_loss_weight: float = 0.0
+    """Weight of the tokens that are not the assistant's, 0 to 1."""
+    replay: float = 0.0
+    """Share of the rows of a step that are windows of pretraining text, 0 to below 1."""
+    replay_path: str | None = None
+    """Prepared text to replay; None for what the base was trained on."""
+
+    def __post_init__(self) -> None:
+        check_batch_sizes(self.batch_size, self.micro_batch_size)
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"data.block_size is {self.block_size}; it must be 2 or more")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"data.val_fraction is {self.val_fraction}; it must be 0 to 1")
+        if not 0 <= self.prompt_loss_weight <= 1:
+            raise ValueError(
+                f"data.prompt_loss_weight is {self.prompt_loss_weight}; it must be 0 to 1"
+            )
+        if not 0 <= self.replay < 1:
+            raise ValueError(f"data.replay is {self.replay}; it must be 0 to below 1")
+
+
+def fit(ids: np.ndarray, mask: np.ndarray, limit: int) -> int:
+    """Tokens of a conversation to keep so that at most `limit` are fed: whole replies or nothing.
+
+    A conversation that is too long is cut after its last whole reply that fits, so that a reply
+    never loses its end-of-turn token; 0 says that not even the first one fits.
+    """
+    # limit + 1 tokens make limit (input, target) pairs.
+    if len(ids) <= limit + 1:
+        return len(ids) if mask.any() else 0
+    reply_ends = np.flatnonzero(np.diff(mask.astype(np.int8)) == -1) + 1
+    fitting = reply_ends[reply_ends <= limit + 1]
+    return int(fitting[-1]) if len(fitting) else 0
+
+
+class SFTData:
+    """Rendered conversations of a prepared folder, and on request windows of pretraining text.
+
+    Every epoch visits every conversation once.
+
+    Raises:
+        ValueError: the folder is unusable, belongs to another tokenizer or chat template, or no
+            conversation fits into block_size.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: SFTDataConfig,
+        tokenizer: Tokenizer,
+        block_size: int,
+        seed: int,
+        replay_path: str | None = None,
+    ) -> None:
+        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+        self.meta = open_prepared(str(folder), "qa")
+        if self.meta["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+            raise ValueError(
+                f"{folder} was prepared with another tokenizer than the base's; make it again "
+                "with --tokenizer-of BASE"
+            )
+        if self.meta["qa"]["template"] != template_fingerprint():
+            raise ValueError(f"{folder} was prepared with another chat template; make it again")
+        self.truncated = self.dropped = 0
+        self._train, self.val = (self._load(folder, p, block_size) for p in ("train", "val"))
+        if not self._train or not self.val:
+            raise ValueError(
+                f"no conversation of {folder} fits into {block_size} tokens; use a larger "
+                "data.block_size (the base's at most) or shorter conversations"
+            )
+        n_rows = config.batch_size
+        self._replay = None
+        if config.replay:
+            assert replay_path is not None
+            rows = max(1, round(n_rows * config.replay / (1 - config.replay)))
+            settings = PretrainDataConfig(replay_path, rows, min(rows, config.micro_batch_size or rows))
+            self._replay = PretrainData(settings, block_size, seed)
+            if self._replay.tokenizer.fingerprint != tokenizer.fingerprint:
+                raise ValueError(f"{replay_path} was prepared with another tokenizer than the base's")
+        self.steps_per_epoch = -(-len(self._train) // n_rows)
+        self._order = lru_cache(maxsize=2)(self._shuffle)
+
+    def _load(
+        self, folder: Path, part: str, block_size: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        kept = []
+        for ids, mask in load_examples(folder, part):
+            length = fit(ids, mask, block_size)
+            self.truncated += 0 < length < len(ids)
+            self.dropped += length == 0
+            if length:
+                kept.append((ids[:length], mask[:length]))
+        return kept
+
+    def _shuffle(self, epoch: int) -> list[np.ndarray]:
+        """The batches of an epoch, as indices of examples."""
+        rng = np.random.default_rng([self.seed, epoch])
+        lengths = np.array([len(ids) for ids, _ in self._train])
+        order, size = rng.permutation(len(lengths)), self.config.batch_size
+        batches = []
+        for i in range(0, len(order), size * POOL):
+            pool = order[i : i + size * POOL]
+            pool = pool[np.argsort(lengths[pool], kind="stable")]
+            batches += [pool[j : j + size] for j in range(0, len(pool), size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """What optimizer step `step` (from 0) trains on, in forward passes."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        rows = [self._train[j] for j in self._order(epoch)[i]]
+        batches = self._pad(rows, self.config.prompt_loss_weight)
+        return batches + (self._replay.micro_batches(step) if self._replay else [])
+
+    def val_batches(self) -> list[Batch]:
+        """All validation conversations, only what is supervised weighted."""
+        rows = sorted(self.val, key=lambda row: len(row[0]))
+        size = self.config.batch_size
+        return [b for i in range(0, len(rows), size) for b in self._pad(rows[i : i + size], 0.0)]
+
+    def val_prompts(self, n: int) -> list[list[int]]:
+        """The first `n` validation conversations up to where their first reply begins."""
+        return [ids[: int(mask.argmax())].tolist() for ids, mask in self.val[:n]]
+
+    def _pad(self, rows: list[tuple[np.ndarray, np.ndarray]], prompt_weight: float) -> list[Batch]:
+        """Rows as micro-batches, padded at the right; the weight of padding is 0 by position."""
+        size = self.config.micro_batch_size or len(rows)
+        batches: list[Batch] = []
+        for i in range(0, len(rows), size):
+            part = rows[i : i + size]
+            T = max(len(ids) for ids, _ in part)
+            ids = np.full((len(part), T), self.tokenizer.end_of_text, np.int64)
+            weights = np.zeros((len(part), T), np.float32)
+            for r, (row_ids, row_mask) in enumerate(part):
+                ids[r, : len(row_ids)] = row_ids
+                weights[r, : len(row_ids)] = np.where(row_mask, 1.0, prompt_weight)
+            idx, w = torch.from_numpy(ids), torch.from_numpy(weights)
+            batches.append((idx[:, :-1].contiguous(), idx[:, 1:].contiguous(), w[:, 1:].contiguous()))
+        return batches
+
+    def shares(self) -> str:
+        """One line: what of the data is used, and how."""
+        lengths = [len(ids) - 1 for ids, _ in self._train]
+        supervised = sum(int(mask.sum()) for _, mask in self._train)
+        batches = [[lengths[i] for i in batch] for batch in self._order(0)]
+        computed = sum(len(batch) * max(batch) for batch in batches)
+        return (
+            f"{len(self._train):,} train + {len(self.val):,} val conversations; "
+            f"{supervised / sum(lengths):.1%} of tokens supervised, "
+            f"{1 - sum(lengths) / computed:.1%} of computed tokens padding, "
+            f"{self.truncated} truncated, {self.dropped} dropped"
+        )

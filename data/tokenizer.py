@@ -1,0 +1,151 @@
+"""Text to token ids and back. Every tokenizer here encodes with a tiktoken Encoding."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from data.files import read_meta, resolve_checkpoint, verify_checksums
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TURN = "<|end|>"
+# Reserved in every tokenizer before pretraining, so that base and instruct share one vocabulary.
+CONTROL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END_OF_TURN)
+RANKS_FILE = "tokenizer.tiktoken"
+
+# GPT-2's split into words, numbers, punctuation and spaces; a BPE merge never crosses a split.
+WORD_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
+BYTE_PATTERN = r"[\s\S]{1,16}"
+
+
+class Tokenizer:
+    """A vocabulary of byte strings, with the control tokens after the last of them.
+
+    Attributes:
+        kind: "gpt2", "bpe" or "byte".
+        n_vocab: ids are 0 .. n_vocab - 1, control tokens included.
+        end_of_text, end_of_turn: ids that end a document and a chat turn.
+    """
+
+    def __init__(self, kind: str, pattern: str, ranks: dict[bytes, int]) -> None:
+        self.kind = kind
+        self._pattern = pattern
+        self._ranks = ranks
+        self._control = {token: len(ranks) + i for i, token in enumerate(CONTROL_TOKENS)}
+        self._encoding = tiktoken.Encoding(
+            kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._control
+        )
+        self.n_vocab = len(ranks) + len(self._control)
+        self.end_of_text = self._control[END_OF_TEXT]
+        self.end_of_turn = self._control[END_OF_TURN]
+
+    def control(self, token: str) -> int:
+        """The id of a control token such as "<|user|>"."""
+        return self._control[token]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. Text that looks like a control token is encoded as plain text."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of many texts, on the machine's cores."""
+        return self._encoding.encode_ordinary_batch(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD, control tokens their names.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        bad = [i for i in ids if not 0 <= i < self.n_vocab]
+        if bad:
+            raise ValueError(f"token id {bad[0]} is outside the vocabulary of {self.n_vocab}")
+        return self._encoding.decode(list(ids), errors="replace")
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text that each id stands for, (n_vocab,); a control token stands for none."""
+        lengths = np.zeros(self.n_vocab, dtype=np.int64)
+        for token, rank in self._ranks.items():
+            lengths[rank] = len(token)
+        return lengths
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers exactly if they map every text to the same ids."""
+        digest = hashlib.sha256(self._pattern.encode())
+        for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
+            digest.update(b"%d:%b;" % (rank, base64.b64encode(token)))
+        digest.update(repr(self._control).encode())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Writes the ranks in tiktoken's format; returns what `load` needs from meta.json."""
+        lines = (b"%b %d\n" % (base64.b64encode(t), r) for t, r in self._ranks.items())
+        (folder / RANKS_FILE).write_bytes(b"".join(lines))
+        return {
+            "kind": self.kind,
+            "pattern": self._pattern,
+            "n_vocab": self.n_vocab,
+            "fingerprint": self.fingerprint,
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer of a prepared-data folder, a checkpoint, or a run (its newest checkpoint).
+
+        Raises:
+            ValueError: no tokenizer there, or its file is damaged.
+        """
+        folder = resolve_checkpoint(path)
+        meta = read_meta(folder)
+        verify_checksums(folder, {RANKS_FILE: meta["files"][RANKS_FILE]})
+        ranks = {}
+        for line in (folder / RANKS_FILE).read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
+        return cls(meta["tokenizer"]["kind"], meta["tokenizer"]["pattern"], ranks)
+
+
+def create_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:
+    """Makes the tokenizer that `spec` names: gpt2, byte, or bpe:N trained on the documents.
+
+    N counts every entry: 256 bytes, the merges and the control tokens. A corpus too small for
+    N entries gives fewer.
+
+    Raises:
+        ValueError: an unknown spec, or GPT-2's vocabulary can neither be read nor fetched.
+    """
+    if spec == "byte":
+        return Tokenizer("byte", BYTE_PATTERN, {bytes([i]): i for i in range(256)})
+    if spec == "gpt2":
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # requests, ssl, socket: whatever a missing network raises
+            raise ValueError(
+                "GPT-2's vocabulary is neither cached nor reachable "
+                f"({type(error).__name__}). Run once with a network, or set TIKTOKEN_CACHE_DIR "
+                "to a folder that holds it, or use --tokenizer bpe:4096, which needs no download"
+            ) from None
+        return Tokenizer("gpt2", gpt2._pat_str, gpt2._mergeable_ranks)
+    name, _, size = spec.partition(":")
+    if name != "bpe" or not size.isdecimal():
+        raise ValueError(f"unknown tokenizer {spec!r}; use gpt2, byte, or bpe:N such as bpe:4096")
+    n_ranks = int(size) - len(CONTROL_TOKENS)
+    if n_ranks < 256:
+        raise ValueError(f"{spec!r} is too small: {256 + len(CONTROL_TOKENS)} entries or more")
+    import rustbpe  # only needed to train; a checkpoint's tokenizer loads without it
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(documents), vocab_size=n_ranks, pattern=WORD_PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    return Tokenizer("bpe", WORD_PATTERN, ranks)

@@ -1,0 +1,144 @@
+"""Sampling from a GPT: several prompts of any lengths at once, with a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from model.gpt import GPT
+
+
+class KVCache:
+    """Keys and values of the tokens so far, each row at its own length.
+
+    Attributes:
+        lengths: tokens of each row that are stored and valid, (B,).
+        positions: of the tokens now being added, (B, T).
+        mask: which stored tokens each of them sees, (B, 1, T, used).
+    """
+
+    def __init__(self, model: GPT, n_rows: int) -> None:
+        c, weight = model.config, model.wte.weight
+        shape = (n_rows, c.n_head, c.block_size, c.n_embd // c.n_head)
+        self.keys = [weight.new_zeros(shape) for _ in range(c.n_layer)]
+        self.values = [weight.new_zeros(shape) for _ in range(c.n_layer)]
+        self.lengths = torch.zeros(n_rows, dtype=torch.long, device=weight.device)
+        self.used = 0
+
+    def begin(self, new_lengths: Tensor, width: int) -> None:
+        """Announces new tokens (B, width), of which row b has new_lengths[b], the rest padding."""
+        offsets = torch.arange(width, device=self.lengths.device)
+        self.positions = self.lengths[:, None] + offsets
+        self.used += width
+        seen = torch.arange(self.used, device=self.lengths.device)
+        self.mask = seen <= self.positions[:, None, :, None]
+        self.lengths = self.lengths + new_lengths  # padding is overwritten before it is seen
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the new keys and values (B, H, T, D); returns all up to the longest row."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        for table, new in ((self.keys[layer], k), (self.values[layer], v)):
+            table[rows, :, self.positions] = new.transpose(1, 2).to(table.dtype)
+        return (
+            self.keys[layer][:, :, : self.used].to(k.dtype),
+            self.values[layer][:, :, : self.used].to(v.dtype),
+        )
+
+
+def pick(
+    logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> Tensor:
+    """The next id of each row (B,) from logits (B, V) and uniform numbers u (B,) in [0, 1).
+
+    temperature 0 takes the most likely id. top_k keeps the k most likely ids; top_p the fewest
+    most likely ones whose probability reaches p (Holtzman et al. 2019, arXiv 1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, ids = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        logits[:, top_k:] = -torch.inf
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0.0  # always keeps the first
+    cumulative = probs.cumsum(dim=-1)
+    drawn = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
+    # Rounding may put u past the last kept id; step back to it.
+    drawn = drawn.minimum((probs > 0).sum(dim=-1, keepdim=True) - 1)
+    return ids.gather(1, drawn).squeeze(1)
+
+
+@torch.inference_mode()
+def stream(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Collection[int] = (),
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 1,
+) -> Iterator[list[int | None]]:
+    """Yields one new id per prompt and step, None for prompts whose reply has ended.
+
+    A reply ends with an id of `stop`, which is yielded, or after max_new_tokens. Every row is
+    sampled as if it were alone: the same prompt and seed give the same reply in any company. When
+    a row has block_size tokens, the older half of them is forgotten.
+
+    Raises:
+        ValueError: an empty prompt or settings out of range.
+    """
+    if not all(len(p) for p in prompts):
+        raise ValueError("a prompt must have at least one token")
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError("temperature must be 0 or more and top_k 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError("top_p must be above 0 and at most 1")
+    training, device, block = model.training, model.wte.weight.device, model.config.block_size
+    model.eval()
+    # A prompt longer than the window begins with its newest tokens.
+    rows = [list(p)[-block:] for p in prompts]
+    finished = [False] * len(rows)
+    uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    cache = None
+    for u in uniform.to(device):
+        if cache is None or any(len(row) > block for row in rows):
+            rows = [row[-(block // 2 + 1) :] if len(row) > block else row for row in rows]
+            cache, new = KVCache(model, len(rows)), rows
+        else:
+            new = [row[-1:] for row in rows]
+        logits = _next_logits(model, cache, new)
+        ids = pick(logits, u.expand(len(rows)), temperature, top_k, top_p).tolist()
+        yield [None if done else i for i, done in zip(ids, finished, strict=True)]
+        for r, i in enumerate(ids):
+            rows[r].append(i)
+            finished[r] = finished[r] or i in stop
+        if all(finished):
+            break
+    model.train(training)
+
+
+def _next_logits(model: GPT, cache: KVCache, new: list[list[int]]) -> Tensor:
+    """Logits (B, vocab_size) after each row's new tokens, which the cache takes in."""
+    lengths = torch.tensor([len(ids) for ids in new])
+    width = int(lengths.max())
+    idx = torch.tensor([ids + [0] * (width - len(ids)) for ids in new])
+    idx, lengths = idx.to(cache.lengths.device), lengths.to(cache.lengths.device)
+    cache.begin(lengths, width)
+    x = model.hidden(idx, cache)
+    last = x[torch.arange(len(new), device=x.device), lengths - 1]
+    return model.logits(last)[:, : model.vocab_size]
+
+
+def generate(
+    model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, **settings: object
+) -> list[list[int]]:
+    """The replies to several prompts, each with its stop id if it ended by one; see `stream`."""
+    replies: list[list[int]] = [[] for _ in prompts]
+    for step in stream(model, prompts, max_new_tokens, **settings):  # type: ignore[arg-type]
+        for reply, i in zip(replies, step, strict=True):
+            if i is not None:
+                reply.append(i)
+    return replies

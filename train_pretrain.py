@@ -1,0 +1,101 @@
+"""Pretraining: text corpus -> base checkpoint.
+
+python train_pretrain.py --config configs/quickstart/pretrain.toml --run.dir=out/my-run
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.files import fingerprint
+from data.pretrain import PretrainData, PretrainDataConfig
+from model.generate import generate
+from model.gpt import GPT, Batch, ModelConfig
+from training.checkpoint import open_run, resume, save_checkpoint
+from training.config import RunConfig, resolved, run_cli
+from training.log import RunLog, is_complete, is_due
+from training.optim import OptimConfig, build_optimizers
+from training.runtime import StopOnSignal, compile_model, environment, peak_flops, set_up
+from training.step import mean_loss, train_step
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that a pretraining run depends on."""
+
+    data: PretrainDataConfig
+    run: RunConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def evaluate(model: GPT, data: PretrainData, batches: list[Batch]) -> dict[str, float]:
+    """Validation loss in nats per token, and in bits per byte of text."""
+    nats = mean_loss(model, batches)
+    n_targets = sum(targets.numel() for _, targets, _ in batches)
+    bits = nats * n_targets / math.log(2)
+    return {"val_loss": nats, "val_bpb": bits / data.bytes_of(batches)}
+
+
+def sample(model: GPT, data: PretrainData, seed: int) -> str:
+    """The beginning of a document as the model would write it."""
+    start = [data.tokenizer.end_of_text]
+    reply = generate(model, [start], 48, temperature=0.8, seed=seed)[0]
+    return f"  sample: {data.tokenizer.decode(reply)!r}"
+
+
+def main(config: PretrainConfig) -> Path:
+    """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
+    run_dir, steps = Path(config.run.dir), config.optim.steps
+    data = PretrainData(config.data, config.model.block_size, config.run.seed)
+    val_batches = data.val_batches()
+    checkpoint = open_run(run_dir, resolved(config))
+    if checkpoint and is_complete(run_dir, steps):
+        print(f"{run_dir}: complete at step {steps}, nothing to do")
+        return checkpoint
+
+    device = set_up(config.run.device, config.run.seed)
+    model = GPT(config.model, data.tokenizer.n_vocab).to(device)
+    optimizers = build_optimizers(model, config.optim)
+    compile_model(model, config.run.compile)
+    made_from = {"data": {"fingerprint": fingerprint(data.meta["files"])}}
+    row = resume(checkpoint, model, optimizers, made_from) if checkpoint else {}
+    meta = {
+        "kind": "base",
+        "config": resolved(config),
+        "environment": environment(device),
+        "world": data.meta.get("world"),
+        **made_from,
+    }
+    epochs = steps * config.data.batch_size / data.n_blocks
+    print(
+        f"{model.n_params():,} parameters on {device.type}; {len(data):,} training tokens, "
+        f"{epochs:.1f} epochs; step {row.get('step', 0)} of {steps}"
+    )
+
+    flops = model.flops_per_token()
+    log = RunLog(run_dir, config.run, steps, row, resolved(config), flops, peak_flops(device))
+    step = log.first_step
+    with log, StopOnSignal() as stop:
+        while True:
+            if step and is_due(step, config.run.eval_every, steps) and not stop.requested:
+                row |= evaluate(model, data, val_batches)
+                log.say(sample(model, data, seed=step))
+            log.write(row)
+            if step == steps or stop.requested:
+                break
+            micro_batches = data.micro_batches(step)
+            result = train_step(model, optimizers, micro_batches, step, config.optim)
+            step += 1
+            row = log.count(step, result)
+            if is_due(step, config.run.save_every, steps):
+                meta["metrics"] = row
+                save_checkpoint(run_dir, step, model, optimizers, data.tokenizer, meta)
+        meta["metrics"] = row
+        return save_checkpoint(run_dir, step, model, optimizers, data.tokenizer, meta)
+
+
+if __name__ == "__main__":
+    run_cli(PretrainConfig, main, __doc__ or "")

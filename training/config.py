@@ -1,0 +1,94 @@
+"""Configs: frozen dataclasses, read from TOML and overridden as `--optim.lr=1e-3`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
+
+from data.files import one_line_errors
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it does besides training.
+
+    Raises:
+        ValueError: intervals below 1.
+    """
+
+    dir: str
+    """The run's folder. The same command given again goes on from its newest checkpoint."""
+    seed: int = 1
+    """Of the weights and of the order of the data."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu) or a device of torch such as cuda:1."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: auto uses it on CUDA where it works."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 250
+    """Steps between evaluations; the last step is always evaluated."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases, besides metrics.jsonl."""
+    wandb_project: str = "diptych"
+    """Project name there."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} is {getattr(self, name)}; it must be 1 or more")
+
+
+def _load(text: str) -> Any:
+    """TOML, or the JSON of a run's config.json, so that a run can be repeated from it."""
+    return json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+
+
+def parse_config(config_class: type[T], argv: list[str] | None = None, about: str = "") -> T:
+    """A config from `--config FILE` and the options after it; later ones win.
+
+    Raises:
+        ValueError: a missing file, an unknown key, a wrong type or a value out of range, naming
+            the key.
+    """
+    set_loader("toml", _load, (tomllib.TOMLDecodeError, json.JSONDecodeError))
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        parser_mode="toml", exit_on_error=False, description=about, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="a .toml file, or a run's config.json")
+    parser.add_class_arguments(config_class, None)
+    args = sys.argv[1:] if argv is None else argv
+    for option, value in zip(args, [*args[1:], ""], strict=True):
+        name = value if option == "--config" else option.removeprefix("--config=")
+        if option.startswith("--config") and name != option and not Path(name).is_file():
+            raise ValueError(f"--config {name}: no such file")
+    try:
+        values = vars(parser.instantiate(parser.parse_args(args)))
+    except ArgumentError as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{text} (--help lists every key)") from None
+    values.pop("config")
+    return config_class(**values)
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """A config as JSON-ready nested dicts."""
+    return asdict(config)
+
+
+def run_cli(config_class: type[T], main: Callable[[T], object], about: str) -> None:
+    """Parses the command line and runs `main`; a user's mistake is one line and exit code 1."""
+    with one_line_errors():
+        main(parse_config(config_class, about=about))

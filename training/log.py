@@ -1,0 +1,170 @@
+"""What a run tells: metrics.jsonl first, a progress bar or plain lines, wandb if asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data.files import write_json
+from training.config import RunConfig
+from training.step import StepResult
+
+
+class RunLog:
+    """Collects the metrics of each step and writes those of the logged ones.
+
+    Use as a context: entering opens the file and drops what a killed process wrote beyond the
+    checkpoint it resumes from, so that every step is logged once.
+
+    Args:
+        run_dir: the run's folder.
+        config: how often to log, and wandb's settings.
+        steps: the run's last step.
+        row: metrics of the checkpoint resumed from; {} for a new run.
+        resolved: the resolved config, for wandb.
+        flops_per_token, peak_flops: for MFU, which is left out where the peak is not known.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        steps: int,
+        row: dict[str, Any],
+        resolved: dict[str, Any],
+        flops_per_token: int,
+        peak_flops: float | None,
+    ) -> None:
+        self.run_dir, self.config, self.steps, self.resolved = run_dir, config, steps, resolved
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.tokens, self.seconds = row.get("tokens", 0), row.get("seconds", 0.0)
+        self.first_step = row.get("step", 0)
+        self._recent_tokens, self._recent_seconds = 0, 0.0
+        self._wandb: Any = None
+
+    def __enter__(self) -> RunLog:
+        path = self.run_dir / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] < self.first_step]
+        lines = "".join(json.dumps(row) + "\n" for row in kept)
+        temporary = path.with_name(".metrics.tmp")
+        temporary.write_text(lines, encoding="utf-8")
+        temporary.replace(path)
+        self._file = open(path, "a", encoding="utf-8")
+        self._start_wandb()
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=Console(),
+            disable=not sys.stdout.isatty(),
+            transient=True,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("", total=self.steps, completed=self.first_step)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if exception[0] is None else 1)
+
+    def count(self, step: int, result: StepResult) -> dict[str, Any]:
+        """The metrics of a step that was just taken (1 after the first); shown in the bar."""
+        self.tokens += result.tokens
+        self.seconds += result.seconds
+        self._recent_tokens += result.tokens
+        self._recent_seconds += result.seconds
+        speed = self._recent_tokens / self._recent_seconds
+        row = {
+            "step": step,
+            "tokens": self.tokens,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": round(speed, 1),
+            "seconds": round(self.seconds, 3),
+        }
+        if self.peak_flops is not None:
+            row["mfu"] = round(self.flops_per_token * speed / self.peak_flops, 4)
+        text = f"loss {result.loss:.4f}  {speed:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step, description=text)
+        return row
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Logs a row if its step is due, or if it carries an evaluation."""
+        step = row.get("step", 0)
+        evaluated = "val_loss" in row
+        if not step or not (evaluated or is_due(step, self.config.log_every, self.steps)):
+            return
+        self._recent_tokens, self._recent_seconds = 0, 0.0
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in row.items()})
+        # On a terminal the bar shows the rest; a pipe gets every logged line.
+        if evaluated or self._progress.disable:
+            names = ("loss", "val_loss", "val_bpb", "stop_logprob", "stop_rate")
+            shown = "  ".join(f"{k} {row[k]:.4f}" for k in names if k in row)
+            speed = f"  {row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
+            self.say(f"step {step}/{self.steps}  {shown}{speed}")
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _start_wandb(self) -> None:
+        """Opens wandb's run, the same one after a resume; a failure is said and never stops us."""
+        if self.config.wandb == "disabled":
+            return
+        try:
+            import wandb  # slow to import, so only where it is used
+
+            stored = self.run_dir / "wandb.json"
+            run_id = json.loads(stored.read_text())["id"] if stored.exists() else wandb.util.generate_id()
+            write_json(stored, {"id": run_id})
+            self._wandb = wandb.init(
+                project=self.config.wandb_project,
+                name=self.run_dir.name,
+                id=run_id,
+                resume="allow",
+                mode=self.config.wandb,
+                dir=str(self.run_dir),
+                config=self.resolved,
+            )
+            # Our own axis: wandb's drops points that come again after a resume.
+            self._wandb.define_metric("*", step_metric="step")
+        except Exception as error:  # its network, its login, its files: none may end a run
+            self._wandb = None
+            print(f"wandb is off for this run: {' '.join(str(error).split())[:200]}")
+
+
+def is_complete(run_dir: Path, steps: int) -> bool:
+    """Whether a run's last step is trained, saved and logged."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return bool(rows) and rows[-1]["step"] == steps
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the last one, happens now."""
+    return step % every == 0 or step == last
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

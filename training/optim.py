@@ -1,0 +1,174 @@
+"""Optimizers and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How long and how fast the weights move.
+
+    Raises:
+        ValueError: values out of range, or a warm-up longer than the run.
+    """
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
+    schedule: Literal["cosine", "wsd"] = "wsd"
+    """After the warm-up: a cosine to the end, or constant and then a linear decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.5
+    """Share of the run that the linear decay of `wsd` takes."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices and embeddings; vectors are never decayed."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the squared-gradient mean."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    grad_clip: float | None = 1.0
+    """Largest norm of the whole gradient; None clips nothing."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"optim.steps is {self.steps}; it must be 1 or more")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.warmup_steps} does not fit into "
+                f"optim.steps={self.steps}; make the warm-up shorter or the run longer"
+            )
+        for name in ("lr", "muon_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be above 0")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(f"optim.grad_clip is {self.grad_clip}; null turns clipping off")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
+        for name in ("decay_fraction", "final_lr_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be 0 to 1")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be below 1")
+
+
+def lr_factor(step: int, config: OptimConfig) -> float:
+    """The learning rate of step `step` (from 0) as a share of its peak, 0 to 1."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        shape = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        shape = min(1.0, (config.steps - step) / max(1.0, config.decay_fraction * config.steps))
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * shape
+
+
+def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices to G (n, rows, columns), approximately.
+
+    Newton-Schulz iteration with the quintic of Jordan et al. 2024, "Muon: an optimizer for hidden
+    layers": singular values end between about 0.7 and 1.2. Computes in bfloat16 on CUDA and in
+    G's own type elsewhere, because CPUs emulate bfloat16 about 100 times slower.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.bfloat16() if G.is_cuda else G
+    tall = X.shape[-2] > X.shape[-1]
+    if tall:
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024). For matrices inside the network only.
+
+    The momentum is Nesterov's. An update of a (rows, columns) matrix has the spectral norm
+    lr * sqrt(max(1, rows / columns)).
+    """
+
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        # Matrices of one shape are one group, so that they are orthogonalised in one batch.
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in params:
+            shapes.setdefault(p.shape, []).append(p)
+        super().__init__([{"params": group} for group in shapes.values()], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Updates every matrix that has a gradient."""
+        assert closure is None, "Muon takes no closure"
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            updates = []
+            for p in params:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                updates.append(p.grad.lerp(state["momentum"], group["momentum"]))
+            rows, columns = params[0].shape
+            lr = group["lr"]
+            for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the blocks' matrices if the config says so; every parameter in one."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if name.startswith("blocks.") and p.dim() == 2]
+    muon = matrices if config.optimizer == "muon" else []
+    taken = {id(p) for p in muon}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = rest[0].device.type in ("cuda", "cpu", "mps")
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            fused=fused,
+        )
+    ]
+    if muon:
+        optimizers.append(Muon(muon, config.muon_lr, config.momentum, config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Sets every learning rate to a share of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor

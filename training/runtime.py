@@ -1,0 +1,139 @@
+"""The machine under a run: device, precision, compilation, signals, and facts to record."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import signal
+import subprocess
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+
+from model.gpt import GPT
+
+# Dense bf16 matrix FLOP/s that the makers state, by a part of the device's name; first match wins.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes cuda, else mps, else cpu.
+
+    Raises:
+        ValueError: an unknown name, or a device that this machine does not have.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"run.device={name}: not available here ({reason})") from None
+    return device
+
+
+def set_up(device_name: str, seed: int) -> torch.device:
+    """Seeds torch, sets fast fp32 matrix products on CUDA, and returns the device."""
+    device = pick_device(device_name)
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    torch.set_flush_denormal(True)  # tiny numbers slow a CPU down a hundredfold
+    return device
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 matrix products on a CUDA device that has them, fp32 everywhere else.
+
+    Weights stay in fp32. CPUs emulate bfloat16 slowly, so it is never used there.
+    """
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def compile_model(model: GPT, mode: Literal["auto", "on", "off"]) -> None:
+    """Compiles `model.forward` in place; the names of its parameters stay as they are.
+
+    "auto" compiles on CUDA where a small trial of torch.compile works, and otherwise says in one
+    line that it does not.
+
+    Raises:
+        ValueError: mode "on", and the trial fails.
+    """
+    device = model.wte.weight.device
+    if mode == "off" or (mode == "auto" and device.type != "cuda"):
+        return
+    try:
+        x = torch.ones(8, device=device, requires_grad=True)
+        torch.compile(lambda t: (t * 2).relu().sum())(x).backward()
+    except Exception as error:  # no compiler, no Triton, an unsupported platform, ...
+        reason = f"torch.compile does not work here ({type(error).__name__})"
+        if mode == "on":
+            raise ValueError(f"run.compile=on: {reason}; use run.compile=off") from None
+        print(f"{reason}; going on without it")
+        return
+    model.compile()
+
+
+class StopOnSignal:
+    """While entered, turns the first Ctrl-C or SIGTERM into `requested`; a second one kills."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopOnSignal:
+        self._previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        print(f"\n{signal.Signals(number).name}: saving and stopping; once more to stop at once")
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of dense bf16 matrix products that the device's maker states; None if not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Where a run happened: commit, torch, Python and device."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    cuda = device.type == "cuda"
+    return {
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine() or "cpu",
+    }

@@ -1,0 +1,110 @@
+"""One optimizer step and one evaluation: the loss of the whole project is defined here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from model.gpt import GPT, Batch
+from training.optim import OptimConfig, lr_factor, set_lr
+from training.runtime import autocast
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did: its mean loss in nats, gradient norm before clipping, size and duration."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    seconds: float
+
+
+def total_weight(batch: Batch) -> float:
+    """The sum of a batch's weights: its number of targets where all weigh 1."""
+    _, targets, weights = batch
+    return targets.numel() if weights is None else float(weights.sum())
+
+
+def train_step(
+    model: GPT,
+    optimizers: list[torch.optim.Optimizer],
+    micro_batches: list[Batch],
+    step: int,
+    config: OptimConfig,
+) -> StepResult:
+    """Optimizer step `step` (from 0) on all its micro-batches.
+
+    The loss is sum(weight * cross_entropy) / sum(weight) over the whole step, so how the step is
+    cut into micro-batches does not matter, whatever the weights.
+
+    Raises:
+        ValueError: no weight at all, or a loss or gradient that is not finite; the weights and
+            the optimizer are then as they were before the step.
+    """
+    begin = time.perf_counter()
+    device = model.wte.weight.device
+    weight = sum(map(total_weight, micro_batches))
+    if not weight:
+        raise ValueError(f"step {step + 1}: no token of the batch has a weight; nothing to learn")
+    loss = torch.zeros((), device=device)
+    for batch in micro_batches:
+        idx, targets, weights = to_device(batch, device)
+        with autocast(device):
+            part = model(idx, targets, weights) / weight
+        part.backward()
+        loss += part.detach()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if config.grad_clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+    loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
+    factor = lr_factor(step, config)
+    if math.isfinite(loss_value) and math.isfinite(norm_value):
+        set_lr(optimizers, factor)
+        for optimizer in optimizers:
+            optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        raise ValueError(
+            f"step {step + 1}: loss {loss_value}, gradient norm {norm_value} on the batch of data "
+            f"step {step}; the weights were not changed. Lower the learning rate and go on from "
+            "the last checkpoint, or look at that batch"
+        )
+    tokens = sum(targets.numel() for _, targets, _ in micro_batches)
+    seconds = time.perf_counter() - begin
+    return StepResult(loss_value, norm_value, config.lr * factor, tokens, seconds)
+
+
+@torch.no_grad()
+def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
+    """sum(weight * cross_entropy) / sum(weight) over batches, in nats, without training.
+
+    Raises:
+        ValueError: no weight at all.
+    """
+    device = model.wte.weight.device
+    loss, weight, training = 0.0, 0.0, model.training
+    model.eval()
+    for batch in batches:
+        idx, targets, weights = to_device(batch, device)
+        with autocast(device):
+            loss += float(model(idx, targets, weights))
+        weight += total_weight(batch)
+    model.train(training)
+    if not weight:
+        raise ValueError("nothing to evaluate: no token has a weight")
+    return loss / weight
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on the model's device."""
+    idx, targets, weights = batch
+    moved = None if weights is None else weights.to(device, non_blocking=True)
+    return idx.to(device, non_blocking=True), targets.to(device, non_blocking=True), moved
