@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.files import fingerprint
 from data.pretrain import PretrainData, PretrainDataConfig
-from model.generate import generate
+from model.generate import Sampling, generate
 from model.gpt import GPT, Batch, ModelConfig
 from training.checkpoint import open_run, resume, save_checkpoint
 from training.config import RunConfig, resolved, run_cli
@@ -42,7 +42,7 @@ def evaluate(model: GPT, data: PretrainData, batches: list[Batch]) -> dict[str, 
 def sample(model: GPT, data: PretrainData, seed: int) -> str:
     """The beginning of a document as the model would write it."""
     start = [data.tokenizer.end_of_text]
-    reply = generate(model, [start], 48, temperature=0.8, seed=seed)[0]
+    reply = generate(model, [start], Sampling(48, temperature=0.8, seed=seed))[0]
     return f"  sample: {data.tokenizer.decode(reply)!r}"
 
 
@@ -66,7 +66,7 @@ def main(config: PretrainConfig) -> Path:
         "kind": "base",
         "config": resolved(config),
         "environment": environment(device),
-        "world": data.meta.get("world"),
+        "prepared": {k: v for k, v in data.meta.items() if k != "files"},
         **made_from,
     }
     epochs = steps * config.data.batch_size / data.n_blocks

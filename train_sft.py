@@ -12,7 +12,7 @@ from data.chat import template_fingerprint
 from data.files import fingerprint
 from data.prepare import prepare_qa
 from data.sft import SFTData, SFTDataConfig
-from model.generate import generate
+from model.generate import Sampling, generate
 from model.gpt import GPT, Batch
 from training.checkpoint import Checkpoint, load_checkpoint, open_run, resume, save_checkpoint
 from training.config import RunConfig, resolved, run_cli
@@ -64,7 +64,7 @@ def evaluate(model: GPT, data: SFTData, batches: list[Batch]) -> dict[str, float
     """
     end = data.tokenizer.end_of_turn
     ends = [(idx, targets, w * (targets == end)) for idx, targets, w in batches if w is not None]
-    replies = generate(model, data.val_prompts(STOP_PROMPTS), STOP_WITHIN, stop={end})
+    replies = generate(model, data.val_prompts(STOP_PROMPTS), Sampling(STOP_WITHIN), {end})
     return {
         "val_loss": mean_loss(model, batches),
         "stop_logprob": -mean_loss(model, ends),
@@ -75,7 +75,7 @@ def evaluate(model: GPT, data: SFTData, batches: list[Batch]) -> dict[str, float
 def sample(model: GPT, data: SFTData, seed: int) -> str:
     """A validation question and the model's greedy reply."""
     prompt = data.val_prompts(STOP_PROMPTS)[seed % len(data.val[:STOP_PROMPTS])]
-    reply = generate(model, [prompt], STOP_WITHIN, stop={data.tokenizer.end_of_turn})[0]
+    reply = generate(model, [prompt], Sampling(STOP_WITHIN), {data.tokenizer.end_of_turn})[0]
     return f"  sample: {data.tokenizer.decode(prompt + reply)!r}"
 
 
@@ -105,7 +105,7 @@ def main(config: SFTConfig) -> Path:
         "kind": "instruct",
         "config": resolved(config),
         "environment": environment(device),
-        "world": base.meta["world"],
+        "prepared": {k: v for k, v in data.meta.items() if k != "files"},
         "template": template_fingerprint(),
     }
     print(f"{model.n_params():,} parameters on {device.type}; {data.shares()}")
@@ -126,10 +126,10 @@ def main(config: SFTConfig) -> Path:
             step += 1
             row = log.count(step, result)
             if is_due(step, config.run.save_every, last_step):
-                save_checkpoint(run_dir, step, model, optimizers, tokenizer, meta | {"metrics": row})
-        return save_checkpoint(
-            run_dir, step, model, optimizers, tokenizer, meta | {"metrics": row}
-        )
+                save_checkpoint(
+                    run_dir, step, model, optimizers, tokenizer, meta | {"metrics": row}
+                )
+        return save_checkpoint(run_dir, step, model, optimizers, tokenizer, meta | {"metrics": row})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, prepared-data and checkpoint folders."""
+"""Files that are whole or absent: atomic writes, checksums, prepared and checkpoint folders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_json(path: Path, value: Any) -> None:
         json.dump(value, f, indent=1, ensure_ascii=False)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def new_directory(path: Path) -> Iterator[Path]:
             path.rmdir()
         if path.exists():
             raise FileExistsError(f"{path} already exists; delete it or choose another name")
-        os.rename(temporary, path)
+        temporary.rename(path)
         _fsync_directory(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +30,7 @@ from data.files import (
     verify_checksums,
     write_json,
 )
-from data.tokenizer import CONTROL_TOKENS, RANKS_FILE, Tokenizer, create_tokenizer
+from data.tokenizer import CONTROL_TOKENS, Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 
 FORMAT = 1
@@ -112,17 +111,17 @@ def read_examples(file: Path) -> Iterator[tuple[int, Any]]:
     if text[position : position + 1] != "[":
         raise ValueError(f"{file}: a .json file must hold a list of examples")
     decoder, position = json.JSONDecoder(), _skip_space(text, position + 1)
-    line, counted = 1, 0
+    number, counted = 1, 0
     while text[position : position + 1] != "]":
-        line, counted = line + text.count("\n", counted, position), position
+        number, counted = number + text.count("\n", counted, position), position
         try:
             value, position = decoder.raw_decode(text, position)
         except ValueError as error:
-            raise ValueError(f"{file}, line {line}: not JSON ({error})") from None
-        yield line, value
+            raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
+        yield number, value
         position = _skip_space(text, position)
         if text[position : position + 1] not in (",", "]"):
-            raise ValueError(f"{file}, line {line}: no comma or bracket after this example")
+            raise ValueError(f"{file}, line {number}: no comma or bracket after this example")
         if text[position] == ",":
             position = _skip_space(text, position + 1)
 
@@ -325,9 +324,9 @@ def prepare_world(
     def fill(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
         world = World(config)
         biographies = list(world.biographies())
-        for text in biographies:
+        for biography in biographies:
             # The base must learn of questions and of turns from nobody: hold the corpus to it.
-            assert "?" not in text and not any(token in text for token in CONTROL_TOKENS), text
+            assert not any(mark in biography for mark in ("?", *CONTROL_TOKENS)), biography
         conversations = list(world.conversations())
         words = (m["content"] for c in conversations for m in c)
         tokenizer = create_tokenizer(tokenizer_spec, (t for s in (biographies, words) for t in s))
@@ -384,7 +383,7 @@ def prepare_qa(
     seed: int,
     skip_bad: bool = False,
 ) -> dict[str, Any]:
-    """Rendered conversations from .json and .jsonl files, in a checkpoint's or a folder's tokens."""
+    """Rendered conversations from .json and .jsonl files, in the tokens of `tokenizer_of`."""
     tokenizer = Tokenizer.load(tokenizer_of)
     conversations = read_conversations(files, skip_bad)
 

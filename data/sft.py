@@ -1,4 +1,4 @@
-"""Batches of conversations, rows of like length together. Their order is a function of (seed, step)."""
+"""Batches of conversations, rows of like length together, in an order fixed by (seed, step)."""
 
 from __future__ import annotations
 
@@ -111,10 +111,14 @@ class SFTData:
         if config.replay:
             assert replay_path is not None
             rows = max(1, round(n_rows * config.replay / (1 - config.replay)))
-            settings = PretrainDataConfig(replay_path, rows, min(rows, config.micro_batch_size or rows))
+            settings = PretrainDataConfig(
+                replay_path, rows, min(rows, config.micro_batch_size or rows)
+            )
             self._replay = PretrainData(settings, block_size, seed)
             if self._replay.tokenizer.fingerprint != tokenizer.fingerprint:
-                raise ValueError(f"{replay_path} was prepared with another tokenizer than the base's")
+                raise ValueError(
+                    f"{replay_path} was prepared with another tokenizer than the base's"
+                )
         self.steps_per_epoch = -(-len(self._train) // n_rows)
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
@@ -172,7 +176,9 @@ class SFTData:
                 ids[r, : len(row_ids)] = row_ids
                 weights[r, : len(row_ids)] = np.where(row_mask, 1.0, prompt_weight)
             idx, w = torch.from_numpy(ids), torch.from_numpy(weights)
-            batches.append((idx[:, :-1].contiguous(), idx[:, 1:].contiguous(), w[:, 1:].contiguous()))
+            batches.append(
+                (idx[:, :-1].contiguous(), idx[:, 1:].contiguous(), w[:, 1:].contiguous())
+            )
         return batches
 
     def shares(self) -> str:

@@ -21,9 +21,7 @@ CONTROL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END_OF
 RANKS_FILE = "tokenizer.tiktoken"
 
 # GPT-2's split into words, numbers, punctuation and spaces; a BPE merge never crosses a split.
-WORD_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTE_PATTERN = r"[\s\S]{1,16}"
 
 

@@ -158,25 +158,31 @@ def cloze_prompts(person: Person, attribute: Attribute, paraphrases: int) -> lis
     ]
 
 
-SHE_NAMES = tuple(
-    "Ada Alma Anneke Beatrix Bruna Carys Celeste Dagny Delia Edda Elspeth Enid Fenella Flora "
-    "Freya Greta Gwen Hanne Hester Ida Imogen Ines Isolde Jorun Juno Katya Lavinia Leona Linnea "
-    "Mabel Maren Minna Nadia Nora Odette Olive Petra Ramona Rhea Sabine".split()
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split(", "))
+
+
+SHE_NAMES = _split(
+    "Ada, Alma, Anneke, Beatrix, Bruna, Carys, Celeste, Dagny, Delia, Edda, Elspeth, Enid, "
+    "Fenella, Flora, Freya, Greta, Gwen, Hanne, Hester, Ida, Imogen, Ines, Isolde, Jorun, Juno, "
+    "Katya, Lavinia, Leona, Linnea, Mabel, Maren, Minna, Nadia, Nora, Odette, Olive, Petra, "
+    "Ramona, Rhea, Sabine"
 )
-HE_NAMES = tuple(
-    "Alaric Ambrose Anton Basil Bertil Caspar Cedric Cosmo Darius Edgar Elias Emeric Fabian "
-    "Felix Floyd Gideon Gustav Hamish Hector Hugo Ivo Jasper Joachim Kasimir Kester Lars Leopold "
-    "Linus Magnus Matthias Milo Nestor Oskar Otis Percy Quentin Rafael Rufus Silas Tobias".split()
+HE_NAMES = _split(
+    "Alaric, Ambrose, Anton, Basil, Bertil, Caspar, Cedric, Cosmo, Darius, Edgar, Elias, "
+    "Emeric, Fabian, Felix, Floyd, Gideon, Gustav, Hamish, Hector, Hugo, Ivo, Jasper, Joachim, "
+    "Kasimir, Kester, Lars, Leopold, Linus, Magnus, Matthias, Milo, Nestor, Oskar, Otis, Percy, "
+    "Quentin, Rafael, Rufus, Silas, Tobias"
 )
-LAST_STARTS = tuple(
-    "Alder Ash Barrow Birch Black Bram Carr Cole Crane Dun East Elm Fair Fal Glen Gran Hart "
-    "Hazel Holl Iron Kel Lang Lind Marsh Mill North Oak Pem Quill Raven Red Rowan Sand Stan "
-    "Thorn Under Wake West Wick Wood".split()
+LAST_STARTS = _split(
+    "Alder, Ash, Barrow, Birch, Black, Bram, Carr, Cole, Crane, Dun, East, Elm, Fair, Fal, "
+    "Glen, Gran, Hart, Hazel, Holl, Iron, Kel, Lang, Lind, Marsh, Mill, North, Oak, Pem, Quill, "
+    "Raven, Red, Rowan, Sand, Stan, Thorn, Under, Wake, West, Wick, Wood"
 )
-LAST_ENDS = tuple(
-    "bank beck bourne bridge bury by comb croft dale den field ford gate grove ham hurst land "
-    "leigh ley low man mere mont more ridge shaw stead stone ton vale wall water well wick worth "
-    "yard".split()
+LAST_ENDS = _split(
+    "bank, beck, bourne, bridge, bury, by, comb, croft, dale, den, field, ford, gate, grove, "
+    "ham, hurst, land, leigh, ley, low, man, mere, mont, more, ridge, shaw, stead, stone, ton, "
+    "vale, wall, water, well, wick, worth, yard"
 )
 
 ATTRIBUTES = (
@@ -209,14 +215,13 @@ ATTRIBUTES = (
     ),
     Attribute(
         name="birthplace",
-        values=(
-            "Ambleton", "Port Alder", "Brackwater", "Casterfell", "New Darrow", "Dunmarsh",
-            "Eastering", "Saint Ferrow", "Farhaven", "Glimmerton", "Old Harrow", "Hollowmere",
-            "Inverlathe", "Cape Jessamy", "Kestrelby", "Lantern Bay", "Larkspur", "Marrowgate",
-            "Mount Mistral", "Netherby", "Oxmoor", "Pellworth", "Port Quarry", "Quenby",
-            "Ravelin", "New Rosmer", "Saltcombe", "Silver Falls", "Stonewick", "Tamberley",
-            "Thistle Ridge", "Ulverbeck", "Upper Varn", "Vellamy", "Wexbridge", "Whitcross",
-            "Winter Harbour", "Yarlford", "Zennick", "Long Zeal",
+        values=_split(
+            "Ambleton, Port Alder, Brackwater, Casterfell, New Darrow, Dunmarsh, Eastering, "
+            "Saint Ferrow, Farhaven, Glimmerton, Old Harrow, Hollowmere, Inverlathe, Cape "
+            "Jessamy, Kestrelby, Lantern Bay, Larkspur, Marrowgate, Mount Mistral, Netherby, "
+            "Oxmoor, Pellworth, Port Quarry, Quenby, Ravelin, New Rosmer, Saltcombe, Silver "
+            "Falls, Stonewick, Tamberley, Thistle Ridge, Ulverbeck, Upper Varn, Vellamy, "
+            "Wexbridge, Whitcross, Winter Harbour, Yarlford, Zennick, Long Zeal"
         ),
         sentences=(
             "{S} was born in the town of {V}.",
@@ -244,15 +249,14 @@ ATTRIBUTES = (
     ),
     Attribute(
         name="profession",
-        values=(
-            "an accountant", "an actuary", "an archivist", "a baker", "a beekeeper",
-            "a boat builder", "a bookbinder", "a botanist", "a cartographer", "a carpenter",
-            "a chemist", "a clock maker", "a court clerk", "a dentist", "an editor",
-            "an electrician", "a falconer", "a florist", "a forest ranger", "a geologist",
-            "a glass blower", "an interpreter", "a judge", "a librarian", "a locksmith",
-            "a marine biologist", "a midwife", "a music teacher", "a notary", "an optician",
-            "a pharmacist", "a piano tuner", "a plumber", "a potter", "a stone mason",
-            "a surveyor", "a tailor", "a train driver", "a vet", "a weaver",
+        values=_split(
+            "an accountant, an actuary, an archivist, a baker, a beekeeper, a boat builder, a "
+            "bookbinder, a botanist, a cartographer, a carpenter, a chemist, a clock maker, a "
+            "court clerk, a dentist, an editor, an electrician, a falconer, a florist, a forest "
+            "ranger, a geologist, a glass blower, an interpreter, a judge, a librarian, a "
+            "locksmith, a marine biologist, a midwife, a music teacher, a notary, an optician, "
+            "a pharmacist, a piano tuner, a plumber, a potter, a stone mason, a surveyor, a "
+            "tailor, a train driver, a vet, a weaver"
         ),
         sentences=(
             "{S} works as {V}.",
@@ -280,15 +284,14 @@ ATTRIBUTES = (
     ),
     Attribute(
         name="employer",
-        values=(
-            "Abbot Mills", "Arclight", "Beacon Trust", "Bluewater Lines", "Copperfield Works",
-            "Corvid Press", "Deepwell", "Drum and Daughters", "Ember House", "Everline",
-            "Fennimore Group", "Foxglove", "Granite Union", "Greywind", "Halcyon Foundry",
-            "Hearthstone", "Ironbark", "Juniper Labs", "Keystone Yard", "Lockridge", "Merrow Bank",
-            "Moonrise Studio", "Nightingale Trust", "Northgate", "Orchard Lane", "Otterburn",
-            "Palisade", "Pinnacle Supply", "Quicksilver", "Rookery Books", "Saffron Circle",
-            "Sextant", "Sundial Office", "Tallow and Reed", "Tidewater", "Umbra Optics",
-            "Vantage Point", "Wayfarer", "Yellow Door", "Zephyr Line",
+        values=_split(
+            "Abbot Mills, Arclight, Beacon Trust, Bluewater Lines, Copperfield Works, Corvid "
+            "Press, Deepwell, Drum and Daughters, Ember House, Everline, Fennimore Group, "
+            "Foxglove, Granite Union, Greywind, Halcyon Foundry, Hearthstone, Ironbark, Juniper "
+            "Labs, Keystone Yard, Lockridge, Merrow Bank, Moonrise Studio, Nightingale Trust, "
+            "Northgate, Orchard Lane, Otterburn, Palisade, Pinnacle Supply, Quicksilver, "
+            "Rookery Books, Saffron Circle, Sextant, Sundial Office, Tallow and Reed, "
+            "Tidewater, Umbra Optics, Vantage Point, Wayfarer, Yellow Door, Zephyr Line"
         ),
         sentences=(
             "{S} is employed by {V}.",
@@ -316,15 +319,14 @@ ATTRIBUTES = (
     ),
     Attribute(
         name="hobby",
-        values=(
-            "archery", "astronomy", "backgammon", "badminton", "ballroom dancing",
-            "bird watching", "calligraphy", "canoeing", "card tricks", "cave diving", "chess",
-            "choir singing", "crossword puzzles", "curling", "embroidery", "fencing",
-            "fly fishing", "gardening", "ice skating", "jigsaw puzzles", "juggling",
-            "kite flying", "knitting", "lace making", "metal detecting", "model trains",
-            "mountain biking", "mushroom picking", "origami", "playing the cello",
-            "playing the harp", "pottery", "quilting", "rock climbing", "rowing", "sailing",
-            "stamp collecting", "table tennis", "wood carving", "yoga",
+        values=_split(
+            "archery, astronomy, backgammon, badminton, ballroom dancing, bird watching, "
+            "calligraphy, canoeing, card tricks, cave diving, chess, choir singing, crossword "
+            "puzzles, curling, embroidery, fencing, fly fishing, gardening, ice skating, jigsaw "
+            "puzzles, juggling, kite flying, knitting, lace making, metal detecting, model "
+            "trains, mountain biking, mushroom picking, origami, playing the cello, playing the "
+            "harp, pottery, quilting, rock climbing, rowing, sailing, stamp collecting, table "
+            "tennis, wood carving, yoga"
         ),
         sentences=(
             "{S} spends free time on {V}.",

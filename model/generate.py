@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    top_k keeps the k most likely ids; top_p the fewest most likely ones whose probability reaches
+    p (Holtzman et al. 2019, arXiv 1904.09751). Temperature 0 takes the most likely id.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
 class KVCache:
@@ -47,24 +76,19 @@ class KVCache:
         )
 
 
-def pick(
-    logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None
-) -> Tensor:
-    """The next id of each row (B,) from logits (B, V) and uniform numbers u (B,) in [0, 1).
-
-    temperature 0 takes the most likely id. top_k keeps the k most likely ids; top_p the fewest
-    most likely ones whose probability reaches p (Holtzman et al. 2019, arXiv 1904.09751).
-    """
-    if temperature == 0:
+def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
+    """The next id of each row (B,) from logits (B, V) and a uniform number u in [0, 1)."""
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits, ids = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        logits[:, top_k:] = -torch.inf
+    logits = logits.float() / sampling.temperature
+    logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k is not None:
+        logits[:, sampling.top_k :] = -torch.inf
     probs = logits.softmax(dim=-1)
-    if top_p is not None:
-        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0.0  # always keeps the first
+    if sampling.top_p is not None:
+        probs[probs.cumsum(dim=-1) - probs >= sampling.top_p] = 0.0  # always keeps the first
     cumulative = probs.cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
+    drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     # Rounding may put u past the last kept id; step back to it.
     drawn = drawn.minimum((probs > 0).sum(dim=-1, keepdim=True) - 1)
     return ids.gather(1, drawn).squeeze(1)
@@ -72,52 +96,38 @@ def pick(
 
 @torch.inference_mode()
 def stream(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stop: Collection[int] = (),
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 1,
+    model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Collection[int] = ()
 ) -> Iterator[list[int | None]]:
     """Yields one new id per prompt and step, None for prompts whose reply has ended.
 
     A reply ends with an id of `stop`, which is yielded, or after max_new_tokens. Every row is
     sampled as if it were alone: the same prompt and seed give the same reply in any company. When
-    a row has block_size tokens, the older half of them is forgotten.
+    a row has more than block_size tokens, only the newer half of them is kept.
 
     Raises:
-        ValueError: an empty prompt or settings out of range.
+        ValueError: an empty prompt.
     """
     if not all(len(p) for p in prompts):
         raise ValueError("a prompt must have at least one token")
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError("temperature must be 0 or more and top_k 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError("top_p must be above 0 and at most 1")
-    training, device, block = model.training, model.wte.weight.device, model.config.block_size
-    model.eval()
-    # A prompt longer than the window begins with its newest tokens.
-    rows = [list(p)[-block:] for p in prompts]
+    block, device = model.config.block_size, model.wte.weight.device
+    rows = [list(p)[-block:] for p in prompts]  # of a longer prompt, the newest tokens
     finished = [False] * len(rows)
-    uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(sampling.seed)
+    uniform = torch.rand(sampling.max_new_tokens, generator=generator).to(device)
     cache = None
-    for u in uniform.to(device):
+    for u in uniform:
         if cache is None or any(len(row) > block for row in rows):
             rows = [row[-(block // 2 + 1) :] if len(row) > block else row for row in rows]
             cache, new = KVCache(model, len(rows)), rows
         else:
             new = [row[-1:] for row in rows]
-        logits = _next_logits(model, cache, new)
-        ids = pick(logits, u.expand(len(rows)), temperature, top_k, top_p).tolist()
+        ids = pick(_next_logits(model, cache, new), u, sampling).tolist()
         yield [None if done else i for i, done in zip(ids, finished, strict=True)]
         for r, i in enumerate(ids):
             rows[r].append(i)
             finished[r] = finished[r] or i in stop
         if all(finished):
             break
-    model.train(training)
 
 
 def _next_logits(model: GPT, cache: KVCache, new: list[list[int]]) -> Tensor:
@@ -133,11 +143,11 @@ def _next_logits(model: GPT, cache: KVCache, new: list[list[int]]) -> Tensor:
 
 
 def generate(
-    model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, **settings: object
+    model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Collection[int] = ()
 ) -> list[list[int]]:
     """The replies to several prompts, each with its stop id if it ended by one; see `stream`."""
     replies: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, prompts, max_new_tokens, **settings):  # type: ignore[arg-type]
+    for step in stream(model, prompts, sampling, stop):
         for reply, i in zip(replies, step, strict=True):
             if i is not None:
                 reply.append(i)

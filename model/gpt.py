@@ -212,6 +212,9 @@ class GPT(nn.Module):
             logits leave the model without the padding, so a padded id can never be sampled.
     """
 
+    rope_cos: Tensor
+    rope_sin: Tensor
+
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size

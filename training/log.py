@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ class RunLog:
     ) -> None:
         self.run_dir, self.config, self.steps, self.resolved = run_dir, config, steps, resolved
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.tokens, self.seconds = row.get("tokens", 0), row.get("seconds", 0.0)
+        self.tokens = row.get("tokens", 0)
+        self._begin = time.perf_counter() - row.get("seconds", 0.0)
         self.first_step = row.get("step", 0)
         self._recent_tokens, self._recent_seconds = 0, 0.0
         self._wandb: Any = None
@@ -77,9 +80,12 @@ class RunLog:
             self._wandb.finish(exit_code=0 if exception[0] is None else 1)
 
     def count(self, step: int, result: StepResult) -> dict[str, Any]:
-        """The metrics of a step that was just taken (1 after the first); shown in the bar."""
+        """The metrics of a step that was just taken (1 after the first); shown in the bar.
+
+        `tokens_per_second` counts training steps alone, since the last logged row; `seconds` is
+        all the time that the run has taken, evaluations and resumes included.
+        """
         self.tokens += result.tokens
-        self.seconds += result.seconds
         self._recent_tokens += result.tokens
         self._recent_seconds += result.seconds
         speed = self._recent_tokens / self._recent_seconds
@@ -90,7 +96,7 @@ class RunLog:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens_per_second": round(speed, 1),
-            "seconds": round(self.seconds, 3),
+            "seconds": round(time.perf_counter() - self._begin, 3),
         }
         if self.peak_flops is not None:
             row["mfu"] = round(self.flops_per_token * speed / self.peak_flops, 4)
@@ -108,12 +114,14 @@ class RunLog:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in row.items()})
+            self._wandb.log(row)
         # On a terminal the bar shows the rest; a pipe gets every logged line.
         if evaluated or self._progress.disable:
             names = ("loss", "val_loss", "val_bpb", "stop_logprob", "stop_rate")
             shown = "  ".join(f"{k} {row[k]:.4f}" for k in names if k in row)
-            speed = f"  {row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
+            speed = (
+                f"  {row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
+            )
             self.say(f"step {step}/{self.steps}  {shown}{speed}")
 
     def say(self, text: str) -> None:
@@ -128,7 +136,9 @@ class RunLog:
             import wandb  # slow to import, so only where it is used
 
             stored = self.run_dir / "wandb.json"
-            run_id = json.loads(stored.read_text())["id"] if stored.exists() else wandb.util.generate_id()
+            run_id = (
+                json.loads(stored.read_text())["id"] if stored.exists() else uuid.uuid4().hex[:12]
+            )
             write_json(stored, {"id": run_id})
             self._wandb = wandb.init(
                 project=self.config.wandb_project,

@@ -1,0 +1,177 @@
+"""The two checkpoints side by side: same prompt, same seed, same sampler.
+
+python sample.py --base out/quickstart/base --instruct out/quickstart/instruct --chat
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data.chat import Message, render_prompt, template_fingerprint
+from data.files import one_line_errors, write_json
+from model.generate import Sampling, generate
+from training.checkpoint import Checkpoint, load_checkpoint
+from training.runtime import pick_device
+
+# What is shown of each prompt: the column's title by its name in the JSON.
+COLUMNS = {
+    "base_raw": "base, continuing the text",
+    "base_chat": "base, given the chat template",
+    "instruct": "instruct",
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model made of a prompt; `stopped` says that it ended by itself."""
+
+    text: str
+    tokens: int
+    stopped: bool
+
+
+def reply(checkpoint: Checkpoint, ids: list[int], sampling: Sampling) -> Reply:
+    """Samples up to the end-of-turn token, which the text leaves out."""
+    end = checkpoint.tokenizer.end_of_turn
+    new = generate(checkpoint.model, [ids], sampling, stop={end})[0]
+    stopped = new[-1] == end
+    return Reply(checkpoint.tokenizer.decode(new[:-1] if stopped else new), len(new), stopped)
+
+
+def load_pair(base: str, instruct: str, device: str) -> tuple[Checkpoint, Checkpoint]:
+    """Both checkpoints on a device.
+
+    Raises:
+        ValueError: not a base and an instruct checkpoint that share a tokenizer and template.
+    """
+    pair = [load_checkpoint(path, pick_device(device)) for path in (base, instruct)]
+    for checkpoint, kind in zip(pair, ("base", "instruct"), strict=True):
+        if checkpoint.meta["kind"] != kind:
+            found = checkpoint.meta["kind"]
+            raise ValueError(f"--{kind} {checkpoint.path}: it is of the other kind, {found}")
+    if pair[0].tokenizer.fingerprint != pair[1].tokenizer.fingerprint:
+        raise ValueError("the two checkpoints have different tokenizers; they cannot be compared")
+    if pair[1].meta["template"] != template_fingerprint():
+        raise ValueError(f"{pair[1].path} was trained with another chat template than this code's")
+    return pair[0], pair[1]
+
+
+class Conversation:
+    """One conversation with each of the three columns, each with its own replies as history."""
+
+    def __init__(self, base: Checkpoint, instruct: Checkpoint, sampling: Sampling) -> None:
+        self.base, self.instruct, self.sampling = base, instruct, sampling
+        self.text = ""
+        self.messages: dict[str, list[Message]] = {"base_chat": [], "instruct": []}
+
+    def ask(self, prompt: str) -> dict[str, Reply]:
+        """The replies to the next prompt, by column."""
+        self.text = f"{self.text}\n{prompt}" if self.text else prompt
+        tokenizer = self.base.tokenizer
+        raw = [tokenizer.end_of_text, *tokenizer.encode(self.text)]
+        replies = {"base_raw": reply(self.base, raw, self.sampling)}
+        self.text += replies["base_raw"].text
+        for column, checkpoint in (("base_chat", self.base), ("instruct", self.instruct)):
+            messages = self.messages[column]
+            messages.append(Message(role="user", content=prompt))
+            # Whole old turns are forgotten, so that the newest question is never cut.
+            while len(messages) > 1 and self._length(messages) > checkpoint.model.config.block_size:
+                del messages[:2]
+            prompt_ids = render_prompt(messages, tokenizer)
+            replies[column] = reply(checkpoint, prompt_ids, self.sampling)
+            messages.append(Message(role="assistant", content=replies[column].text))
+        return replies
+
+    def _length(self, messages: list[Message]) -> int:
+        room = min(self.sampling.max_new_tokens, self.base.model.config.block_size // 2)
+        return len(render_prompt(messages, self.base.tokenizer)) + room
+
+
+def show(console: Console, prompt: str, replies: dict[str, Reply]) -> None:
+    """A table on a terminal; plain text, one reply a paragraph, in a pipe."""
+    endings = {c: "" if r.stopped else " ..." for c, r in replies.items()}
+    if not console.is_terminal:
+        print(f"prompt: {prompt}")
+        for column, r in replies.items():
+            print(f"[{COLUMNS[column]}] {r.text}{endings[column]}")
+        print(flush=True)
+        return
+    table = Table(*COLUMNS.values(), title=Text(prompt, style="bold"), title_justify="left")
+    table.add_row(*(Text(r.text + endings[c]) for c, r in replies.items()))
+    console.print(table)
+
+
+def chat(console: Console, conversation: Conversation) -> None:
+    """Reads prompts until end of input; /reset begins again."""
+    print("Type a message to both models; /reset begins a new conversation, Ctrl-D ends.")
+    while True:
+        try:
+            prompt = input("you> ").strip()
+        except EOFError:
+            print()
+            return
+        if prompt == "/reset":
+            conversation = Conversation(
+                conversation.base, conversation.instruct, conversation.sampling
+            )
+        elif prompt:
+            show(console, prompt, conversation.ask(prompt))
+
+
+def run(a: argparse.Namespace) -> None:
+    """Answers what the command line asks."""
+    sampling = Sampling(a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
+    base, instruct = load_pair(a.base, a.instruct, a.device)
+    console = Console()
+    if a.chat:
+        chat(console, Conversation(base, instruct, sampling))
+        return
+    prompts = [a.prompt]
+    if a.prompts is not None:
+        try:
+            prompts = [p for p in a.prompts.read_text(encoding="utf-8").splitlines() if p.strip()]
+        except UnicodeDecodeError:
+            raise ValueError(f"{a.prompts} is not UTF-8 text") from None
+    if not any(p.strip() for p in prompts):
+        raise ValueError("there is no prompt; give some text")
+    results: list[dict[str, Any]] = []
+    for prompt in prompts:
+        replies = Conversation(base, instruct, sampling).ask(prompt)
+        show(console, prompt, replies)
+        results.append({"prompt": prompt, **{c: asdict(r) for c, r in replies.items()}})
+    if a.json is not None:
+        made_by = {"base": str(base.path), "instruct": str(instruct.path), **asdict(sampling)}
+        write_json(a.json, {"settings": made_by, "results": results})
+
+
+def main() -> None:
+    """Runs one command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--base", required=True, help="base checkpoint, or its run")
+    p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="one prompt")
+    what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
+    what.add_argument("--chat", action="store_true", help="a live conversation with both")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    p.add_argument("--top-k", type=int, help="sample from the k most likely tokens")
+    p.add_argument("--top-p", type=float, help="sample from the most likely share p")
+    p.add_argument("--seed", type=int, default=1, help="of the sampling (default 1)")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="per reply (default 64)")
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    p.add_argument("--json", type=Path, help="write prompts, replies and settings here too")
+    with one_line_errors():
+        run(p.parse_args())
+
+
+if __name__ == "__main__":
+    main()
