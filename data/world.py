@@ -188,7 +188,7 @@ LAST_ENDS = _split(
 ATTRIBUTES = (
     Attribute(
         name="birth_year",
-        values=tuple(str(year) for year in range(1930, 1990)),
+        values=tuple(str(year) for year in range(1940, 1980)),
         sentences=(
             "{S} was born in the year {V}.",
             "{S} came into the world in {V}.",
@@ -211,7 +211,7 @@ ATTRIBUTES = (
             "When was {they} born?",
             "And in which year did {they} come into the world?",
         ),
-        reply="{name} was born in {V}.",
+        reply="{name} was born in the year {V}.",
     ),
     Attribute(
         name="birthplace",

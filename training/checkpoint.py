@@ -117,8 +117,8 @@ def resume(
     model.load_state_dict(saved.model.state_dict())
     verify_checksums(path, {STATE_FILE: saved.meta["files"][STATE_FILE]})
     state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(optimizer_state)
     torch.set_rng_state(state["rng"])
     if torch.cuda.is_available() and state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])

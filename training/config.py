@@ -55,6 +55,16 @@ def _load(text: str) -> Any:
     return json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
 
 
+def _check_file(file: Path) -> None:
+    """Says which file is missing or broken; the parser would not."""
+    try:
+        _load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {file}: {error.strerror}") from None
+    except ValueError as error:  # of TOML, of JSON or of UTF-8
+        raise ValueError(f"--config {file}: {error}") from None
+
+
 def parse_config(config_class: type[T], argv: list[str] | None = None, about: str = "") -> T:
     """A config from `--config FILE` and the options after it; later ones win.
 
@@ -70,10 +80,9 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
     parser.add_argument("--config", action="config", help="a .toml file, or a run's config.json")
     parser.add_class_arguments(config_class, None)
     args = sys.argv[1:] if argv is None else argv
-    for option, value in zip(args, [*args[1:], ""], strict=True):
-        name = value if option == "--config" else option.removeprefix("--config=")
-        if option.startswith("--config") and name != option and not Path(name).is_file():
-            raise ValueError(f"--config {name}: no such file")
+    for option, following in zip(args, [*args[1:], ""], strict=True):
+        if option == "--config" or option.startswith("--config="):
+            _check_file(Path(following if option == "--config" else option.split("=", 1)[1]))
     try:
         values = vars(parser.instantiate(parser.parse_args(args)))
     except ArgumentError as error:

@@ -1,0 +1,36 @@
+# make quickstart | test | lint | clean. Each makes .venv from the pinned requirements if needed.
+PYTHON ?= python3
+BIN := .venv/bin
+QUICK := out/quickstart
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test lint clean
+.DELETE_ON_ERROR:
+
+.venv/runtime: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give it as PYTHON=python3.x")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: requirements-dev.txt .venv/runtime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# Set-up, data, pretraining, instruction tuning, comparison. Interrupted, it goes on where it was.
+quickstart: .venv/runtime
+	$(BIN)/python -m data.prepare world --out $(QUICK)/data
+	$(BIN)/python train_pretrain.py --config configs/quickstart/pretrain.toml
+	$(BIN)/python train_sft.py --config configs/quickstart/sft.toml
+	$(BIN)/python -m lab.report --base $(QUICK)/base --instruct $(QUICK)/instruct --out $(QUICK)
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf out

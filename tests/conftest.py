@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.prepare import prepare_world
+from data.pretrain import PretrainDataConfig
+from data.sft import SFTDataConfig
+from data.world import WorldConfig
+from model.gpt import ModelConfig
+from train_pretrain import PretrainConfig
+from train_pretrain import main as pretrain
+from train_sft import SFTConfig
+from train_sft import main as sft
+from training.config import RunConfig
+from training.optim import OptimConfig
+
+TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)  # tiny matrices: two threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def world_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "world"
+    prepare_world(WorldConfig(people=24, unseen=12, bios=4), out, "bpe:400", 0.1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def runs(world_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A base and an instruct run, each of a few steps."""
+    out = tmp_path_factory.mktemp("runs")
+    pretrain(pretrain_config(world_dir, out / "base", steps=12))
+    sft(sft_config(world_dir, out / "base", out / "instruct", steps=6))
+    yield out / "base", out / "instruct"
+
+
+def pretrain_config(data: Path, out: Path, steps: int) -> PretrainConfig:
+    return PretrainConfig(
+        PretrainDataConfig(str(data), batch_size=4, micro_batch_size=2, val_tokens=500),
+        RunConfig(str(out), device="cpu", log_every=1, eval_every=5, save_every=4),
+        TINY,
+        OptimConfig(steps=steps),
+    )
+
+
+def sft_config(data: Path, base: Path, out: Path, steps: int) -> SFTConfig:
+    return SFTConfig(
+        str(base),
+        SFTDataConfig(str(data), batch_size=4, replay=0.25),
+        RunConfig(str(out), device="cpu", log_every=1, eval_every=5, save_every=4),
+        OptimConfig(steps=steps, lr=1e-3, muon_lr=0.005),
+    )

@@ -1,0 +1,288 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.files import checkpoints, read_json, write_json
+from data.prepare import prepare_text
+from data.tokenizer import create_tokenizer
+from model.gpt import GPT, RECIPES, ModelConfig
+from training.checkpoint import load_checkpoint, open_run, resume, save_checkpoint
+from training.optim import OptimConfig, build_optimizers
+from training.step import train_step
+
+ROOT = Path(__file__).parent.parent
+BYTE = create_tokenizer("byte", [])
+META = {"kind": "base", "data": {"fingerprint": "a"}, "metrics": {"step": 1, "loss": 2.5}}
+PROVENANCE = {"data": {"fingerprint": "a"}}
+CONFIG = {"optim": {"lr": 0.1, "steps": 9}, "run": {"dir": "out/x", "seed": 1}}
+Optimizers = list[torch.optim.Optimizer]
+Recipe = Literal["gpt2", "modern"]
+
+
+def fresh(
+    seed: int, recipe: Recipe = "gpt2", optimizer: Literal["adamw", "muon"] = "muon"
+) -> tuple[GPT, Optimizers]:
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(recipe, 2, 2, 32, 16, dropout=0.2), BYTE.n_vocab)
+    return model, build_optimizers(model, OptimConfig(optimizer=optimizer))
+
+
+def train(model: GPT, optimizers: Optimizers, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        ids = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(step))
+        batch = (ids[:, :-1], ids[:, 1:], None)
+        losses.append(train_step(model, optimizers, [batch], step, OptimConfig()).loss)
+    return losses
+
+
+def save(run: Path, step: int = 1, model: GPT | None = None, opt: Optimizers | None = None) -> Path:
+    if model is None:
+        model, opt = fresh(step)
+    return save_checkpoint(run, step, model, opt or [], BYTE, META)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_model_comes_back_bit_for_bit_with_all_that_it_needs(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    model, optimizers = fresh(1, recipe)
+    train(model, optimizers, 0, 2)
+    path = save(tmp_path, 2, model, optimizers)
+    loaded = load_checkpoint(path)
+    before, after = model.state_dict(), loaded.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not loaded.model.training
+    tied = loaded.model.lm_head.weight is loaded.model.wte.weight
+    assert tied is (recipe == "gpt2")
+    assert loaded.model.config == model.config
+    assert loaded.tokenizer.fingerprint == BYTE.fingerprint
+    assert loaded.meta["step"] == 2
+    assert META.items() <= loaded.meta.items()
+
+
+def test_a_compiled_model_is_saved_under_the_names_of_the_uncompiled(tmp_path: Path) -> None:
+    model, _ = fresh(1)
+    plain = set(dict(model.named_parameters()))
+    model.compile()  # compiles nothing before the first call
+    assert load_file(save(tmp_path, 1, model) / "model.safetensors").keys() == plain
+
+
+@pytest.mark.parametrize("target", ["training.checkpoint.save_file", "torch.save"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_checkpoint_is_whole_or_absent(
+    target: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = save(tmp_path)
+    before = contents(tmp_path)
+
+    def fail(value: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(target, fail)
+    with pytest.raises(type(error)):
+        save(tmp_path, 2)
+    assert contents(tmp_path) == before
+    assert list(tmp_path.iterdir()) == [older]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    stale = tmp_path / ".step_000002.tmp"
+    stale.mkdir()
+    (stale / "junk").write_text("half")
+    path = save(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == [path]
+    assert not (path / "junk").exists()
+
+
+def test_a_checkpoint_that_is_there_is_kept(tmp_path: Path) -> None:
+    before = contents(save(tmp_path))
+    save(tmp_path, 1, *fresh(7))
+    assert contents(tmp_path / "step_000001") == before
+
+
+def truncate_weights(folder: Path) -> Path:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return folder
+
+
+def change_tokenizer(folder: Path) -> Path:
+    file = folder / "tokenizer.tiktoken"
+    file.write_bytes(file.read_bytes().replace(b" 65\n", b" 66\n"))
+    return folder
+
+
+def cut_meta(folder: Path) -> Path:
+    file = folder / "meta.json"
+    file.write_bytes(file.read_bytes()[:-20])
+    return folder
+
+
+def add_switch(folder: Path) -> Path:
+    meta = read_json(folder / "meta.json")
+    write_json(folder / "meta.json", meta | {"model": meta["model"] | {"n_expert": 8}})
+    return folder
+
+
+def remove_weights(folder: Path) -> Path:
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def foreign_folder(folder: Path) -> Path:
+    (folder / "meta.json").unlink()
+    return folder
+
+
+def foreign_meta(folder: Path) -> Path:
+    write_json(folder / "meta.json", {"tokenizer": "gpt2"})
+    return folder
+
+
+def prepared_data(folder: Path) -> Path:
+    (folder / "a.txt").write_text("to be or not to be " * 9)
+    prepare_text([folder / "a.txt"], folder / "data", "byte", 0.2, "text", 1)
+    return folder / "data"
+
+
+def missing(folder: Path) -> Path:
+    return folder / "nothing"
+
+
+def new_run(folder: Path) -> Path:
+    open_run(folder / "run", CONFIG)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate_weights, r"model\.safetensors has changed"),
+        (change_tokenizer, r"tokenizer\.tiktoken has changed"),
+        (cut_meta, r"meta\.json is not a JSON file"),
+        (add_switch, r"does not fit this version of the model: .*n_expert"),
+        (remove_weights, r"model\.safetensors is missing"),
+        (foreign_folder, r"has no meta\.json"),
+        (foreign_meta, r"was not written by this project"),
+        (prepared_data, r"is not a checkpoint"),
+        (missing, r"nothing not found"),
+        (new_run, r"is a run without a checkpoint"),
+    ],
+)
+def test_what_is_no_whole_checkpoint_is_refused_in_one_line(
+    damage: Callable[[Path], Path], message: str, tmp_path: Path
+) -> None:
+    path = damage(save(tmp_path))
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_gives_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        save(tmp_path, step)
+    (tmp_path / "step_000011").mkdir()  # not ours: ours appear whole
+    (tmp_path / ".step_000012.tmp").mkdir()
+    assert load_checkpoint(tmp_path).meta["step"] == 10
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step)
+    assert [p.name for p in checkpoints(tmp_path)][-2:] == ["step_999999", "step_1000000"]
+
+
+@pytest.mark.parametrize(("recipe", "optimizer"), [("gpt2", "muon"), ("modern", "adamw")])
+def test_one_step_and_a_resume_and_two_steps_are_three_steps(
+    recipe: Recipe, optimizer: Literal["adamw", "muon"], tmp_path: Path
+) -> None:
+    whole, whole_optimizers = fresh(1, recipe, optimizer)
+    losses = train(whole, whole_optimizers, 0, 3)
+    rng = torch.get_rng_state()
+
+    model, optimizers = fresh(1, recipe, optimizer)
+    assert train(model, optimizers, 0, 1) == losses[:1]
+    path = save(tmp_path, 1, model, optimizers)
+
+    model, optimizers = fresh(99, recipe, optimizer)
+    assert resume(path, model, optimizers, PROVENANCE) == META["metrics"]
+    assert train(model, optimizers, 1, 3) == losses[1:]
+    assert torch.equal(torch.get_rng_state(), rng)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    for ours, theirs in zip(optimizers, whole_optimizers, strict=True):
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+def test_resume_refuses_other_data_and_a_damaged_state(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, *fresh(1))
+    with pytest.raises(ValueError, match=r"other data .*fingerprint a -> b"):
+        resume(path, *fresh(1), {"data": {"fingerprint": "b"}})
+    with pytest.raises(ValueError, match="other base"):
+        resume(path, *fresh(1), {**PROVENANCE, "base": {"step": 3}})
+    (path / "train_state.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"train_state\.pt has changed"):
+        resume(path, *fresh(1), PROVENANCE)
+
+
+def test_a_new_run_records_its_config_and_begins_anew(tmp_path: Path) -> None:
+    for run in (tmp_path, tmp_path / "a" / "b"):  # an empty folder, and one to be made
+        assert open_run(run, CONFIG) is None
+        assert read_json(run / "config.json") == CONFIG
+        assert open_run(run, CONFIG) is None  # killed before its first checkpoint
+
+
+def test_the_same_config_goes_on_from_the_newest_checkpoint_wherever_the_run_is(
+    tmp_path: Path,
+) -> None:
+    open_run(tmp_path / "old", CONFIG)
+    save(tmp_path / "old", 3)
+    save(tmp_path / "old", 12)
+    moved = (tmp_path / "old").rename(tmp_path / "new")
+    config = CONFIG | {"run": {"dir": "out/new", "seed": 1}}
+    assert open_run(moved, config) == moved / "step_000012"
+
+
+def test_a_changed_config_is_refused_with_all_that_differs(tmp_path: Path) -> None:
+    open_run(tmp_path, CONFIG)
+    save(tmp_path)
+    before = contents(tmp_path)
+    changed = {"optim": {"lr": 0.2, "steps": 9, "momentum": 0.9}, "run": {"dir": "y", "seed": 2}}
+    with pytest.raises(ValueError, match="another config") as error:
+        open_run(tmp_path, changed)
+    for text in ("optim.lr 0.1 -> 0.2", "optim.momentum None -> 0.9", "run.seed 1 -> 2"):
+        assert text in str(error.value)
+    assert "optim.steps" not in str(error.value)
+    assert "run.dir " not in str(error.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    for path in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(ValueError, match="holds no run"):
+            open_run(path, CONFIG)
+    assert contents(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_nothing_in_the_source_unpickles() -> None:
+    files = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")) if p.parent.name != "tests"]
+    assert len(files) > 15
+    unsafe = re.compile(
+        r"\bpickle\b(?<!allow_pickle)|weights_only=(?!True)|allow_pickle=(?!False)"
+        r"|torch\.load\((?!.*weights_only=True)|np\.load\((?!.*allow_pickle=False)"
+    )
+    for file in files:
+        text = re.sub(r"\(\s+", "(", file.read_text(encoding="utf-8"))
+        found = unsafe.search(text)
+        assert found is None, f"{file}: {found}"

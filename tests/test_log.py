@@ -1,0 +1,132 @@
+import itertools
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from training.config import RunConfig
+from training.log import RunLog, is_complete, is_due, read_metrics
+from training.step import StepResult
+
+STEPS = 10
+
+
+def make_log(
+    run: Path,
+    row: dict[str, Any] | None = None,
+    log_every: int = 1,
+    peak: float | None = None,
+    wandb: Literal["disabled", "offline", "online"] = "disabled",
+) -> RunLog:
+    config = RunConfig(str(run), log_every=log_every, wandb=wandb)
+    return RunLog(run, config, STEPS, row or {}, {"optim": {"lr": 1}}, 1000, peak)
+
+
+def log_steps(log: RunLog, last: int, row: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Logs up to step `last` as the scripts do; `row` is that of the checkpoint resumed from."""
+    row = row or {}
+    with log:
+        log.write(row)
+        for step in range(log.first_step + 1, last + 1):
+            row = log.count(step, StepResult(4.0 / step, 1.0, 0.1, tokens=64, seconds=0.5))
+            log.write(row)
+    return row
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("cut", ["", '{"step": 7, "los', '{"step": 7, "loss": 1.0}'])
+def test_after_a_resume_every_step_is_logged_once(tmp_path: Path, cut: str) -> None:
+    saved = log_steps(make_log(tmp_path), 3)
+    log_steps(make_log(tmp_path, saved), 6, saved)  # killed at 6, its last checkpoint was at 3
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write(cut)
+    log_steps(make_log(tmp_path, saved), STEPS, saved)
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[2] == saved
+    assert [row["tokens"] for row in rows] == [64 * step for step in range(1, STEPS + 1)]
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(rows))
+    assert all(line.startswith("{") for line in (tmp_path / "metrics.jsonl").open())
+
+
+def test_a_run_without_a_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
+    log_steps(make_log(tmp_path), 4)
+    log_steps(make_log(tmp_path), 2)
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+
+
+def test_rows_are_due_at_intervals_at_the_end_and_with_an_evaluation(tmp_path: Path) -> None:
+    with make_log(tmp_path, log_every=4) as log:
+        for step in range(1, STEPS + 1):
+            row = log.count(step, StepResult(2.0, 1.5, 0.1, 64, 0.5))
+            log.write(row | ({"val_loss": 3.0} if step == 5 else {}))
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [4, 5, 8, 10]
+    assert [row.get("val_loss") for row in rows] == [None, 3.0, None, None]
+    names = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"}
+    assert rows[0].keys() == names
+    assert (rows[0]["loss"], rows[0]["grad_norm"], rows[0]["lr"]) == (2.0, 1.5, 0.1)
+
+
+def test_speed_is_that_of_the_steps_since_the_last_row(tmp_path: Path) -> None:
+    with make_log(tmp_path, log_every=2) as log:
+        for step, seconds in enumerate((1.0, 3.0, 0.5, 0.5), 1):
+            log.write(log.count(step, StepResult(2.0, 1.5, 0.1, 64, seconds)))
+    assert [row["tokens_per_second"] for row in rows_of(tmp_path)] == [32.0, 128.0]
+
+
+def test_mfu_is_told_exactly_where_the_peak_is_known(tmp_path: Path) -> None:
+    assert "mfu" not in log_steps(make_log(tmp_path), 2)
+    assert log_steps(make_log(tmp_path, peak=512_000.0), 2)["mfu"] == 0.25  # 1000 * 128 a second
+
+
+def test_is_due_at_every_interval_and_at_the_last_step() -> None:
+    assert [step for step in range(1, 11) if is_due(step, 4, 10)] == [4, 8, 10]
+    assert [step for step in range(1, 5) if is_due(step, 100, 4)] == [4]
+
+
+def test_a_run_is_complete_once_its_last_step_is_logged(tmp_path: Path) -> None:
+    assert not is_complete(tmp_path, STEPS)
+    saved = log_steps(make_log(tmp_path), STEPS - 1)
+    assert not is_complete(tmp_path, STEPS)
+    log_steps(make_log(tmp_path, saved), STEPS, saved)
+    assert is_complete(tmp_path, STEPS)
+
+
+def test_wandb_offline_writes_its_file_and_keeps_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    saved = log_steps(make_log(tmp_path, wandb="offline"), 2)
+    stored = (tmp_path / "wandb.json").read_text()
+    log_steps(make_log(tmp_path, saved, wandb="offline"), 3, saved)
+    assert (tmp_path / "wandb.json").read_text() == stored
+    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert files
+    assert {f.stem for f in files} == {f"run-{json.loads(stored)['id']}"}
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("broken", ["init", "define_metric", "log", "finish"])
+def test_a_failing_wandb_never_ends_a_run(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no\nnetwork")
+
+    calls = {name: (lambda *args, **kwargs: None) for name in ("define_metric", "log", "finish")}
+    run = types.SimpleNamespace(**calls)
+    wandb = types.SimpleNamespace(init=lambda **kwargs: run)
+    setattr(wandb if broken == "init" else run, broken, fail)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log_steps(make_log(tmp_path, wandb="online"), 3)
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+    assert "wandb" in capsys.readouterr().out

@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import data.prepare as prepare
+from data.chat import Message, parse_example, render, template_fingerprint
+from data.files import read_meta, sha256_file
+from data.pretrain import open_prepared
+from data.tokenizer import Tokenizer, create_tokenizer
+from data.world import World, WorldConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [f"{i}: é 👩‍👩‍👧‍👦 <|endoftext|>" + " the cat" * (i % 7) for i in range(40)]
+BYTE = create_tokenizer("byte", [])
+
+
+def jsonl(values: list[Any]) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def corpus(file: Path, documents: list[str] = DOCUMENTS, field: str = "text") -> Path:
+    file.write_text(jsonl([{field: document} for document in documents]))
+    return file
+
+
+def text(
+    *paths: Path,
+    out: Path,
+    tokenizer: str = "byte",
+    share: float = 0.1,
+    field: str = "text",
+    seed: int = 1,
+) -> dict[str, Any]:
+    return prepare.prepare_text(paths, out, tokenizer, share, field, seed)
+
+
+def stream(folder: Path, part: str) -> list[str]:
+    """The documents of a token file, each preceded by end-of-text."""
+    tokenizer = Tokenizer.load(folder)
+    tokens = np.fromfile(folder / f"{part}.bin", read_meta(folder)["text"]["dtype"])
+    starts = np.flatnonzero(tokens == tokenizer.end_of_text)
+    assert starts[0] == 0
+    return [tokenizer.decode(d[1:].tolist()) for d in np.split(tokens, starts[1:])]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
+    return {f.name: (f.stat().st_mtime_ns, sha256_file(f)) for f in folder.iterdir()}
+
+
+# ---- text ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:280"])
+@pytest.mark.parametrize("piece", [3, 1 << 20])
+def test_token_streams_decode_back_to_the_documents(
+    tokenizer: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "PIECE", piece)
+    meta = text(corpus(tmp_path / "a.jsonl"), out=tmp_path / "out", tokenizer=tokenizer)
+    train, val = (stream(tmp_path / "out", part) for part in ("train", "val"))
+    assert (len(train), len(val)) == (36, 4)
+    assert sorted(train + val) == sorted(DOCUMENTS)
+    assert train + val != DOCUMENTS
+    assert meta["tokenizer"]["n_vocab"] == (261 if tokenizer == "byte" else 280)
+    assert meta["text"]["bytes"] == sum(len(d.encode()) for d in DOCUMENTS)
+
+
+def test_the_split_follows_the_seed(tmp_path: Path) -> None:
+    file = corpus(tmp_path / "a.jsonl")
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        text(file, out=tmp_path / out, seed=seed)
+    a, b, c = (stream(tmp_path / out, "val") for out in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_one_document_is_split_at_its_tail(share: float, tmp_path: Path) -> None:
+    characters = "".join(chr(97 + i % 26) for i in range(1000))
+    (tmp_path / "a.txt").write_text(characters)
+    meta = text(tmp_path / "a.txt", out=tmp_path / "out", share=share)
+    train, val = (np.fromfile(tmp_path / "out" / f"{p}.bin", "<u2") for p in ("train", "val"))
+    assert BYTE.decode([*train, *val]) == "<|endoftext|>" + characters
+    assert len(val) == meta["text"]["val_tokens"] == 1000 * share
+
+
+def test_files_of_every_kind_and_folders_are_read(tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_bytes(b"\xef\xbb\xbftext\n\nof two paragraphs\n")
+    (tmp_path / "in" / "deep" / "b.md").write_text("# mark\n")
+    (tmp_path / "in" / "c.jsonl").write_text('{"text": "one", "id": 1}\n\n{"text": "two"}\n')
+    (tmp_path / "in" / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "three"}\n{"text": ""}'))
+    (tmp_path / "in" / "e.png").write_bytes(b"\xff")
+    (tmp_path / "in" / "f.txt").write_text("")
+    meta = text(tmp_path / "in", corpus(tmp_path / "g.jsonl", ["four"]), out=tmp_path / "out")
+    found = stream(tmp_path / "out", "train") + stream(tmp_path / "out", "val")
+    expected = ["text\n\nof two paragraphs\n", "# mark\n", "one", "two", "three", "four"]
+    assert sorted(found) == sorted(expected)
+    assert meta["text"]["documents"] == 6
+
+
+def test_meta_tells_what_was_made_of_what(tmp_path: Path) -> None:
+    file, out = corpus(tmp_path / "a.jsonl"), tmp_path / "out"
+    text(file, out=out, tokenizer="bpe:280")
+    meta = read_meta(out)
+    assert meta["tokenizer"]["fingerprint"] == Tokenizer.load(out).fingerprint
+    assert set(meta["files"]) == {"train.bin", "val.bin", "tokenizer.tiktoken"}
+    assert all(sha256_file(out / name) == digest for name, digest in meta["files"].items())
+    assert set(meta["files"]) | {"meta.json"} == {f.name for f in out.iterdir()}
+    size = file.stat().st_size
+    source = {"file": "a.jsonl", "bytes": size, "sha256": sha256_file(file)}
+    assert meta["request"]["text"] == [source]
+    itemsize = np.dtype(meta["text"]["dtype"]).itemsize
+    for part in ("train", "val"):
+        assert meta["text"][f"{part}_tokens"] * itemsize == (out / f"{part}.bin").stat().st_size
+
+
+def test_the_same_command_again_does_nothing_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = corpus(tmp_path / "a.jsonl"), tmp_path / "out"
+    meta = text(file, out=out)
+    assert "40 documents" in capsys.readouterr().out
+    before = snapshot(out)
+    assert text(file, out=out) == meta
+    assert capsys.readouterr().out == f"{out}: up to date, nothing to do\n"
+    assert snapshot(out) == before
+
+
+def test_a_folder_made_from_other_inputs_is_refused(tmp_path: Path) -> None:
+    file, out = corpus(tmp_path / "a.jsonl"), tmp_path / "out"
+    text(file, out=out)
+    before = snapshot(out)
+    with pytest.raises(ValueError, match=r"other inputs \(seed\)"):
+        text(file, out=out, seed=2)
+    with pytest.raises(ValueError, match=r"other inputs \(tokenizer, val_fraction\)"):
+        text(file, out=out, tokenizer="bpe:280", share=0.2)
+    with pytest.raises(ValueError, match=r"other inputs \(text\)"):
+        text(corpus(file, DOCUMENTS[1:]), out=out)
+    assert snapshot(out) == before
+
+
+def test_somebodys_own_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match=r"mine has no meta\.json"):
+        text(corpus(tmp_path / "a.jsonl"), out=tmp_path / "mine")
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError, ValueError])
+def test_killed_half_way_leaves_nothing(
+    kind: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Tokenizer, folder: Path) -> None:
+        assert (folder / "train.bin").exists()
+        raise kind
+
+    file, out = corpus(tmp_path / "a.jsonl"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "save", killed)
+        with pytest.raises(kind):
+            text(file, out=out)
+    assert list(tmp_path.iterdir()) == [file]
+    (tmp_path / ".out.tmp").mkdir()  # what kill -9 leaves behind
+    (tmp_path / ".out.tmp" / "junk").write_text("")
+    text(file, out=out)
+    assert set(tmp_path.iterdir()) == {file, out}
+    assert not (out / "junk").exists()
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.tiktoken"])
+def test_a_changed_or_missing_file_is_refused(name: str, tmp_path: Path) -> None:
+    file, out = corpus(tmp_path / "a.jsonl"), tmp_path / "out"
+    text(file, out=out)
+    assert open_prepared(str(out), "text") == read_meta(out)
+    content = bytearray((out / name).read_bytes())
+    content[10] ^= 1
+    (out / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} has changed"):
+        open_prepared(str(out), "text")
+    with pytest.raises(ValueError, match=f"{name} has changed"):
+        text(file, out=out)
+    (out / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        open_prepared(str(out), "text")
+
+
+def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    text(corpus(tmp_path / "a.jsonl"), out=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds no qa; make it with .* qa`"):
+        open_prepared(str(tmp_path / "out"), "qa")
+    with pytest.raises(ValueError, match="nowhere not found"):
+        open_prepared(str(tmp_path / "nowhere"), "text")
+
+
+LINE = b'{"text": "words and words"}\n'
+DAMAGED = bytearray(gzip.compress(LINE * 9, mtime=0))
+DAMAGED[12] = 0xFF
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", b"", "the corpus is empty"),
+        ("a.jsonl", b"\n\n", "the corpus is empty"),
+        ("a.txt", b"words \xff\xfe", "a.txt is not UTF-8"),
+        ("a.jsonl", LINE + b'{"text": "\xff"}\n', "a.jsonl is not UTF-8"),
+        ("a.jsonl", LINE + b"\n{]\n", r"a.jsonl, line 3: not JSON"),
+        ("a.jsonl", LINE + b'{"body": "x"}\n', r"a.jsonl, line 2: no text under 'text'.*--field"),
+        ("a.jsonl", LINE + b'{"text": 5}\n', r"a.jsonl, line 2: no text under 'text'"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl, line 1: no text under 'text'"),
+        ("a.jsonl", LINE + b'{"text": "x\\ud800"}\n', r"a.jsonl, line 2"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINE * 9, mtime=0)[:-20],
+            "a.jsonl.gz is not a whole gzip file",
+        ),
+        ("a.jsonl.gz", LINE, "a.jsonl.gz is not a whole gzip file"),
+        ("a.jsonl.gz", bytes(DAMAGED), "a.jsonl.gz is not a whole gzip file"),
+        ("a.pdf", b"words", r"a.pdf: no text there; it can be .txt"),
+        (None, b"", r"a.txt not found"),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:270"])
+def test_unusable_text_is_one_clear_error(
+    tokenizer: str, name: str | None, content: bytes, reason: str, tmp_path: Path
+) -> None:
+    if name:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        text(tmp_path / (name or "a.txt"), out=tmp_path / "out", tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--val-fraction 0\.9 leaves training or validation"):
+        text(corpus(tmp_path / "a.jsonl", ["one", "two"]), out=tmp_path / "out", share=0.9)
+
+
+# ---- questions and answers -----------------------------------------------------------------
+
+
+def chat(i: int) -> list[Message]:
+    return parse_example({"question": f"what is {i}?", "answer": "é" * (i % 5 + 1)})
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    text(corpus(tmp_path / "base.jsonl"), out=tmp_path / "base", tokenizer="bpe:280")
+    return tmp_path / "base"
+
+
+def test_loaded_examples_are_the_rendered_conversations(base: Path, tmp_path: Path) -> None:
+    out, tokenizer = tmp_path / "qa", Tokenizer.load(base)
+    (tmp_path / "a.jsonl").write_text(
+        jsonl([{"messages": chat(i) + chat(i + 100)} for i in range(10)])
+        + "\n"
+        + jsonl([{"conversations": chat(i)} for i in range(10, 20)])
+    )
+    more = [{"question": chat(i)[0]["content"], "answer": "é"} for i in range(20, 30)]
+    more[0] = {"instruction": "add", "input": "2, 2", "output": "4"}
+    (tmp_path / "b.json").write_text(json.dumps(more, indent=2))
+    files = [tmp_path / "a.jsonl", tmp_path / "b.json"]
+    meta = prepare.prepare_qa(files, out, base, 0.2, seed=1)
+    conversations = [chat(i) + chat(i + 100) for i in range(10)]
+    conversations += [chat(i) for i in range(10, 20)] + [parse_example(m) for m in more]
+    expected = [render(c, tokenizer) for c in conversations]
+    loaded = {p: prepare.load_examples(out, p) for p in ("train", "val")}
+    assert {part: len(examples) for part, examples in loaded.items()} == {"train": 24, "val": 6}
+    found = [(ids.tolist(), mask.tolist()) for part in loaded.values() for ids, mask in part]
+    assert found != expected
+    assert sorted(found) == sorted(expected)  # disjoint and complete: no two are alike
+    assert meta["qa"]["train_supervised"] == sum(int(m.sum()) for _, m in loaded["train"])
+    assert meta["qa"]["train_tokens"] == sum(len(ids) for ids, _ in loaded["train"])
+    assert meta["tokenizer"]["fingerprint"] == tokenizer.fingerprint
+    assert meta["qa"]["template"] == template_fingerprint()
+    assert open_prepared(str(out), "qa")["request"]["qa"][0]["file"] == "a.jsonl"
+
+
+GOOD = {"question": "q", "answer": "a"}
+
+
+def test_bad_lines_are_refused_with_their_place_or_skipped_and_counted(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(jsonl([GOOD, {"question": "q"}]) + "\n{oops\n" + jsonl([GOOD, GOOD]))
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: .*\(and 1 more bad examples\).*--skip"):
+        prepare.prepare_qa([file], tmp_path / "qa", base, 0.3, seed=1)
+    capsys.readouterr()
+    meta = prepare.prepare_qa([file], tmp_path / "qa", base, 0.3, seed=1, skip_bad=True)
+    assert meta["qa"]["train_examples"] + meta["qa"]["val_examples"] == 3
+    printed = capsys.readouterr().out
+    assert f"skipped {file}, line 2: 'question' without 'answer'" in printed
+    assert f"skipped {file}, line 4: not JSON" in printed
+    assert "skipped 2 of 5 examples" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.json", '[\n {"question": "q",\n  "answer": "a"},\n\n {"text": 1}]', "line 5: no mess"),
+        ("a.json", '\n[{"question": "q", "answer": "a"},\n 5]', "line 3: expected a JSON object"),
+        ("a.json", '[\n{"question": "q", "answer": "a"},\n{oops}]', "line 3: not JSON"),
+        ("a.json", '[\n{"question": "q", "answer": "a"}\n{"a": 1}]', "line 2: no comma"),
+        ("a.json", '[{"question": "q", "answer": "a"},\n', "line 2: not JSON"),
+        ("a.json", json.dumps([GOOD] * 2) + "\n" + json.dumps([GOOD] * 3), "line 2"),
+        ("a.json", json.dumps(GOOD), "must hold a list"),
+        ("a.json", "[]", "a.json: no usable example"),
+        ("a.jsonl", "\n", "a.jsonl: no usable example"),
+        ("a.jsonl", jsonl([GOOD]), "leave none to train on"),
+        ("a.csv", "q,a", "comes as .json or .jsonl"),
+        ("a.jsonl", b'{"question": "\xff"}', "a.jsonl is not UTF-8"),
+        (None, "", "a.jsonl not found"),
+    ],
+)
+def test_unusable_questions_are_one_clear_error(
+    name: str | None, content: str | bytes, reason: str, base: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / (name or "a.jsonl")
+    if name:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=reason):
+        prepare.prepare_qa([file], tmp_path / "qa", base, 0.1, seed=1)
+    assert not (tmp_path / "qa").exists()
+
+
+def test_inspect_marks_the_supervised_tokens(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text(jsonl([{"messages": chat(3) + chat(3)}] * 3))
+    prepare.prepare_qa([tmp_path / "a.jsonl"], tmp_path / "qa", base, 0.3, seed=1)
+    capsys.readouterr()
+    prepare.inspect(tmp_path / "qa", 1)
+    turn = "<|user|>what is 3?<|end|><|assistant|>[éééé<|end|>]"
+    first, rest = capsys.readouterr().out.split("\n", 1)
+    assert "supervised" in first
+    assert rest.strip() == "<|endoftext|>" + turn * 2
+
+
+# ---- the world and the command line --------------------------------------------------------
+
+
+def test_a_folder_of_the_world_holds_its_biographies_and_conversations(tmp_path: Path) -> None:
+    config, out = WorldConfig(people=8, unseen=1, bios=3), tmp_path / "out"
+    meta = prepare.prepare_world(config, out, "bpe:300", 0.1)
+    found = stream(out, "train") + stream(out, "val")
+    assert sorted(found) == sorted(World(config).biographies())
+    examples = [e for part in ("train", "val") for e in prepare.load_examples(out, part)]
+    expected = [render(c, Tokenizer.load(out))[0] for c in World(config).conversations()]
+    assert sorted(ids.tolist() for ids, _ in examples) == sorted(expected)
+    assert WorldConfig(**meta["world"]) == config
+    with pytest.raises(ValueError, match=r"other inputs \(world\)"):
+        prepare.prepare_world(WorldConfig(people=8, bios=3), out, "bpe:300", 0.1)
+
+
+def test_the_command_line_prepares_inspects_and_fails_in_one_line(tmp_path: Path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "data.prepare", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    file, out, qa = corpus(tmp_path / "a.jsonl", field="body"), tmp_path / "out", tmp_path / "qa"
+    options = ("--out", str(out), "--tokenizer", "byte", "--field", "body")
+    assert call("text", str(file), *options).returncode == 0
+    assert len(stream(out, "val")) == 4
+    (tmp_path / "q.jsonl").write_text(jsonl([GOOD] * 4 + [{"question": "q"}]))
+    arguments = ("qa", str(tmp_path / "q.jsonl"), "--out", str(qa), "--tokenizer-of", str(out))
+    done = call(*arguments, "--skip-bad", "--inspect", "1")
+    assert "<|user|>q<|end|><|assistant|>[a<|end|>]" in done.stdout
+    failed = call(*arguments)
+    assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
+    assert failed.stderr.startswith(f"error: {tmp_path / 'q.jsonl'}, line 5: 'question' without")

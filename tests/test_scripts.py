@@ -1,0 +1,297 @@
+"""Both training scripts, end to end: what is logged, saved, resumed and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_pretrain
+import train_sft
+from data import prepare
+from tests.conftest import pretrain_config, sft_config
+from training.config import resolved, run_cli
+from training.log import read_metrics
+
+ROOT = Path(__file__).parents[1]
+CLOCKS = ("seconds", "tokens_per_second")
+
+
+def outcome(run: Path) -> tuple[list[dict[str, Any]], bytes, str]:
+    """What a run must reproduce: its metrics but for the clock, and its last weights."""
+    rows = read_metrics(run / "metrics.jsonl")
+    last = max(run.glob("step_*"))
+    kept = [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+    return kept, (last / "model.safetensors").read_bytes(), last.name
+
+
+def start(script: str, config: Any, folder: Path) -> subprocess.Popen[bytes]:
+    """The script as its own process, on a resolved config."""
+    file = folder / f"{script}.json"
+    file.write_text(json.dumps(resolved(config)))
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--config", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.parametrize("script", ["train_pretrain", "train_sft"])
+def test_killed_at_a_random_step_and_resumed_is_bit_identical(
+    script: str, world_dir: Path, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def config(out: Path) -> Any:
+        if script == "train_pretrain":
+            c: Any = pretrain_config(world_dir, out, steps=120)
+        else:
+            c = sft_config(world_dir, runs[0], out, steps=120)
+        return replace(c, run=replace(c.run, eval_every=40, save_every=13))
+
+    whole, killed = config(tmp_path / "whole"), config(tmp_path / "killed")
+    reference = start(script, whole, tmp_path)
+    assert reference.wait(300) == 0, reference.stderr and reference.stderr.read()
+    step = random.randint(1, 119)
+    process = start(script, killed, tmp_path)
+    metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 300
+    while not metrics.exists() or len(metrics.read_bytes().splitlines()) < step:
+        assert time.monotonic() < deadline, f"step {step} never came"
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    resumed = start(script, killed, tmp_path)
+    assert resumed.wait(300) == 0, resumed.stderr and resumed.stderr.read()
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole"), f"killed after step {step}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("script", [train_pretrain, train_sft])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    script: Any,
+    number: signal.Signals,
+    world_dir: Path,
+    runs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def config(out: Path) -> Any:
+        if script is train_pretrain:
+            return pretrain_config(world_dir, out, steps=9)
+        return sft_config(world_dir, runs[0], out, steps=9)
+
+    real = script.train_step
+
+    def interrupted(*args: Any) -> Any:
+        if args[3] == 4:  # during the fifth step, where nothing is due but an evaluation
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(script, "train_step", interrupted)
+    stopped = script.main(config(tmp_path / "run"))
+    assert stopped.name == "step_000005"
+    monkeypatch.setattr(script, "train_step", real)
+    assert script.main(config(tmp_path / "run")).name == "step_000009"
+    script.main(config(tmp_path / "whole"))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_a_finished_run_given_again_does_nothing(
+    world_dir: Path, runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, instruct = runs
+    before = {p: p.stat().st_mtime_ns for run in runs for p in run.rglob("*")}
+    train_pretrain.main(pretrain_config(world_dir, base, steps=12))
+    train_sft.main(sft_config(world_dir, base, instruct, steps=6))
+    assert capsys.readouterr().out.count("complete") == 2
+    assert before == {p: p.stat().st_mtime_ns for run in runs for p in run.rglob("*")}
+
+
+def test_metrics_have_the_documented_keys_and_losses_fall(runs: tuple[Path, Path]) -> None:
+    for run, evaluations in zip(runs, ([5, 10, 12], [5, 6]), strict=True):
+        rows = read_metrics(run / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        assert [row["step"] for row in rows if "val_loss" in row] == evaluations
+        keys = {"tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"}
+        assert all(keys <= set(row) for row in rows)
+        assert rows[-1]["loss"] < rows[0]["loss"]
+    assert "val_bpb" in read_metrics(runs[0] / "metrics.jsonl")[-1]
+    assert {"stop_logprob", "stop_rate"} <= set(read_metrics(runs[1] / "metrics.jsonl")[-1])
+
+
+def test_checkpoints_say_what_they_are_and_what_they_were_made_from(
+    runs: tuple[Path, Path],
+) -> None:
+    base, instruct = (json.loads((max(r.glob("step_*")) / "meta.json").read_text()) for r in runs)
+    assert (base["kind"], instruct["kind"]) == ("base", "instruct")
+    assert base["step"] == 12
+    assert instruct["base"]["step"] == 12
+    assert base["config"]["run"]["seed"] == 1
+    for meta in (base, instruct):
+        assert {"data", "prepared", "environment", "tokenizer", "metrics", "files"} <= set(meta)
+        assert {"commit", "torch", "device"} <= set(meta["environment"])
+
+
+def test_the_same_seed_repeats_a_run_and_another_does_not(world_dir: Path, tmp_path: Path) -> None:
+    config = pretrain_config(world_dir, tmp_path / "a", steps=3)
+    other = replace(config, run=replace(config.run, dir=str(tmp_path / "c"), seed=2))
+    train_pretrain.main(config)
+    train_pretrain.main(pretrain_config(world_dir, tmp_path / "b", steps=3))
+    train_pretrain.main(other)
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+    assert outcome(tmp_path / "a") != outcome(tmp_path / "c")
+
+
+# ---- a user's mistake is one line and exit code 1 --------------------------------------------
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs a command line in this process; returns the one line that it must fail with."""
+
+    def run(script: Any, *args: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            if script is train_pretrain:
+                run_cli(train_pretrain.PretrainConfig, train_pretrain.main, "")
+            elif script is train_sft:
+                run_cli(train_sft.SFTConfig, train_sft.main, "")
+            else:
+                script.main()
+        assert stop.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--model.n_layr=3", "n_layr"),
+        ("--optim.lr=fast", "optim.lr"),
+        ("--model.n_head=3", "model.n_head=3 does not divide model.n_embd=32"),
+        ("--optim.warmup_steps=500", "optim.warmup_steps=500 does not fit"),
+        ("--data.micro_batch_size=99", "data.micro_batch_size"),
+        ("--model.norm=batchnorm", "model.norm"),
+        ("--run.device=abacus", "run.device=abacus"),
+        ("--data.path=nowhere", "nowhere not found"),
+        ("--model.block_size=100000", "model.block_size"),
+        ("--config=nowhere.toml", "nowhere.toml"),
+    ],
+)
+def test_pretrain_refuses(
+    option: str, named: str, fails: Fails, world_dir: Path, tmp_path: Path
+) -> None:
+    fixed = [f"--data.path={world_dir}", f"--run.dir={tmp_path / 'r'}", "--model.n_embd=32"]
+    assert named in fails(train_pretrain, *fixed, "--optim.steps=100", option)
+    assert not (tmp_path / "r" / "config.json").exists() or "device" in option
+
+
+def test_typos_in_a_config_file_are_named(fails: Fails, tmp_path: Path) -> None:
+    file = tmp_path / "typo.toml"
+    file.write_text('[data]\npath = "x"\n[run]\ndir = "y"\n[optim]\nlearning_rate = 1.0\n')
+    assert "learning_rate" in fails(train_pretrain, "--config", file)
+    file.write_text("[data\n")
+    assert "typo.toml" in fails(train_pretrain, "--config", file)
+
+
+def test_a_run_folder_that_holds_something_else_is_refused(
+    fails: Fails, world_dir: Path, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    fixed = [f"--data.path={world_dir}", "--optim.steps=12"]
+    assert "holds no run" in fails(train_pretrain, *fixed, f"--run.dir={tmp_path}")
+    error = fails(train_pretrain, *fixed, f"--run.dir={runs[0]}")
+    assert "another config" in error
+    assert "model.n_embd 32 -> 128" in error
+    assert "another config" in fails(
+        train_sft, f"--base={runs[0]}", f"--data.path={world_dir}", f"--run.dir={runs[0]}"
+    )
+
+
+def test_data_that_changed_under_a_run_is_refused(
+    fails: Fails, world_dir: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(world_dir, data)
+    with open(data / "train.bin", "r+b") as f:
+        f.write(b"\x07\x00")
+    fixed = ["--optim.steps=2", f"--run.dir={tmp_path / 'run'}"]
+    assert "train.bin has changed" in fails(train_pretrain, f"--data.path={data}", *fixed)
+
+
+def test_sft_refuses_what_cannot_be_tuned(
+    fails: Fails, world_dir: Path, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, instruct = runs
+    fixed = [f"--run.dir={tmp_path / 'r'}", "--optim.steps=2"]
+    on_world = [*fixed, f"--data.path={world_dir}"]
+    assert "not a base" in fails(train_sft, f"--base={instruct}", *on_world)
+    assert "not a checkpoint" in fails(train_sft, f"--base={world_dir}", *on_world)
+    assert "nowhere not found" in fails(train_sft, "--base=nowhere", *on_world)
+    error = fails(train_sft, f"--base={base}", *on_world, "--data.block_size=999")
+    assert "data.block_size=999 is longer than the base's 64" in error
+
+    qa = tmp_path / "qa.jsonl"
+    fixed = [f"--run.dir={tmp_path / 'q'}", "--optim.steps=2", f"--data.path={qa}"]
+    qa.write_text('{"question": "Who?", "answer": "  "}\n')
+    assert "qa.jsonl, line 1" in fails(train_sft, f"--base={base}", *fixed)
+    long = json.dumps({"question": "Who? " * 200, "answer": "Me."})
+    qa.write_text(f"{long}\n" * 4)
+    assert "no conversation" in fails(train_sft, f"--base={base}", *fixed)
+    qa.unlink()
+    assert "qa.jsonl not found" in fails(train_sft, f"--base={base}", *fixed)
+
+
+def test_sft_refuses_data_of_another_tokenizer(
+    fails: Fails, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("some words and some more words " * 50)
+    (tmp_path / "qa.jsonl").write_text('{"question": "Who?", "answer": "Me."}\n' * 10)
+    prepare.prepare_text([tmp_path / "a.txt"], tmp_path / "text", "byte", 0.1, "text", 1)
+    prepare.prepare_qa([tmp_path / "qa.jsonl"], tmp_path / "qa", tmp_path / "text", 0.1, 1)
+    options = [f"--base={runs[0]}", f"--data.path={tmp_path / 'qa'}"]
+    assert "another tokenizer" in fails(train_sft, *options, f"--run.dir={tmp_path / 'r'}")
+
+
+def test_a_damaged_base_is_refused(
+    fails: Fails, world_dir: Path, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(max(runs[0].glob("step_*")), tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    options = [f"--base={tmp_path / 'base'}", f"--data.path={world_dir}"]
+    error = fails(train_sft, *options, f"--run.dir={tmp_path / 'r'}")
+    assert "model.safetensors has changed" in error
+
+
+def test_a_diverging_run_stops_before_the_weights_move(
+    fails: Fails, world_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_pretrain.train_step
+
+    def poisoned(*args: Any) -> Any:
+        if args[3] == 2:
+            with torch.no_grad():
+                args[0].lm_head.weight[0] = torch.nan
+        return real(*args)
+
+    monkeypatch.setattr(train_pretrain, "train_step", poisoned)
+    options = [f"--data.path={world_dir}", f"--run.dir={tmp_path}/r", "--model.block_size=64"]
+    assert "step 3: loss nan" in fails(train_pretrain, *options, "--optim.steps=5")

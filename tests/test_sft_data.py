@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.chat import parse_example, render
+from data.files import read_meta, write_json
+from data.prepare import prepare_qa, prepare_text
+from data.sft import POOL, SFTData, SFTDataConfig, fit
+from data.tokenizer import Tokenizer, create_tokenizer
+from model.gpt import Batch
+
+BYTE = create_tokenizer("byte", [])
+END, EOT = BYTE.end_of_turn, BYTE.end_of_text
+N = 23  # training conversations, no two alike, of many lengths
+Row = tuple[tuple[int, ...], tuple[float, ...]]
+
+
+def conversation(i: int) -> dict[str, Any]:
+    turns = [("user", f"question {i}" + "?" * (i % 7)), ("assistant", "ha" * (1 + i % 5))]
+    return {"messages": [{"role": r, "content": c} for r, c in turns * (1 + i % 3)]}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders text (byte), qa (byte), and other (bpe, text and Q&A)."""
+    path = tmp_path_factory.mktemp("sft")
+    (path / "a.txt").write_text("the cat sat on the mat " * 50)
+    (path / "a.jsonl").write_text("\n".join(json.dumps(conversation(i)) for i in range(N + 5)))
+    prepare_text([path / "a.txt"], path / "text", "byte", 0.1, "text", 1)
+    prepare_text([path / "a.txt"], path / "other", "bpe:270", 0.1, "text", 1)
+    prepare_qa([path / "a.jsonl"], path / "qa", path / "text", 5 / (N + 5), 1)
+    prepare_qa([path / "a.jsonl"], path / "other_qa", path / "other", 5 / (N + 5), 1)
+    return path
+
+
+def make(
+    folders: Path, batch: int = 8, micro: int | None = None, seed: int = 1, **options: Any
+) -> SFTData:
+    config = SFTDataConfig("unused", batch, micro, **options)
+    return SFTData(folders / "qa", config, BYTE, 1000, seed, str(folders / "text"))
+
+
+def unpad(batches: list[Batch]) -> list[Row]:
+    """(ids, weights of the targets) of each row up to its last end of turn; padding is checked."""
+    rows = []
+    for idx, targets, weights in batches:
+        assert weights is not None
+        assert idx.shape == targets.shape == weights.shape
+        assert torch.equal(idx[:, 1:], targets[:, :-1])
+        for row, row_targets, w in zip(idx, targets, weights, strict=True):
+            ids = [int(row[0]), *row_targets.tolist()]
+            length = len(ids) - ids[::-1].index(END)
+            assert ids[length:] == [EOT] * (len(ids) - length)
+            assert not w[length - 1 :].any()
+            rows.append((tuple(ids[:length]), tuple(w[: length - 1].tolist())))
+    return rows
+
+
+RENDERED = [render(parse_example(conversation(i)), BYTE) for i in range(N + 5)]
+
+
+def expected(prompt_weight: float) -> set[Row]:
+    return {
+        (tuple(ids), tuple(1.0 if m else prompt_weight for m in mask[1:])) for ids, mask in RENDERED
+    }
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.25, 1.0])
+def test_every_epoch_visits_every_conversation_once_weighted_as_asked(
+    prompt_weight: float, folders: Path
+) -> None:
+    data = make(folders, prompt_loss_weight=prompt_weight)
+    assert data.steps_per_epoch == 3
+    for epoch in range(3):
+        steps = range(3 * epoch, 3 * epoch + 3)
+        rows = [row for step in steps for row in unpad(data.micro_batches(step))]
+        assert len(rows) == len(set(rows)) == N
+        assert set(rows) < expected(prompt_weight)
+    val = unpad(data.val_batches())
+    assert {ids for ids, _ in val} == {ids for ids, _ in expected(0.0)} - {ids for ids, _ in rows}
+    assert set(val) < expected(0.0)  # whatever the prompts weigh in training
+    assert unpad(data.val_batches()) == val
+
+
+def test_order_differs_between_epochs_and_seeds(folders: Path) -> None:
+    data, other = make(folders, batch=1), make(folders, batch=1, seed=2)
+    runs = [(data, 0), (data, 1), (data, 2), (other, 0)]
+    orders = [[unpad(d.micro_batches(e * N + i))[0][0] for i in range(N)] for d, e in runs]
+    assert len(set(map(tuple, orders))) == 4
+    lengths = [[len(ids) for ids in order] for order in orders]
+    assert all(ordered != sorted(ordered) for ordered in lengths)
+
+
+def test_batches_are_a_pure_function_of_seed_and_step(folders: Path) -> None:
+    data, again = make(folders, replay=0.3), make(folders, replay=0.3)
+    forward = {step: data.micro_batches(step) for step in range(9)}
+    for step in (8, 2, 5, 0, 2):
+        for a, b in zip(again.micro_batches(step), forward[step], strict=True):
+            assert torch.equal(a[0], b[0])
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_micro_batches_hold_the_same_rows(micro: int, folders: Path) -> None:
+    for step in range(6):
+        parts = make(folders, 8, micro).micro_batches(step)
+        assert all(len(idx) <= micro for idx, _, _ in parts)
+        assert unpad(parts) == unpad(make(folders, 8).micro_batches(step))
+
+
+def test_rows_of_like_length_are_batched_together(folders: Path) -> None:
+    assert N < POOL * 4
+    data = make(folders, batch=4)
+    for epoch in range(2):
+        steps = range(epoch * data.steps_per_epoch, (epoch + 1) * data.steps_per_epoch)
+        lengths = [[len(ids) for ids, _ in unpad(data.micro_batches(step))] for step in steps]
+        ranges = sorted((min(batch), max(batch)) for batch in lengths)
+        assert all(a[1] <= b[0] for a, b in pairwise(ranges))
+
+
+def test_padding_is_masked_by_position_and_never_by_id(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.array([EOT, 258, EOT, 65, END, 259, EOT, 66, EOT, END])
+    mask = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1], np.uint8)
+    rows = [(ids, mask), (np.append(ids[:-1], [67, 67, END]), np.append(mask, [1, 1]))]
+    monkeypatch.setattr("data.sft.load_examples", lambda folder, part: rows)
+    [(_, targets, weights)] = make(folders, prompt_loss_weight=0.5).micro_batches(0)
+    assert weights is not None
+    assert (targets == EOT).sum() == 2 * 2 + 2
+    assert sorted(weights.tolist()) == [
+        [0.5] * 5 + [1.0] * 4 + [0.0] * 2,
+        [0.5] * 5 + [1.0] * 6,
+    ]
+
+
+def test_a_long_conversation_is_cut_after_its_last_whole_reply() -> None:
+    messages = parse_example(conversation(2))
+    ids, mask = map(np.array, render(messages, BYTE))
+    wholes = [0, *(len(render(messages[:n], BYTE)[0]) for n in (2, 4, 6))]
+    for limit in range(1, len(ids) + 5):
+        length = fit(ids, mask.astype(np.uint8), limit)
+        assert length == max(whole for whole in wholes if whole <= limit + 1 or whole == 0)
+        if length:
+            assert (ids[length - 1], mask[length - 1]) == (END, 1)
+    assert fit(ids, np.zeros(len(ids), np.uint8), 1000) == 0
+
+
+def test_what_does_not_fit_is_cut_or_dropped_and_counted(folders: Path) -> None:
+    limit = 25
+    lengths = [fit(np.array(ids), np.array(mask, np.uint8), limit) for ids, mask in RENDERED]
+    kept = {tuple(ids[:n]) for (ids, _), n in zip(RENDERED, lengths, strict=True) if n}
+    cut = sum(0 < n < len(ids) for (ids, _), n in zip(RENDERED, lengths, strict=True))
+    data = SFTData(folders / "qa", SFTDataConfig("unused", 30), BYTE, limit, 1)
+    rows = unpad(data.micro_batches(0) + data.val_batches())
+    assert {ids for ids, _ in rows} == kept
+    assert all(len(ids) <= limit + 1 and ids[-1] == END and w[-1] == 1 for ids, w in rows)
+    assert 0 < data.dropped == lengths.count(0)
+    assert 0 < data.truncated == cut
+    assert f"{data.truncated} truncated, {data.dropped} dropped" in data.shares()
+
+
+def test_no_conversation_that_fits_is_an_error(folders: Path) -> None:
+    with pytest.raises(ValueError, match=r"no conversation of .* fits into 5 tokens"):
+        SFTData(folders / "qa", SFTDataConfig("unused"), BYTE, 5, seed=1)
+
+
+@pytest.mark.parametrize(("replay", "rows"), [(0.5, 6), (0.4, 4), (0.25, 2), (0.01, 1)])
+@pytest.mark.parametrize("micro", [None, 2])
+def test_replay_is_its_share_of_the_rows_of_a_step(
+    replay: float, rows: int, micro: int | None, folders: Path
+) -> None:
+    data, plain = make(folders, 6, micro, replay=replay), make(folders, 6, micro)
+    for step in range(5):
+        chats = plain.micro_batches(step)
+        batches = data.micro_batches(step)
+        replayed = batches[len(chats) :]
+        assert unpad(batches[: len(chats)]) == unpad(chats)
+        assert sum(len(idx) for idx, _, _ in replayed) == rows
+        assert all(weights is None and idx.shape[1] == 1000 for idx, _, weights in replayed)
+        assert all(len(idx) <= (micro or rows) for idx, _, _ in replayed)
+    assert len(data.val_batches()) == len(plain.val_batches())
+
+
+def test_another_tokenizer_is_refused(folders: Path) -> None:
+    other = Tokenizer.load(folders / "other")
+    replayed = SFTDataConfig("unused", replay=0.5)
+    with pytest.raises(ValueError, match=r"qa was prepared with another tokenizer.*--tokenizer-of"):
+        SFTData(folders / "qa", SFTDataConfig("unused"), other, 100, seed=1)
+    with pytest.raises(ValueError, match="text was prepared with another tokenizer"):
+        SFTData(folders / "other_qa", replayed, other, 100, 1, str(folders / "text"))
+
+
+def test_another_chat_template_is_refused(folders: Path, tmp_path: Path) -> None:
+    prepare_qa([folders / "a.jsonl"], tmp_path / "qa", folders / "text", 0.2, 1)
+    meta = read_meta(tmp_path / "qa")
+    write_json(tmp_path / "qa" / "meta.json", {**meta, "qa": {**meta["qa"], "template": "old"}})
+    with pytest.raises(ValueError, match="another chat template"):
+        SFTData(tmp_path / "qa", SFTDataConfig("unused"), BYTE, 100, seed=1)
+
+
+def test_validation_prompts_end_where_the_reply_begins(folders: Path) -> None:
+    data = make(folders)
+    prompts = data.val_prompts(3)
+    assert len(prompts) == 3
+    for prompt, (ids, mask) in zip(prompts, data.val, strict=False):
+        assert prompt == ids[: len(prompt)].tolist()
+        assert prompt[-1] == BYTE.control("<|assistant|>")
+        assert not mask[: len(prompt)].any()
+        assert mask[len(prompt)]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("batch_size", 0),
+        ("micro_batch_size", 17),
+        ("block_size", 1),
+        ("val_fraction", 1.0),
+        ("prompt_loss_weight", 1.1),
+        ("prompt_loss_weight", -0.1),
+        ("replay", 1.0),
+        ("replay", -0.1),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_key(option: str, value: float) -> None:
+    options: Any = {option: value}
+    with pytest.raises(ValueError, match=f"data.{option} is {value}"):
+        SFTDataConfig("somewhere", **options)

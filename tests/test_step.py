@@ -1,0 +1,164 @@
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.gpt import GPT, Batch, ModelConfig
+from training.optim import OptimConfig, build_optimizers
+from training.step import StepResult, mean_loss, train_step
+
+V, T = 128, 16
+OPTIMIZER = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+Optimizers = list[torch.optim.Optimizer]
+
+
+def random_model(dropout: float = 0.0) -> GPT:
+    model = GPT(ModelConfig("gpt2", 2, 2, 32, T, dropout=dropout), V)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model.double()  # so that rounding hides nothing
+
+
+def random_batch(rows: int = 8, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    idx, targets = torch.randint(V, (2, rows, T), generator=generator)
+    weights = torch.rand(rows, T, generator=generator, dtype=torch.float64)
+    weights[:, :5] = 0.0
+    weights[0] = 0.0  # a micro-batch of this row alone has no weight at all
+    return idx, targets, weights
+
+
+def cut(batch: tuple[torch.Tensor, ...], rows: int) -> list[Batch]:
+    idx, targets, weights = (torch.split(t, rows) for t in batch)
+    return list(zip(idx, targets, weights, strict=True))
+
+
+def state_of(model: GPT, optimizers: Optimizers) -> list[torch.Tensor]:
+    states = [s for o in optimizers for s in o.state_dict()["state"].values()]
+    tensors = [*model.state_dict().values(), *(v for s in states for v in s.values())]
+    rates = [g["lr"] for o in optimizers for g in o.param_groups]
+    return [t.detach().clone() for t in (*tensors, torch.tensor(rates))]
+
+
+def manual_loss(model: GPT, batch: tuple[torch.Tensor, ...]) -> float:
+    idx, targets, weights = batch
+    losses = F.cross_entropy(model(idx).transpose(1, 2), targets, reduction="none")
+    return ((losses * weights).sum() / weights.sum()).item()
+
+
+@OPTIMIZER
+def test_how_a_step_is_cut_into_micro_batches_does_not_matter(
+    optimizer: Literal["adamw", "muon"],
+) -> None:
+    config, outcomes = OptimConfig(steps=4, optimizer=optimizer, grad_clip=0.5), []
+    for rows in (8, 4, 1):
+        model = random_model()
+        optimizers = build_optimizers(model, config)
+        results = [
+            train_step(model, optimizers, cut(random_batch(seed=5 + s), rows), s, config)
+            for s in range(2)
+        ]
+        outcomes.append((results, state_of(model, optimizers)))
+    whole, whole_state = outcomes[0]
+    for results, state in outcomes[1:]:
+        for a, b in zip(results, whole, strict=True):
+            assert a.loss == pytest.approx(b.loss, rel=1e-6)
+            assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-6)
+            assert a.tokens == b.tokens == 8 * T
+        torch.testing.assert_close(state, whole_state, atol=1e-6, rtol=0)
+
+
+@OPTIMIZER
+def test_the_loss_is_the_weighted_mean_and_a_step_lowers_it(
+    optimizer: Literal["adamw", "muon"],
+) -> None:
+    config = OptimConfig(steps=4, optimizer=optimizer, lr=1e-3, muon_lr=1e-3, warmup_steps=2)
+    model, batch = random_model(), random_batch()
+    before = manual_loss(model, batch)
+    result = train_step(model, build_optimizers(model, config), cut(batch, 3), 0, config)
+    assert result.loss == pytest.approx(before, rel=1e-6)
+    assert manual_loss(model, batch) < before
+    assert (result.lr, result.tokens) == (5e-4, 8 * T)
+
+
+def test_without_weights_the_loss_is_the_plain_mean() -> None:
+    config, (idx, targets, _) = OptimConfig(steps=4), random_batch()
+    losses = []
+    for weights in (None, torch.ones_like(idx, dtype=torch.float64)):
+        model = random_model()
+        batches = [(idx, targets, weights)]
+        losses.append(train_step(model, build_optimizers(model, config), batches, 0, config).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] == pytest.approx(
+        manual_loss(random_model(), (idx, targets, torch.ones_like(idx))), rel=1e-6
+    )
+
+
+def test_a_step_without_any_weight_is_refused() -> None:
+    config, model, (idx, targets, weights) = OptimConfig(steps=9), random_model(), random_batch()
+    optimizers = build_optimizers(model, config)
+    before = state_of(model, optimizers)
+    with pytest.raises(ValueError, match="step 8: no token"):
+        train_step(model, optimizers, [(idx, targets, 0 * weights)] * 2, 7, config)
+    assert all(map(torch.equal, state_of(model, optimizers), before))
+
+
+@OPTIMIZER
+@pytest.mark.parametrize("poison", ["weight", "parameter", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(
+    optimizer: Literal["adamw", "muon"], poison: str, value: float
+) -> None:
+    config = OptimConfig(steps=9, optimizer=optimizer)
+    model, (idx, targets, weights) = random_model(), random_batch()
+    optimizers, bias = build_optimizers(model, config), model.get_parameter("norm.bias")
+    train_step(model, optimizers, [(idx, targets, weights)], 0, config)  # so that there is a state
+    if poison == "weight":
+        weights[3, 9] = value
+    elif poison == "parameter":
+        bias.data[0] = value
+    else:
+        bias.register_hook(lambda g: g * value)  # type: ignore[no-untyped-call]
+    before = state_of(model, optimizers)
+    with pytest.raises(ValueError, match=r"step 2: loss .* weights were not changed"):
+        train_step(model, optimizers, [(idx, targets, weights)], 1, config)
+    torch.testing.assert_close(state_of(model, optimizers), before, atol=0, rtol=0, equal_nan=True)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def one_sgd_step(grad_clip: float | None) -> tuple[StepResult, float]:
+    """A step of plain gradient descent at rate 1: its result and how far the weights moved."""
+    model = random_model()
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.param_groups[0]["peak_lr"] = 1.0
+    config = OptimConfig(steps=4, grad_clip=grad_clip)
+    result = train_step(model, [optimizer], cut(random_batch(), 4), 0, config)
+    after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    return result, (after - before).norm().item()
+
+
+def test_the_gradient_is_clipped_and_its_norm_before_clipping_is_told() -> None:
+    free, distance = one_sgd_step(None)
+    assert distance == pytest.approx(free.grad_norm, rel=1e-5)
+    clipped, distance = one_sgd_step(0.25 * free.grad_norm)
+    assert clipped.grad_norm == pytest.approx(free.grad_norm, rel=1e-6)
+    assert distance == pytest.approx(0.25 * free.grad_norm, rel=1e-4)
+    _, distance = one_sgd_step(4 * free.grad_norm)
+    assert distance == pytest.approx(free.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mean_loss_weighs_every_token_alike_without_dropout(training: bool) -> None:
+    model, batch = random_model(dropout=0.5), random_batch()
+    expected = manual_loss(model.eval(), batch)
+    model.train(training)
+    parts: Any = [torch.split(t, [1, 5, 2]) for t in batch]
+    assert mean_loss(model, zip(*parts, strict=True)) == pytest.approx(expected, rel=1e-6)
+    assert model.training is training
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        mean_loss(model, [])
+    assert model.training is training
