@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,12 +33,12 @@ def world_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def runs(world_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+def runs(world_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base and an instruct run, each of a few steps."""
     out = tmp_path_factory.mktemp("runs")
     pretrain(pretrain_config(world_dir, out / "base", steps=12))
     sft(sft_config(world_dir, out / "base", out / "instruct", steps=6))
-    yield out / "base", out / "instruct"
+    return out / "base", out / "instruct"
 
 
 def pretrain_config(data: Path, out: Path, steps: int) -> PretrainConfig:

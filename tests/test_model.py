@@ -244,4 +244,4 @@ def check_against(theirs: Any, recipe: Literal["gpt2", "modern"]) -> None:
     assert set(missing) <= {"lm_head.weight"}  # tied there
     expected = theirs.eval()(idx).logits
     assert expected.std() > 0.1
-    torch.testing.assert_close(model(idx), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(idx), expected, atol=2e-5, rtol=0)  # exact GELU is 1e-4 off

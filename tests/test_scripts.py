@@ -164,13 +164,12 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     def run(script: Any, *args: object) -> str:
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, args)])
         capsys.readouterr()
+        command: Any = {
+            train_pretrain: lambda: run_cli(train_pretrain.PretrainConfig, script.main, ""),
+            train_sft: lambda: run_cli(train_sft.SFTConfig, script.main, ""),
+        }
         with pytest.raises(SystemExit) as stop:
-            if script is train_pretrain:
-                run_cli(train_pretrain.PretrainConfig, train_pretrain.main, "")
-            elif script is train_sft:
-                run_cli(train_sft.SFTConfig, train_sft.main, "")
-            else:
-                script.main()
+            command[script]()
         assert stop.value.code == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ")
