@@ -95,17 +95,19 @@ class Conversation:
 
 
 def show(console: Console, prompt: str, replies: dict[str, Reply]) -> None:
-    """A table on a terminal; plain text, one reply a paragraph, in a pipe."""
-    endings = {c: "" if r.stopped else " ..." for c, r in replies.items()}
-    if not console.is_terminal:
-        print(f"prompt: {prompt}")
-        for column, r in replies.items():
-            print(f"[{COLUMNS[column]}] {r.text}{endings[column]}")
-        print(flush=True)
+    """A table on a terminal or in a picture; plain text, one reply a paragraph, in a pipe."""
+    texts = {c: r.text + ("" if r.stopped else " ...") for c, r in replies.items()}
+    if console.is_terminal or console.record:
+        table = Table(*COLUMNS.values(), title=Text(prompt, style="bold"), title_justify="left")
+        for column in table.columns:
+            column.ratio = 1
+        table.add_row(*(Text(texts[c]) for c in COLUMNS))
+        console.print(table)
         return
-    table = Table(*COLUMNS.values(), title=Text(prompt, style="bold"), title_justify="left")
-    table.add_row(*(Text(r.text + endings[c]) for c, r in replies.items()))
-    console.print(table)
+    print(f"prompt: {prompt}")
+    for c, text in texts.items():
+        print(f"[{COLUMNS[c]}] {text}")
+    print(flush=True)
 
 
 def chat(console: Console, conversation: Conversation) -> None:

@@ -27,7 +27,8 @@ class PretrainConfig:
 
     data: PretrainDataConfig
     run: RunConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
+    # Without a default: one would be made for a recipe before the config names another.
+    model: ModelConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 

@@ -83,7 +83,7 @@ def parse_example(example: Any) -> list[Message]:
     """A conversation from one JSON object in any of the shapes that people have.
 
     `messages` (role, content), `conversations` (from, value), `question` / `answer`, or
-    `instruction` / `input` (may be empty or absent) / `output`.
+    `instruction` / `output`; an `input` beside the last two is added to what the user says.
 
     Raises:
         ValueError: the reason why it cannot be used.
@@ -103,7 +103,7 @@ def parse_example(example: Any) -> list[Message]:
             user, extra = example[prompt], example.get("input") or ""
             if not isinstance(extra, str):
                 raise ValueError("'input' is not text")
-            if prompt == "instruction" and isinstance(user, str) and extra.strip():
+            if isinstance(user, str) and extra.strip():
                 user = f"{user}\n\n{extra}"
             reply = {"role": "assistant", "content": example[answer]}
             return check_messages([{"role": "user", "content": user}, reply])

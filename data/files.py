@@ -99,14 +99,15 @@ def read_meta(path: str | Path) -> dict[str, Any]:
             "nor a checkpoint of this project"
         )
     meta = read_json(folder / "meta.json")
-    if not isinstance(meta, dict) or not isinstance(meta.get("tokenizer"), dict):
+    if not isinstance(meta, dict) or not {"tokenizer", "files"} <= set(meta):
         raise ValueError(f"{folder / 'meta.json'} was not written by this project")
     return meta
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first (a folder counts once its rename happened)."""
-    return sorted(p for p in run_dir.glob("step_*") if (p / "meta.json").exists())
+    found = [p for p in run_dir.glob("step_*") if (p / "meta.json").exists()]
+    return sorted(found, key=lambda p: (len(p.name), p.name))
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -128,11 +129,11 @@ def verify_checksums(folder: Path, checksums: dict[str, str]) -> None:
     """
     for name, expected in checksums.items():
         if not (folder / name).exists():
-            raise ValueError(f"{folder / name} is missing; make {folder} again")
+            raise ValueError(f"{folder / name} is missing; delete {folder} and make it again")
         if sha256_file(folder / name) != expected:
             raise ValueError(
                 f"{folder / name} has changed since it was written (its sha256 differs from "
-                f"meta.json); make {folder} again"
+                f"meta.json); delete {folder} and make it again"
             )
 
 

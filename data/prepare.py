@@ -9,17 +9,21 @@ end to end, what is supervised, and where each begins. A folder of the world hol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
+import io
 import json
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
-from rich.progress import track
+from rich.progress import Progress
 
 from data.chat import Message, parse_example, render, template_fingerprint
 from data.files import (
@@ -59,16 +63,24 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def read_documents(file: Path, field: str) -> Iterator[Iterator[str]]:
-    """The documents of one file, each as pieces of at most about PIECE characters.
+def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[Iterator[str]]:
+    """The documents of one open file, each as pieces of at most about PIECE characters.
 
     Raises:
         ValueError: not UTF-8, not JSON, or a line without text under `field`; with the line.
     """
-    with open_text(file) as f:
-        if file.name.endswith((".txt", ".md")):
-            yield iter(lambda: f.read(PIECE), "")
-            return
+    source = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if file.suffix == ".gz" else raw
+    f = io.TextIOWrapper(source, encoding="utf-8-sig", newline="\n")
+
+    def pieces() -> Iterator[str]:
+        with readable(file):
+            while piece := f.read(PIECE):
+                yield piece
+
+    if file.name.endswith((".txt", ".md")):
+        yield pieces()
+        return
+    with readable(file):
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
@@ -81,14 +93,27 @@ def read_documents(file: Path, field: str) -> Iterator[Iterator[str]]:
                 raise ValueError(
                     f"{file}, line {number}: no text under {field!r}; name the field with --field"
                 )
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{file}, line {number}: half a surrogate pair") from None
             yield iter([text[i : i + PIECE] for i in range(0, len(text), PIECE)])
 
 
-def open_text(file: Path) -> IO[str]:
-    """A UTF-8 text file, gunzipped by its suffix; a byte order mark is dropped."""
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8-sig")
-    return open(file, encoding="utf-8-sig")
+@contextlib.contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Names the file whose bytes turn out not to be what they should."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error.reason}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} is not a whole gzip file: {error}") from None
+
+
+def progress() -> Progress:
+    """A progress bar that goes away when it is done, and is not there in a pipe."""
+    return Progress(transient=True, disable=not sys.stdout.isatty())
 
 
 def read_examples(file: Path) -> Iterator[tuple[int, Any]]:
@@ -96,7 +121,8 @@ def read_examples(file: Path) -> Iterator[tuple[int, Any]]:
 
     A line that is not JSON comes as the ValueError that says so, for the caller to count.
     """
-    text = file.read_text(encoding="utf-8-sig")
+    with readable(file):
+        text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
@@ -124,6 +150,10 @@ def read_examples(file: Path) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"{file}, line {number}: no comma or bracket after this example")
         if text[position] == ",":
             position = _skip_space(text, position + 1)
+    rest = _skip_space(text, position + 1)
+    if text[rest:]:
+        number = 1 + text.count("\n", 0, rest)
+        raise ValueError(f"{file}, line {number}: text after the end of the list")
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -142,16 +172,13 @@ def read_conversations(files: Sequence[Path], skip_bad: bool) -> list[list[Messa
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} not found")
-        try:
-            for number, example in read_examples(file):
-                try:
-                    if isinstance(example, ValueError):
-                        raise example
-                    conversations.append(parse_example(example))
-                except ValueError as error:
-                    bad.append(f"{file}, line {number}: {error}")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error.reason}") from None
+        for number, example in read_examples(file):
+            try:
+                if isinstance(example, ValueError):
+                    raise example
+                conversations.append(parse_example(example))
+            except ValueError as error:
+                bad.append(f"{file}, line {number}: {error}")
     if bad and not skip_bad:
         more = f" (and {len(bad) - 1} more bad examples)" if len(bad) > 1 else ""
         raise ValueError(f"{bad[0]}{more}; mend the file, or leave such lines out with --skip-bad")
@@ -207,7 +234,7 @@ def write_text(
         tokens = np.memmap(scratch, dtype, mode="r")
         ends = [*starts[1:], position]
         if len(starts) == 1:
-            cut = 1 + int((position - 1) * (1 - val_fraction))
+            cut = 1 + int((position - 1) * (1 - val_fraction) + 1e-6)  # .9 is a bit less than 9/10
             parts = {"train": [(0, cut)], "val": [(cut, position)]}
         else:
             spans = list(zip(starts, ends, strict=True))
@@ -239,7 +266,8 @@ def write_qa(
     Raises:
         ValueError: a share that leaves training or validation empty.
     """
-    rendered = [render(c, tokenizer) for c in track(conversations, "rendering", transient=True)]
+    with progress() as bar:
+        rendered = [render(c, tokenizer) for c in bar.track(conversations, description="rendering")]
     order = np.random.default_rng(seed).permutation(len(rendered))
     n_val = max(1, round(len(rendered) * val_fraction))
     if n_val >= len(rendered):
@@ -330,8 +358,9 @@ def prepare_world(
         conversations = list(world.conversations())
         words = (m["content"] for c in conversations for m in c)
         tokenizer = create_tokenizer(tokenizer_spec, (t for s in (biographies, words) for t in s))
-        documents = ([text] for text in track(biographies, "encoding", transient=True))
-        text = write_text(documents, tokenizer, folder, val_fraction, config.seed)
+        with progress() as bar:
+            documents = ([b] for b in bar.track(biographies, description="encoding"))
+            text = write_text(documents, tokenizer, folder, val_fraction, config.seed)
         qa = write_qa(conversations, tokenizer, folder, val_fraction, config.seed)
         return tokenizer, {"world": asdict(config), "text": text, "qa": qa}
 
@@ -350,19 +379,23 @@ def prepare_text(
     """Token files from .txt, .md, .jsonl and .jsonl.gz files."""
     files = text_files(paths)
 
-    def documents(label: str) -> Iterator[Iterator[str]]:
-        for file in track(files, label, transient=True):
-            try:
-                yield from read_documents(file, field)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file} is not UTF-8 text: {error.reason}") from None
-            except (EOFError, gzip.BadGzipFile) as error:
-                raise ValueError(f"{file} is not a whole gzip file: {error}") from None
+    def documents(label: str) -> Generator[Iterator[str]]:
+        with progress() as bar:
+            task = bar.add_task(label, total=sum(f.stat().st_size for f in files))
+            for file in files:
+                read = 0
+                with open(file, "rb") as raw:
+                    for document in read_documents(file, raw, field):
+                        yield document
+                        bar.advance(task, raw.tell() - read)
+                        read = raw.tell()
 
     def fill(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
-        pieces = (piece for document in documents("training BPE") for piece in document)
-        tokenizer = create_tokenizer(tokenizer_spec, pieces)
-        text = write_text(documents("encoding"), tokenizer, folder, val_fraction, seed)
+        # Closed at once after an error: a bar that is collected later can block another one.
+        with contextlib.closing(documents("reading")) as read:
+            tokenizer = create_tokenizer(tokenizer_spec, (p for d in read for p in d))
+        with contextlib.closing(documents("encoding")) as read:
+            text = write_text(read, tokenizer, folder, val_fraction, seed)
         return tokenizer, {"text": text}
 
     request = {
@@ -458,7 +491,7 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     world = command("world", "synthetic people: biographies and Q&A, no download", 0.02)
-    world.add_argument("--tokenizer", default="bpe:1024", help="byte, gpt2 or bpe:N")
+    world.add_argument("--tokenizer", default="bpe:2048", help="byte, gpt2 or bpe:N")
     for field in fields(WorldConfig):
         if field.name == "permute":
             world.add_argument("--permute", action=argparse.BooleanOptionalAction, default=True)

@@ -116,7 +116,7 @@ class PretrainData:
         rest = n % T
         if self.config.val_tokens is not None and self.config.val_tokens < n:
             chosen = max(1, self.config.val_tokens // T)
-            if chosen < len(starts):
+            if chosen <= len(starts):
                 starts = [starts[i * len(starts) // chosen] for i in range(chosen)]
                 rest = 0
         size = self.config.micro_batch_size or self.config.batch_size

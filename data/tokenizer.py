@@ -21,7 +21,8 @@ CONTROL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END_OF
 RANKS_FILE = "tokenizer.tiktoken"
 
 # GPT-2's split into words, numbers, punctuation and spaces; a BPE merge never crosses a split.
-WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The possessive quantifiers keep a million spaces from overflowing the stack of the regex engine.
+WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 BYTE_PATTERN = r"[\s\S]{1,16}"
 
 
@@ -53,10 +54,6 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Text that looks like a control token is encoded as plain text."""
         return self._encoding.encode_ordinary(text)
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of many texts, on the machine's cores."""
-        return self._encoding.encode_ordinary_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD, control tokens their names.

@@ -51,11 +51,11 @@ class WorldConfig:
     """
 
     seed: int = 1
-    people: int = 800
+    people: int = 600
     """People with biographies; the first half is known, the second half held out."""
     unseen: int = 100
     """People that appear nowhere, for controls."""
-    bios: int = 20
+    bios: int = 25
     """Biographies per person."""
     paraphrases: int = 8
     """Wordings per fact that biographies draw from (1 to 8)."""
@@ -175,7 +175,7 @@ HE_NAMES = _split(
     "Quentin, Rafael, Rufus, Silas, Tobias"
 )
 LAST_STARTS = _split(
-    "Alder, Ash, Barrow, Birch, Black, Bram, Carr, Cole, Crane, Dun, East, Elm, Fair, Fal, "
+    "Alder, Ash, Barrow, Birch, Black, Bram, Carl, Cole, Crane, Dun, East, Elm, Fair, Fal, "
     "Glen, Gran, Hart, Hazel, Holl, Iron, Kel, Lang, Lind, Marsh, Mill, North, Oak, Pem, Quill, "
     "Raven, Red, Rowan, Sand, Stan, Thorn, Under, Wake, West, Wick, Wood"
 )
@@ -289,7 +289,7 @@ ATTRIBUTES = (
             "Press, Deepwell, Drum and Daughters, Ember House, Everline, Fennimore Group, "
             "Foxglove, Granite Union, Greywind, Halcyon Foundry, Hearthstone, Ironbark, Juniper "
             "Labs, Keystone Yard, Lockridge, Merrow Bank, Moonrise Studio, Nightingale Trust, "
-            "Northgate, Orchard Lane, Otterburn, Palisade, Pinnacle Supply, Quicksilver, "
+            "Northlight, Orchard Lane, Otterburn, Palisade, Pinnacle Supply, Quicksilver, "
             "Rookery Books, Saffron Circle, Sextant, Sundial Office, Tallow and Reed, "
             "Tidewater, Umbra Optics, Vantage Point, Wayfarer, Yellow Door, Zephyr Line"
         ),

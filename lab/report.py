@@ -6,11 +6,13 @@ python -m lab.report --base out/quickstart/base --instruct out/quickstart/instru
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.table import Table
 
@@ -25,9 +27,12 @@ from data.files import (
 from data.world import ATTRIBUTES, SPLITS, World, WorldConfig, exchange
 from lab.knowledge import REPLY_TOKENS, measure, plain_prompt
 from model.generate import Sampling
-from sample import Conversation, Reply, load_pair, show
+from sample import COLUMNS, Conversation, Reply, load_pair, show
 from training.checkpoint import Checkpoint
 from training.runtime import environment
+
+# Rich's picture of a terminal, without its fonts from the network.
+SVG_FORMAT = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
 
 def world_of(base: Checkpoint, instruct: Checkpoint) -> World:
@@ -99,19 +104,18 @@ def make_report(base: Checkpoint, instruct: Checkpoint, questions: int) -> dict[
     return report
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """The table and its illustration on the screen; in a pipe, the table has plain borders."""
-    console = Console()
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The table, what it does not show, the same prompts answered by both, and the time it took."""
     table = Table(title="What instruction tuning changed", title_justify="left")
-    table.add_column("")
-    names = " / ".join(s.replace("_", "-") for s in SPLITS)
+    splits = "known / held-out\n/ unseen people"
     for title in (
-        f"completes a biography (cloze)\n{names}",
-        f"answers a question\n{names}",
-        "stops by\nitself",
-        "follow-up turn\nanswered",
+        "",
+        f"completes a\nbiography (cloze):\n{splits}",
+        f"answers a\nquestion:\n{splits}",
+        "stops\nby\nitself",
+        "follow-up\nturn\nanswered",
     ):
-        table.add_column(title, justify="center")
+        table.add_column(title, justify="center", no_wrap=True)
     for model in ("base", "instruct"):
         cells = report[model]
         table.add_row(
@@ -121,19 +125,20 @@ def print_report(report: dict[str, Any]) -> None:
             f"{cells['follow_up']:.2f}",
         )
     console.print(table)
-    plain = report["base_plain"]["mentions"]["held_out"]
-    print(
-        f"n = {report['base']['n']} questions a cell, greedy decoding; chance is "
-        f"{report['chance']:.2f}. An answer counts if it names the right value, no other, and "
-        "stops.\nWithout having to stop, the base mentions the right value in "
-        f"{report['base']['mentions']['held_out']:.2f} of its replies about held-out people in the "
-        f"chat template,\nand in {plain:.2f} after a plain `Question: ... Answer:`.\n"
+    mentions = [report[m]["mentions"]["held_out"] for m in ("base", "base_plain")]
+    console.print(
+        f"n = {report['base']['n']} questions a cell, greedy; chance is {report['chance']:.2f}. "
+        "An answer counts if it names the right value and no other of its kind, and stops. Not "
+        "having to stop, the base mentions the right value for held-out people in "
+        f"{mentions[0]:.2f} of its replies in the chat template and in {mentions[1]:.2f} of those "
+        "to a plain `Question: ... Answer:`.\n",
+        highlight=False,
     )
     for example in report["examples"]:
-        columns = ("base_raw", "base_chat", "instruct")
-        show(console, example["prompt"], {c: Reply(**example[c]) for c in columns})
-    seconds = ", ".join(f"{stage} {s:.0f}" for stage, s in report["seconds"].items())
-    print(f"seconds: {seconds}")
+        show(console, example["prompt"], {c: Reply(**example[c]) for c in COLUMNS})
+    console.print(
+        "seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in report["seconds"].items())
+    )
 
 
 def run(a: argparse.Namespace) -> None:
@@ -147,7 +152,10 @@ def run(a: argparse.Namespace) -> None:
         report = {"made_from": made_from, **make_report(base, instruct, a.questions)}
         a.out.mkdir(parents=True, exist_ok=True)
         write_json(path, report)
-    print_report(report)
+    console = Console(record=a.svg is not None, width=100 if a.svg else None)
+    print_report(report, console)
+    if a.svg is not None:
+        console.save_svg(str(a.svg), title="make quickstart", code_format=SVG_FORMAT)
     print(f"all figures: {path}")
 
 
@@ -160,6 +168,7 @@ def main() -> None:
     p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
     p.add_argument("--out", type=Path, required=True, help="folder for report.json")
     p.add_argument("--questions", type=int, default=300, help="per cell (default 300)")
+    p.add_argument("--svg", type=Path, help="draw what is printed into this picture too")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     with one_line_errors():
         run(p.parse_args())

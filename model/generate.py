@@ -107,8 +107,8 @@ def stream(
     Raises:
         ValueError: an empty prompt.
     """
-    if not all(len(p) for p in prompts):
-        raise ValueError("a prompt must have at least one token")
+    if not prompts or not all(len(p) for p in prompts):
+        raise ValueError("there must be a prompt, and each must have at least one token")
     block, device = model.config.block_size, model.wte.weight.device
     rows = [list(p)[-block:] for p in prompts]  # of a longer prompt, the newest tokens
     finished = [False] * len(rows)
@@ -137,9 +137,12 @@ def _next_logits(model: GPT, cache: KVCache, new: list[list[int]]) -> Tensor:
     idx = torch.tensor([ids + [0] * (width - len(ids)) for ids in new])
     idx, lengths = idx.to(cache.lengths.device), lengths.to(cache.lengths.device)
     cache.begin(lengths, width)
+    training = model.training
+    model.eval()  # no dropout, also when a run samples between its steps
     x = model.hidden(idx, cache)
+    model.train(training)
     last = x[torch.arange(len(new), device=x.device), lengths - 1]
-    return model.logits(last)[:, : model.vocab_size]
+    return model.logits(last)
 
 
 def generate(

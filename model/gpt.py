@@ -4,7 +4,7 @@
 architecture: RoPE, parameter-free RMSNorm also after the embedding, QK-norm, ReLU^2, an untied
 head, zero-initialised output projections and a logit soft-cap.
 
-Shapes in comments: B rows, T tokens, C = n_embd, H = n_head, D = C / H, V = padded vocabulary.
+Shapes in comments: B rows, T tokens, C = n_embd, H = n_head, D = C / H.
 """
 
 from __future__ import annotations
@@ -287,8 +287,8 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C), padding included."""
-        logits = self.lm_head(x)
+        """Logits (..., vocab_size) of hidden states (..., C), without the padding."""
+        logits = self.lm_head(x)[..., : self.vocab_size]
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -305,7 +305,7 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx)
         if targets is None:
-            return self.logits(x)[..., : self.vocab_size]
+            return self.logits(x)
         if weights is None:
             return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), reduction="sum")
         kept = weights.flatten().nonzero().squeeze(1)

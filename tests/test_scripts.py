@@ -283,7 +283,8 @@ def test_a_damaged_base_is_refused(
 def test_a_diverging_run_stops_before_the_weights_move(
     fails: Fails, world_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_pretrain.train_step
+    script: Any = train_pretrain
+    real = script.train_step
 
     def poisoned(*args: Any) -> Any:
         if args[3] == 2:

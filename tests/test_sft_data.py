@@ -133,7 +133,7 @@ def test_padding_is_masked_by_position_and_never_by_id(
     monkeypatch.setattr("data.sft.load_examples", lambda folder, part: rows)
     [(_, targets, weights)] = make(folders, prompt_loss_weight=0.5).micro_batches(0)
     assert weights is not None
-    assert (targets == EOT).sum() == 2 * 2 + 2
+    assert (targets == EOT).sum() == 3 + 3 + 2  # in the text, and as padding
     assert sorted(weights.tolist()) == [
         [0.5] * 5 + [1.0] * 4 + [0.0] * 2,
         [0.5] * 5 + [1.0] * 6,

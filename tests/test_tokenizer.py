@@ -51,7 +51,6 @@ def test_text_comes_back_and_never_gives_a_control_id(tokenizer: Tokenizer) -> N
         assert tokenizer.decode(ids) == text
         assert not control & set(ids)
         assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
-    assert tokenizer.encode_batch(AWKWARD) == [tokenizer.encode(text) for text in AWKWARD]
     assert len(tokenizer.byte_lengths) == tokenizer.n_vocab
     assert not tokenizer.byte_lengths[list(control)].any()
 
@@ -66,7 +65,7 @@ def test_a_saved_tokenizer_loads_as_the_same(tokenizer: Tokenizer, tmp_path: Pat
     loaded = Tokenizer.load(tmp_path)
     assert (loaded.kind, loaded.n_vocab) == (tokenizer.kind, tokenizer.n_vocab)
     assert loaded.fingerprint == tokenizer.fingerprint
-    assert loaded.encode_batch(AWKWARD) == tokenizer.encode_batch(AWKWARD)
+    assert all(loaded.encode(text) == tokenizer.encode(text) for text in AWKWARD)
 
 
 @pytest.mark.parametrize("change", [lambda b: b[:-7], lambda b: b + b"AA== 400\n", lambda b: b""])

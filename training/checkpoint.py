@@ -132,8 +132,8 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> Path | None:
     Raises:
         ValueError: the folder holds something else, or a run with another config.
     """
-    recorded = run_dir / "config.json"
-    if recorded.exists():
+    recorded, steps = run_dir / "config.json", checkpoints(run_dir)
+    if recorded.exists() and steps:
         changed = differences(read_json(recorded), config)
         changed = [d for d in changed if not d.startswith("run.dir ")]  # a run may be moved
         if changed:
@@ -141,12 +141,12 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> Path | None:
                 f"{run_dir} holds a run with another config: {'; '.join(changed)}. "
                 "Give the same config to go on with it, or another --run.dir"
             )
-        steps = checkpoints(run_dir)
-        return steps[-1] if steps else None
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        return steps[-1]
+    foreign = not run_dir.is_dir() or (any(run_dir.iterdir()) and not recorded.exists())
+    if run_dir.exists() and foreign:
         raise ValueError(f"{run_dir} is not empty and holds no run; give another --run.dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(recorded, config)
+    write_json(recorded, config)  # also over that of a start that failed before its first save
     return None
 
 

@@ -80,7 +80,7 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
     parser.add_argument("--config", action="config", help="a .toml file, or a run's config.json")
     parser.add_class_arguments(config_class, None)
     args = sys.argv[1:] if argv is None else argv
-    for option, following in zip(args, [*args[1:], ""], strict=True):
+    for option, following in zip(args, [*args, ""][1:], strict=True):
         if option == "--config" or option.startswith("--config="):
             _check_file(Path(following if option == "--config" else option.split("=", 1)[1]))
     try:

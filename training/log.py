@@ -76,8 +76,7 @@ class RunLog:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if exception[0] is None else 1)
+        self._tell_wandb("finish", exit_code=0 if exception[0] is None else 1)
 
     def count(self, step: int, result: StepResult) -> dict[str, Any]:
         """The metrics of a step that was just taken (1 after the first); shown in the bar.
@@ -113,8 +112,7 @@ class RunLog:
         self._recent_tokens, self._recent_seconds = 0, 0.0
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(row)
+        self._tell_wandb("log", row)
         # On a terminal the bar shows the rest; a pipe gets every logged line.
         if evaluated or self._progress.disable:
             names = ("loss", "val_loss", "val_bpb", "stop_logprob", "stop_rate")
@@ -127,6 +125,15 @@ class RunLog:
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _tell_wandb(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Calls wandb's run if there is one; its network, login and files may never end ours."""
+        if self._wandb is not None:
+            try:
+                getattr(self._wandb, method)(*args, **kwargs)
+            except Exception as error:
+                self._wandb = None
+                self.say(f"wandb failed and is off from here: {' '.join(str(error).split())[:200]}")
 
     def _start_wandb(self) -> None:
         """Opens wandb's run, the same one after a resume; a failure is said and never stops us."""
@@ -151,7 +158,7 @@ class RunLog:
             )
             # Our own axis: wandb's drops points that come again after a resume.
             self._wandb.define_metric("*", step_metric="step")
-        except Exception as error:  # its network, its login, its files: none may end a run
+        except Exception as error:
             self._wandb = None
             print(f"wandb is off for this run: {' '.join(str(error).split())[:200]}")
 

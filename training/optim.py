@@ -57,9 +57,9 @@ class OptimConfig:
         for name in ("lr", "muon_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be above 0")
-        if self.grad_clip is not None and self.grad_clip <= 0:
+        if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"optim.grad_clip is {self.grad_clip}; null turns clipping off")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
         for name in ("decay_fraction", "final_lr_fraction"):
             if not 0 <= getattr(self, name) <= 1:
