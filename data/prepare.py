@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gzip
-import io
-import json
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
-from data.chat import Message, parse_example, render, template_fingerprint
+from data.chat import Message, render, template_fingerprint
 from data.files import (
     new_directory,
     one_line_errors,
@@ -34,161 +30,16 @@ from data.files import (
     verify_checksums,
     write_json,
 )
+from data.read import TEXT_SUFFIXES, read_conversations, read_documents, text_files
 from data.tokenizer import CONTROL_TOKENS, Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 
 FORMAT = 1
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz")
-PIECE = 1 << 20  # characters encoded at a time, so that memory does not grow with a document
-
-
-# ---- reading -------------------------------------------------------------------------------
-
-
-def text_files(paths: Sequence[Path]) -> list[Path]:
-    """The files to read, folders searched for TEXT_SUFFIXES.
-
-    Raises:
-        ValueError: a path is missing or of an unknown kind, or a folder holds no text.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"{path} not found")
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [f for f in found if f.is_file() and f.name.endswith(TEXT_SUFFIXES)]
-        if not found:
-            raise ValueError(f"{path}: no text there; it can be {', '.join(TEXT_SUFFIXES)}")
-        files += found
-    return files
-
-
-def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[Iterator[str]]:
-    """The documents of one open file, each as pieces of at most about PIECE characters.
-
-    Raises:
-        ValueError: not UTF-8, not JSON, or a line without text under `field`; with the line.
-    """
-    source = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if file.suffix == ".gz" else raw
-    f = io.TextIOWrapper(source, encoding="utf-8-sig", newline="\n")
-
-    def pieces() -> Iterator[str]:
-        with readable(file):
-            while piece := f.read(PIECE):
-                yield piece
-
-    if file.name.endswith((".txt", ".md")):
-        yield pieces()
-        return
-    with readable(file):
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                document = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
-            text = document.get(field) if isinstance(document, dict) else None
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{file}, line {number}: no text under {field!r}; name the field with --field"
-                )
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"{file}, line {number}: half a surrogate pair") from None
-            yield iter([text[i : i + PIECE] for i in range(0, len(text), PIECE)])
-
-
-@contextlib.contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Names the file whose bytes turn out not to be what they should."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error.reason}") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file} is not a whole gzip file: {error}") from None
 
 
 def progress() -> Progress:
     """A progress bar that goes away when it is done, and is not there in a pipe."""
     return Progress(transient=True, disable=not sys.stdout.isatty())
-
-
-def read_examples(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, JSON value) of each example of a .jsonl file or of a .json list.
-
-    A line that is not JSON comes as the ValueError that says so, for the caller to count.
-    """
-    with readable(file):
-        text = file.read_text(encoding="utf-8-sig")
-    if file.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    yield number, ValueError(f"not JSON ({error})")
-        return
-    if file.suffix != ".json":
-        raise ValueError(f"{file}: Q&A comes as .json or .jsonl")
-    position = _skip_space(text, 0)
-    if text[position : position + 1] != "[":
-        raise ValueError(f"{file}: a .json file must hold a list of examples")
-    decoder, position = json.JSONDecoder(), _skip_space(text, position + 1)
-    number, counted = 1, 0
-    while text[position : position + 1] != "]":
-        number, counted = number + text.count("\n", counted, position), position
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
-        yield number, value
-        position = _skip_space(text, position)
-        if text[position : position + 1] not in (",", "]"):
-            raise ValueError(f"{file}, line {number}: no comma or bracket after this example")
-        if text[position] == ",":
-            position = _skip_space(text, position + 1)
-    rest = _skip_space(text, position + 1)
-    if text[rest:]:
-        number = 1 + text.count("\n", 0, rest)
-        raise ValueError(f"{file}, line {number}: text after the end of the list")
-
-
-def _skip_space(text: str, position: int) -> int:
-    while text[position : position + 1].isspace():
-        position += 1
-    return position
-
-
-def read_conversations(files: Sequence[Path], skip_bad: bool) -> list[list[Message]]:
-    """All conversations of Q&A files, in order.
-
-    Raises:
-        ValueError: a bad example (unless `skip_bad`, which prints and counts them), or none good.
-    """
-    conversations, bad = [], []
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} not found")
-        for number, example in read_examples(file):
-            try:
-                if isinstance(example, ValueError):
-                    raise example
-                conversations.append(parse_example(example))
-            except ValueError as error:
-                bad.append(f"{file}, line {number}: {error}")
-    if bad and not skip_bad:
-        more = f" (and {len(bad) - 1} more bad examples)" if len(bad) > 1 else ""
-        raise ValueError(f"{bad[0]}{more}; mend the file, or leave such lines out with --skip-bad")
-    for line in bad:
-        print(f"skipped {line}")
-    if bad:
-        print(f"skipped {len(bad)} of {len(bad) + len(conversations)} examples")
-    if not conversations:
-        raise ValueError(f"{', '.join(map(str, files))}: no usable example")
-    return conversations
 
 
 # ---- writing -------------------------------------------------------------------------------

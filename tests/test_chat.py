@@ -6,12 +6,11 @@ import pytest
 
 from data.chat import (
     Message,
-    check_messages,
-    parse_example,
     render,
     render_prompt,
     template_fingerprint,
 )
+from data.read import check_messages, parse_example
 from data.tokenizer import CONTROL_TOKENS, create_tokenizer
 
 BYTE = create_tokenizer("byte", [])

@@ -91,11 +91,12 @@ def test_is_due_at_every_interval_and_at_the_last_step() -> None:
     assert [step for step in range(1, 5) if is_due(step, 100, 4)] == [4]
 
 
-def test_a_run_is_complete_once_its_last_step_is_logged(tmp_path: Path) -> None:
+def test_a_run_is_complete_once_its_last_step_is_evaluated_and_logged(tmp_path: Path) -> None:
     assert not is_complete(tmp_path, STEPS)
-    saved = log_steps(make_log(tmp_path), STEPS - 1)
+    last = log_steps(make_log(tmp_path), STEPS)
     assert not is_complete(tmp_path, STEPS)
-    log_steps(make_log(tmp_path, saved), STEPS, saved)
+    with make_log(tmp_path, last) as log:
+        log.write({**last, "val_loss": 1.0})
     assert is_complete(tmp_path, STEPS)
 
 
@@ -124,7 +125,7 @@ def test_a_failing_wandb_never_ends_a_run(
 
     calls = {name: (lambda *args, **kwargs: None) for name in ("define_metric", "log", "finish")}
     run = types.SimpleNamespace(**calls)
-    wandb = types.SimpleNamespace(init=lambda **kwargs: run)
+    wandb = types.SimpleNamespace(init=lambda **kwargs: run, login=lambda prompt: True)
     setattr(wandb if broken == "init" else run, broken, fail)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log_steps(make_log(tmp_path, wandb="online"), 3)

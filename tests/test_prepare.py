@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import data.prepare as prepare
-from data.chat import Message, parse_example, render, template_fingerprint
+from data.chat import Message, render, template_fingerprint
 from data.files import read_meta, sha256_file
 from data.pretrain import open_prepared
+from data.read import parse_example
 from data.tokenizer import Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 
@@ -65,7 +66,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
 def test_token_streams_decode_back_to_the_documents(
     tokenizer: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "PIECE", piece)
+    monkeypatch.setattr("data.read.PIECE", piece)
     meta = text(corpus(tmp_path / "a.jsonl"), out=tmp_path / "out", tokenizer=tokenizer)
     train, val = (stream(tmp_path / "out", part) for part in ("train", "val"))
     assert (len(train), len(val)) == (36, 4)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.chat import parse_example, render
+from data.chat import render
 from data.files import read_meta, write_json
 from data.prepare import prepare_qa, prepare_text
+from data.read import parse_example
 from data.sft import POOL, SFTData, SFTDataConfig, fit
 from data.tokenizer import Tokenizer, create_tokenizer
 from model.gpt import Batch

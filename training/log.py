@@ -142,6 +142,10 @@ class RunLog:
         try:
             import wandb  # slow to import, so only where it is used
 
+            mode = self.config.wandb
+            if mode == "online" and not wandb.login(prompt=False):
+                print("wandb has no API key here, so this run is offline; `wandb sync` sends it")
+                mode = "offline"
             stored = self.run_dir / "wandb.json"
             run_id = (
                 json.loads(stored.read_text())["id"] if stored.exists() else uuid.uuid4().hex[:12]
@@ -152,7 +156,7 @@ class RunLog:
                 name=self.run_dir.name,
                 id=run_id,
                 resume="allow",
-                mode=self.config.wandb,
+                mode=mode,
                 dir=str(self.run_dir),
                 config=self.resolved,
             )
@@ -164,9 +168,9 @@ class RunLog:
 
 
 def is_complete(run_dir: Path, steps: int) -> bool:
-    """Whether a run's last step is trained, saved and logged."""
+    """Whether a run's last step is trained, saved, evaluated and logged."""
     rows = read_metrics(run_dir / "metrics.jsonl")
-    return bool(rows) and rows[-1]["step"] == steps
+    return bool(rows) and rows[-1]["step"] == steps and "val_loss" in rows[-1]
 
 
 def is_due(step: int, every: int, last: int) -> bool:
