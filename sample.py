@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -110,21 +109,41 @@ def show(console: Console, prompt: str, replies: dict[str, Reply]) -> None:
     print(flush=True)
 
 
-def chat(console: Console, conversation: Conversation) -> None:
-    """Reads prompts until end of input; /reset begins again."""
+Result = tuple[str, dict[str, Reply]]  # a prompt and its replies by column
+
+
+def chat(console: Console, conversation: Conversation) -> list[Result]:
+    """Reads prompts until end of input; /reset begins again. Returns what was said."""
+    results: list[Result] = []
     print("Type a message to both models; /reset begins a new conversation, Ctrl-D ends.")
     while True:
         try:
             prompt = input("you> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print()
-            return
+            return results
         if prompt == "/reset":
             conversation = Conversation(
                 conversation.base, conversation.instruct, conversation.sampling
             )
         elif prompt:
-            show(console, prompt, conversation.ask(prompt))
+            results.append((prompt, conversation.ask(prompt)))
+            show(console, *results[-1])
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        ValueError: not UTF-8, or no prompt in it.
+    """
+    try:
+        prompts = [p for p in file.read_text(encoding="utf-8-sig").splitlines() if p.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text") from None
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt; write one a line")
+    return prompts
 
 
 def run(a: argparse.Namespace) -> None:
@@ -132,25 +151,20 @@ def run(a: argparse.Namespace) -> None:
     sampling = Sampling(a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
     base, instruct = load_pair(a.base, a.instruct, a.device)
     console = Console()
-    if a.chat:
-        chat(console, Conversation(base, instruct, sampling))
-        return
-    prompts = [a.prompt]
-    if a.prompts is not None:
-        try:
-            prompts = [p for p in a.prompts.read_text(encoding="utf-8").splitlines() if p.strip()]
-        except UnicodeDecodeError:
-            raise ValueError(f"{a.prompts} is not UTF-8 text") from None
-    if not any(p.strip() for p in prompts):
-        raise ValueError("there is no prompt; give some text")
-    results: list[dict[str, Any]] = []
-    for prompt in prompts:
-        replies = Conversation(base, instruct, sampling).ask(prompt)
-        show(console, prompt, replies)
-        results.append({"prompt": prompt, **{c: asdict(r) for c, r in replies.items()}})
+    if a.prompt is None and a.prompts is None:
+        results = chat(console, Conversation(base, instruct, sampling))
+    else:
+        prompts = [a.prompt] if a.prompts is None else read_prompts(a.prompts)
+        if not all(prompt.strip() for prompt in prompts):
+            raise ValueError("--prompt is empty; give some text")
+        results = []
+        for prompt in prompts:
+            results.append((prompt, Conversation(base, instruct, sampling).ask(prompt)))
+            show(console, *results[-1])
     if a.json is not None:
         made_by = {"base": str(base.path), "instruct": str(instruct.path), **asdict(sampling)}
-        write_json(a.json, {"settings": made_by, "results": results})
+        rows = [{"prompt": p, **{c: asdict(r) for c, r in rs.items()}} for p, rs in results]
+        write_json(a.json, {"settings": made_by, "results": rows})
 
 
 def main() -> None:
@@ -160,10 +174,10 @@ def main() -> None:
     )
     p.add_argument("--base", required=True, help="base checkpoint, or its run")
     p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
-    what = p.add_mutually_exclusive_group(required=True)
+    what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="one prompt")
     what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
-    what.add_argument("--chat", action="store_true", help="a live conversation with both")
+    what.add_argument("--chat", action="store_true", help="a live conversation (default)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     p.add_argument("--top-k", type=int, help="sample from the k most likely tokens")
     p.add_argument("--top-p", type=float, help="sample from the most likely share p")

@@ -29,15 +29,17 @@ class Cells:
         answers: a question is answered by a reply that names the right value and no other of its
             kind, and stops by itself.
         mentions: the same replies name the right value at all, stopping or not.
-        stops: replies, to questions about all three splits, that end by themselves.
+        stops: replies, to questions about all three splits, that end with the end-of-turn token.
+        next_document: of the same replies, those that run into another document (end-of-text).
         follow_up: as `answers`, on a held-out person's second question, which does not name them.
-        n: questions behind each share (`stops`: behind each split of it).
+        n: questions behind each share (`stops` and `next_document`: behind each split of them).
     """
 
     cloze: dict[str, float]
     answers: dict[str, float]
     mentions: dict[str, float]
     stops: float
+    next_document: float
     follow_up: float
     n: int
 
@@ -90,7 +92,7 @@ def measure(
     """
     tokenizer, end = checkpoint.tokenizer, checkpoint.tokenizer.end_of_turn
     rng = random.Random(f"questions {world.config.seed}")
-    cloze, answers, mentions, stopped = {}, {}, {}, 0
+    cloze, answers, mentions, stopped, overran = {}, {}, {}, 0, 0
     for split in SPLITS:
         questions = draw(world, split, n, rng)
         texts = [rng.choice(cloze_prompts(p, a, world.config.paraphrases)) for p, a in questions]
@@ -108,6 +110,7 @@ def measure(
         answers[split] = sum(exact for exact, _ in graded) / n
         mentions[split] = sum(mentioned for _, mentioned in graded) / n
         stopped += sum(ids[-1] == end for ids in replies)
+        overran += sum(tokenizer.end_of_text in ids for ids in replies)
 
     follow_ups = draw(world, "held_out", n, rng)
     asked = []
@@ -117,7 +120,9 @@ def measure(
         asked.append(opening + exchange(person, attribute, rng.choice(attribute.follow_ups))[:1])
     replies = ask(checkpoint, [prompt(checkpoint, m) for m in asked], REPLY_TOKENS)
     right = [grade(checkpoint, q, ids)[0] for q, ids in zip(follow_ups, replies, strict=True)]
-    return Cells(cloze, answers, mentions, stopped / (3 * n), sum(right) / n, n)
+    asked_in_all = len(SPLITS) * n
+    stops, next_document = stopped / asked_in_all, overran / asked_in_all
+    return Cells(cloze, answers, mentions, stops, next_document, sum(right) / n, n)
 
 
 def grade(checkpoint: Checkpoint, question: Question, reply: list[int]) -> tuple[bool, bool]:

@@ -131,7 +131,9 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         "An answer counts if it names the right value and no other of its kind, and stops. Not "
         "having to stop, the base mentions the right value for held-out people in "
         f"{mentions[0]:.2f} of its replies in the chat template and in {mentions[1]:.2f} of those "
-        "to a plain `Question: ... Answer:`.\n",
+        "to a plain `Question: ... Answer:`; within "
+        f"{REPLY_TOKENS} tokens {report['base']['next_document']:.2f} of its replies run on into "
+        "the next biography.\n",
         highlight=False,
     )
     for example in report["examples"]:
