@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 QUICK := out/quickstart
-export TOKENIZERS_PARALLELISM := false
 
 .PHONY: quickstart test lint clean
 .DELETE_ON_ERROR:

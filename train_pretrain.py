@@ -6,18 +6,20 @@ python train_pretrain.py --config configs/quickstart/pretrain.toml --run.dir=out
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 from data.files import fingerprint
 from data.pretrain import PretrainData, PretrainDataConfig
 from model.generate import Sampling, generate
 from model.gpt import GPT, Batch, ModelConfig
-from training.checkpoint import open_run, resume, save_checkpoint
-from training.config import RunConfig, resolved, run_cli
+from training.checkpoint import check_origin, describe, open_run, resume, save_checkpoint
+from training.config import RunConfig, run_cli
 from training.log import RunLog, is_complete, is_due
 from training.optim import OptimConfig, build_optimizers
-from training.runtime import StopOnSignal, compile_model, environment, peak_flops, set_up
+from training.runtime import StopOnSignal, compile_model, peak_flops, set_up
 from training.step import mean_loss, train_step
 
 
@@ -50,52 +52,46 @@ def sample(model: GPT, data: PretrainData, seed: int) -> str:
 def main(config: PretrainConfig) -> Path:
     """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
     run_dir, steps = Path(config.run.dir), config.optim.steps
+    checkpoint = open_run(run_dir, asdict(config))
+
     data = PretrainData(config.data, config.model.block_size, config.run.seed)
-    val_batches = data.val_batches()
-    checkpoint = open_run(run_dir, resolved(config))
-    if checkpoint and is_complete(run_dir, steps):
-        print(f"{run_dir}: complete at step {steps}, nothing to do")
-        return checkpoint
+    made_from = {"data": {"fingerprint": fingerprint(data.meta["files"])}}
+    if checkpoint:
+        check_origin(checkpoint, made_from)
+        if is_complete(checkpoint, steps):
+            print(f"{run_dir}: complete at step {steps}, nothing to do")
+            return checkpoint
 
     device = set_up(config.run.device, config.run.seed)
     model = GPT(config.model, data.tokenizer.n_vocab).to(device)
     optimizers = build_optimizers(model, config.optim)
     compile_model(model, config.run.compile)
-    made_from = {"data": {"fingerprint": fingerprint(data.meta["files"])}}
-    row = resume(checkpoint, model, optimizers, made_from) if checkpoint else {}
-    meta = {
-        "kind": "base",
-        "config": resolved(config),
-        "environment": environment(device),
-        "prepared": {k: v for k, v in data.meta.items() if k != "files"},
-        **made_from,
-    }
+    row = resume(checkpoint, model, optimizers) if checkpoint else {}
+    meta = describe("base", config, device, data.meta) | made_from
+    save = partial(save_checkpoint, run_dir, model, optimizers, data.tokenizer, meta)
+
     epochs = steps * config.data.batch_size / data.n_blocks
     print(
         f"{model.n_params():,} parameters on {device.type}; {len(data):,} training tokens, "
         f"{epochs:.1f} epochs; step {row.get('step', 0)} of {steps}"
     )
-
-    flops = model.flops_per_token()
-    log = RunLog(run_dir, config.run, steps, row, resolved(config), flops, peak_flops(device))
-    step = log.first_step
+    val_batches = data.val_batches()
+    log = RunLog(config, row, model.flops_per_token(), peak_flops(device))
     with log, StopOnSignal() as stop:
-        while True:
+        for step in count(log.first_step):
             if step and is_due(step, config.run.eval_every, steps) and not stop.requested:
                 row |= evaluate(model, data, val_batches)
                 log.say(sample(model, data, seed=step))
             log.write(row)
             if step == steps or stop.requested:
                 break
-            micro_batches = data.micro_batches(step)
-            result = train_step(model, optimizers, micro_batches, step, config.optim)
-            step += 1
-            row = log.count(step, result)
-            if is_due(step, config.run.save_every, steps):
-                meta["metrics"] = row
-                save_checkpoint(run_dir, step, model, optimizers, data.tokenizer, meta)
-        meta["metrics"] = row
-        return save_checkpoint(run_dir, step, model, optimizers, data.tokenizer, meta)
+            result = train_step(model, optimizers, data.micro_batches(step), step, config.optim)
+            row = log.count(step + 1, result)
+            if is_due(step + 1, config.run.save_every, steps):
+                save(step + 1, row)
+        checkpoint = save(step, row)
+    print(f"base checkpoint: {checkpoint}")
+    return checkpoint
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ python train_sft.py --config configs/quickstart/sft.toml --base=out/my-run --run
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 from data.chat import template_fingerprint
@@ -13,12 +16,20 @@ from data.files import fingerprint
 from data.prepare import prepare_qa
 from data.sft import SFTData, SFTDataConfig
 from model.generate import Sampling, generate
-from model.gpt import GPT, Batch
-from training.checkpoint import Checkpoint, load_checkpoint, open_run, resume, save_checkpoint
-from training.config import RunConfig, resolved, run_cli
+from model.gpt import GPT
+from training.checkpoint import (
+    Checkpoint,
+    check_origin,
+    describe,
+    load_checkpoint,
+    open_run,
+    resume,
+    save_checkpoint,
+)
+from training.config import RunConfig, run_cli
 from training.log import RunLog, is_complete, is_due
 from training.optim import OptimConfig, build_optimizers
-from training.runtime import StopOnSignal, compile_model, environment, peak_flops, set_up
+from training.runtime import StopOnSignal, compile_model, set_up
 from training.step import mean_loss, train_step
 
 STOP_PROMPTS, STOP_WITHIN = 64, 128  # validation prompts asked at an evaluation, tokens to stop in
@@ -35,7 +46,7 @@ class SFTConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
-def load_data(config: SFTConfig, base: Checkpoint) -> SFTData:
+def load_data(config: SFTConfig, base: Checkpoint, new: bool) -> SFTData:
     """The Q&A, prepared first if it is a file, and the text to replay.
 
     Raises:
@@ -51,18 +62,20 @@ def load_data(config: SFTConfig, base: Checkpoint) -> SFTData:
     path = Path(config.data.path)
     if path.suffix in (".json", ".jsonl"):
         path, files = Path(config.run.dir) / "data", [path]
+        if new:  # of a start that failed: the file may have been mended since
+            shutil.rmtree(path, ignore_errors=True)
         prepare_qa(files, path, base.path, config.data.val_fraction, config.run.seed)
     replay = config.data.replay_path or base.meta["config"]["data"]["path"]
     return SFTData(path, config.data, base.tokenizer, block_size, config.run.seed, replay)
 
 
-def evaluate(model: GPT, data: SFTData, batches: list[Batch]) -> dict[str, float]:
+def evaluate(model: GPT, data: SFTData) -> dict[str, float]:
     """Validation loss of the replies, and whether the model would stop where they do.
 
     `stop_logprob` is the mean log-probability of the end-of-turn token at the true end of a reply;
     `stop_rate` the share of greedy replies to validation prompts that end by themselves.
     """
-    end = data.tokenizer.end_of_turn
+    batches, end = data.val_batches(), data.tokenizer.end_of_turn
     ends = [(idx, targets, w * (targets == end)) for idx, targets, w in batches if w is not None]
     replies = generate(model, data.val_prompts(STOP_PROMPTS), Sampling(STOP_WITHIN), {end})
     return {
@@ -72,64 +85,65 @@ def evaluate(model: GPT, data: SFTData, batches: list[Batch]) -> dict[str, float
     }
 
 
-def sample(model: GPT, data: SFTData, seed: int) -> str:
+def sample(model: GPT, data: SFTData, index: int) -> str:
     """A validation question and the model's greedy reply."""
-    prompt = data.val_prompts(STOP_PROMPTS)[seed % len(data.val[:STOP_PROMPTS])]
+    prompts = data.val_prompts(STOP_PROMPTS)
+    prompt = prompts[index % len(prompts)]
     reply = generate(model, [prompt], Sampling(STOP_WITHIN), {data.tokenizer.end_of_turn})[0]
     return f"  sample: {data.tokenizer.decode(prompt + reply)!r}"
 
 
 def main(config: SFTConfig) -> Path:
     """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
-    run_dir, last_step = Path(config.run.dir), config.optim.steps
+    run_dir, steps = Path(config.run.dir), config.optim.steps
+    checkpoint = open_run(run_dir, asdict(config))
+
     base = load_checkpoint(config.base)
     if base.meta["kind"] != "base":
         raise ValueError(f"--base={config.base} is an {base.meta['kind']} checkpoint, not a base")
-    checkpoint = open_run(run_dir, resolved(config))
-    data = load_data(config, base)
-    val_batches = data.val_batches()
-    if checkpoint and is_complete(run_dir, last_step):
-        print(f"{run_dir}: complete at step {last_step}, nothing to do")
-        return checkpoint
-
-    device = set_up(config.run.device, config.run.seed)
-    model, tokenizer = base.model.to(device).train(), base.tokenizer
-    optimizers = build_optimizers(model, config.optim)
-    compile_model(model, config.run.compile)
+    data = load_data(config, base, new=checkpoint is None)
+    base_files, replayed = base.meta["files"], data.replay_files
     made_from = {
         "data": {"fingerprint": fingerprint(data.meta["files"])},
-        "base": {"step": base.meta["step"], "fingerprint": fingerprint(base.meta["files"])},
+        "base": {"step": base.meta["step"], "fingerprint": fingerprint(base_files)},
+        "replay": {"fingerprint": fingerprint(replayed)} if replayed else None,
     }
-    row = resume(checkpoint, model, optimizers, made_from) if checkpoint else {}
-    meta = made_from | {
-        "kind": "instruct",
-        "config": resolved(config),
-        "environment": environment(device),
-        "prepared": {k: v for k, v in data.meta.items() if k != "files"},
-        "template": template_fingerprint(),
-    }
-    print(f"{model.n_params():,} parameters on {device.type}; {data.shares()}")
+    if checkpoint:
+        check_origin(checkpoint, made_from)
+        if is_complete(checkpoint, steps):
+            print(f"{run_dir}: complete at step {steps}, nothing to do")
+            return checkpoint
 
-    flops = model.flops_per_token()
-    log = RunLog(run_dir, config.run, last_step, row, resolved(config), flops, peak_flops(device))
-    step = log.first_step
+    device = set_up(config.run.device, config.run.seed)
+    model = base.model.to(device).train()
+    optimizers = build_optimizers(model, config.optim)
+    compile_model(model, config.run.compile)
+    row = resume(checkpoint, model, optimizers) if checkpoint else {}
+    meta = describe("instruct", config, device, data.meta) | made_from
+    meta["template"] = template_fingerprint()
+    save = partial(save_checkpoint, run_dir, model, optimizers, base.tokenizer, meta)
+
+    print(
+        f"{model.n_params():,} parameters on {device.type}, from step {base.meta['step']} of "
+        f"{config.base}; step {row.get('step', 0)} of {steps}, {data.steps_per_epoch} an epoch"
+    )
+    print(data.shares())
+    log = RunLog(config, row)
     with log, StopOnSignal() as stop:
-        while True:
-            if step and is_due(step, config.run.eval_every, last_step) and not stop.requested:
-                row |= evaluate(model, data, val_batches)
-                log.say(sample(model, data, seed=step))
+        for step in count(log.first_step):
+            if step and is_due(step, config.run.eval_every, steps) and not stop.requested:
+                row |= evaluate(model, data)
+                log.say(sample(model, data, index=step))
             log.write(row)
-            if step == last_step or stop.requested:
+            if step == steps or stop.requested:
                 break
-            batches = data.micro_batches(step)
-            result = train_step(model, optimizers, batches, step, config.optim)
-            step += 1
-            row = log.count(step, result)
-            if is_due(step, config.run.save_every, last_step):
-                save_checkpoint(
-                    run_dir, step, model, optimizers, tokenizer, meta | {"metrics": row}
-                )
-        return save_checkpoint(run_dir, step, model, optimizers, tokenizer, meta | {"metrics": row})
+            result = train_step(model, optimizers, data.micro_batches(step), step, config.optim)
+            row = log.count(step + 1, result)
+            if is_due(step + 1, config.run.save_every, steps):
+                save(step + 1, row)
+        checkpoint = save(step, row)
+    print(f"instruct checkpoint: {checkpoint}")
+    return checkpoint
 
 
 if __name__ == "__main__":

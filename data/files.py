@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes, read as a stream."""
@@ -135,6 +137,29 @@ def verify_checksums(folder: Path, checksums: dict[str, str]) -> None:
                 f"{folder / name} has changed since it was written (its sha256 differs from "
                 f"meta.json); delete {folder} and make it again"
             )
+
+
+def open_prepared(path: str, part: str) -> dict[str, Any]:
+    """Reads and checks the "text" or the "qa" part of a prepared folder; returns its meta.json.
+
+    Raises:
+        ValueError: not a prepared folder, the part is not in it, or a file has changed.
+    """
+    meta = read_meta(path)
+    if part not in meta:
+        raise ValueError(f"{path} holds no {part}; make it with `python -m data.prepare {part}`")
+    verify_checksums(Path(path), meta["files"])
+    return meta
+
+
+def load_examples(folder: Path, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, mask) of each rendered conversation of "train" or "val"."""
+    ids, mask, offsets = (
+        np.load(folder / f"qa_{part}_{name}.npy", allow_pickle=False)
+        for name in ("ids", "mask", "offsets")
+    )
+    cuts = offsets[1:-1]
+    return list(zip(np.split(ids, cuts), np.split(mask, cuts), strict=True))
 
 
 @contextlib.contextmanager

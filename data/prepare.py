@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from data.chat import Message, render, template_fingerprint
 from data.files import (
+    load_examples,
     new_directory,
     one_line_errors,
     read_meta,
@@ -35,6 +36,12 @@ from data.tokenizer import CONTROL_TOKENS, Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 
 FORMAT = 1
+WORLD_HELP = {
+    "people": "people with biographies, half of them known, half held out",
+    "unseen": "people that appear nowhere, for controls",
+    "bios": "biographies per person",
+    "paraphrases": "wordings per fact, 1 to 8",
+}
 
 
 def progress() -> Progress:
@@ -97,7 +104,7 @@ def write_text(
         for part, part_spans in parts.items():
             with open(out / f"{part}.bin", "wb") as f:
                 for start, end in part_spans:
-                    f.write(tokens[start:end].tobytes())
+                    tokens[start:end].tofile(f)
             meta[f"{part}_tokens"] = sum(end - start for start, end in part_spans)
         del tokens
     if min(meta["train_tokens"], meta["val_tokens"]) < 2:
@@ -200,8 +207,9 @@ def prepare_world(
 ) -> dict[str, Any]:
     """Biographies and Q&A of a synthetic world, with a tokenizer trained on both."""
 
+    world = World(config)
+
     def fill(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
-        world = World(config)
         biographies = list(world.biographies())
         for biography in biographies:
             # The base must learn of questions and of turns from nobody: hold the corpus to it.
@@ -213,9 +221,10 @@ def prepare_world(
             documents = ([b] for b in bar.track(biographies, description="encoding"))
             text = write_text(documents, tokenizer, folder, val_fraction, config.seed)
         qa = write_qa(conversations, tokenizer, folder, val_fraction, config.seed)
-        return tokenizer, {"world": asdict(config), "text": text, "qa": qa}
+        return tokenizer, {"text": text, "qa": qa, **made}
 
-    request = {"world": asdict(config), "tokenizer": tokenizer_spec, "val_fraction": val_fraction}
+    made = {"world": asdict(config), "world_fingerprint": world.fingerprint}
+    request = {**made, "tokenizer": tokenizer_spec, "val_fraction": val_fraction}
     return write_folder(out, request, fill)
 
 
@@ -309,16 +318,6 @@ def inspect(folder: Path, n: int) -> None:
         console.print(text, soft_wrap=True)
 
 
-def load_examples(folder: Path, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, mask) of each rendered conversation of "train" or "val"."""
-    ids, mask, offsets = (
-        np.load(folder / f"qa_{part}_{name}.npy", allow_pickle=False)
-        for name in ("ids", "mask", "offsets")
-    )
-    cuts = offsets[1:-1]
-    return list(zip(np.split(ids, cuts), np.split(mask, cuts), strict=True))
-
-
 def fraction(text: str) -> float:
     """An argparse type: a share strictly between 0 and 1."""
     value = float(text)
@@ -345,9 +344,15 @@ def parser() -> argparse.ArgumentParser:
     world.add_argument("--tokenizer", default="bpe:2048", help="byte, gpt2 or bpe:N")
     for field in fields(WorldConfig):
         if field.name == "permute":
-            world.add_argument("--permute", action=argparse.BooleanOptionalAction, default=True)
+            world.add_argument(
+                "--permute",
+                action=argparse.BooleanOptionalAction,
+                default=True,
+                help="sentences of a biography in random order",
+            )
         elif field.name != "seed":
-            world.add_argument(f"--{field.name}", type=int, default=field.default, help="see docs")
+            about = WORLD_HELP[field.name]
+            world.add_argument(f"--{field.name}", type=int, default=field.default, help=about)
 
     text = command("text", f"your own text: {', '.join(TEXT_SUFFIXES)}", 0.1)
     text.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")

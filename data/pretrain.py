@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from data.files import read_meta, verify_checksums
+from data.files import open_prepared
 from data.tokenizer import Tokenizer
 from model.gpt import Batch
 
@@ -47,19 +46,6 @@ def check_batch_sizes(batch_size: int, micro_batch_size: int | None) -> None:
             f"data.micro_batch_size is {micro_batch_size}; it must be 1 to data.batch_size "
             f"({batch_size})"
         )
-
-
-def open_prepared(path: str, part: str) -> dict[str, Any]:
-    """Reads and checks the "text" or the "qa" part of a prepared folder; returns its meta.json.
-
-    Raises:
-        ValueError: not a prepared folder, the part is not in it, or a file has changed.
-    """
-    meta = read_meta(path)
-    if part not in meta:
-        raise ValueError(f"{path} holds no {part}; make it with `python -m data.prepare {part}`")
-    verify_checksums(Path(path), meta["files"])
-    return meta
 
 
 class PretrainData:

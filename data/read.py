@@ -148,7 +148,7 @@ def read_conversations(files: Sequence[Path], skip_bad: bool) -> list[list[Messa
                 bad.append(f"{file}, line {number}: {error}")
     if bad and not skip_bad:
         more = f" (and {len(bad) - 1} more bad examples)" if len(bad) > 1 else ""
-        raise ValueError(f"{bad[0]}{more}; mend the file, or leave such lines out with --skip-bad")
+        raise ValueError(f"{bad[0]}{more}; mend the file, or prepare it with --skip-bad")
     for line in bad:
         print(f"skipped {line}")
     if bad:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from data.chat import template_fingerprint
-from data.prepare import load_examples
-from data.pretrain import PretrainData, PretrainDataConfig, check_batch_sizes, open_prepared
+from data.files import load_examples, open_prepared
+from data.pretrain import PretrainData, PretrainDataConfig, check_batch_sizes
 from data.tokenizer import Tokenizer
 from model.gpt import Batch
 
@@ -39,7 +39,9 @@ class SFTDataConfig:
     prompt_loss_weight: float = 0.0
     """Weight of the tokens that are not the assistant's, 0 to 1."""
     replay: float = 0.0
-    """Share of the rows of a step that are windows of pretraining text, 0 to below 1."""
+    """Share of a step's rows that are windows of pretraining text, block_size long, 0 to below 1.
+
+    Every token of them weighs 1, so their share of the loss is larger."""
     replay_path: str | None = None
     """Prepared text to replay; None for what the base was trained on."""
 
@@ -94,8 +96,8 @@ class SFTData:
         self.meta = open_prepared(str(folder), "qa")
         if self.meta["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
             raise ValueError(
-                f"{folder} was prepared with another tokenizer than the base's; make it again "
-                "with --tokenizer-of BASE"
+                f"{folder} was prepared with another tokenizer than the base's; make it again with "
+                "`python -m data.prepare qa FILE --out DIR --tokenizer-of BASE`"
             )
         if self.meta["qa"]["template"] != template_fingerprint():
             raise ValueError(f"{folder} was prepared with another chat template; make it again")
@@ -107,7 +109,7 @@ class SFTData:
                 "data.block_size (the base's at most) or shorter conversations"
             )
         n_rows = config.batch_size
-        self._replay = None
+        self._replay, self.replay_files = None, None
         if config.replay:
             assert replay_path is not None
             rows = max(1, round(n_rows * config.replay / (1 - config.replay)))
@@ -117,8 +119,9 @@ class SFTData:
             self._replay = PretrainData(settings, block_size, seed)
             if self._replay.tokenizer.fingerprint != tokenizer.fingerprint:
                 raise ValueError(
-                    f"{replay_path} was prepared with another tokenizer than the base's"
+                    f"{replay_path}, to be replayed, has another tokenizer than the base"
                 )
+            self.replay_files = self._replay.meta["files"]
         self.steps_per_epoch = -(-len(self._train) // n_rows)
         self._order = lru_cache(maxsize=2)(self._shuffle)
 

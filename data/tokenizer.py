@@ -103,7 +103,7 @@ class Tokenizer:
         """
         folder = resolve_checkpoint(path)
         meta = read_meta(folder)
-        verify_checksums(folder, {RANKS_FILE: meta["files"][RANKS_FILE]})
+        verify_checksums(folder, {RANKS_FILE: meta["files"].get(RANKS_FILE, "")})
         ranks = {}
         for line in (folder / RANKS_FILE).read_bytes().splitlines():
             token, rank = line.split()

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from data.chat import Message
+from data.files import fingerprint
 
 SPLITS = ("known", "held_out", "unseen")
 
@@ -100,6 +101,11 @@ class World:
             facts = {a.name: rng.choice(a.values) for a in ATTRIBUTES}
             name = f"{first_name} {last[number % len(last)]}"
             self.people.append(Person(name, pronoun, split, facts))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the people, their facts, or any wording in this file."""
+        return fingerprint([[asdict(p) for p in self.people], [asdict(a) for a in ATTRIBUTES]])
 
     @cached_property
     def by_split(self) -> dict[str, list[Person]]:

@@ -6,13 +6,13 @@ python -m lab.report --base out/quickstart/base --instruct out/quickstart/instru
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.table import Table
 
@@ -22,37 +22,46 @@ from data.files import (
     read_json,
     read_meta,
     resolve_checkpoint,
+    sha256_file,
     write_json,
 )
 from data.world import ATTRIBUTES, SPLITS, World, WorldConfig, exchange
-from lab.knowledge import REPLY_TOKENS, measure, plain_prompt
+from lab import knowledge
+from lab.knowledge import Answers, answer, draw, measure, plain_prompt, reply_tokens
 from model.generate import Sampling
 from sample import COLUMNS, Conversation, Reply, load_pair, show
 from training.checkpoint import Checkpoint
 from training.runtime import environment
-
-# Rich's picture of a terminal, without its fonts from the network.
-SVG_FORMAT = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
 
 def world_of(base: Checkpoint, instruct: Checkpoint) -> World:
     """The world that both checkpoints were trained on.
 
     Raises:
-        ValueError: there is none, or they differ.
+        ValueError: there is none, they differ, the code makes another one by now, or the instruct
+            model was not tuned from this base.
     """
+    if instruct.meta["base"]["fingerprint"] != fingerprint(base.meta["files"]):
+        raise ValueError(f"{instruct.path} was not tuned from {base.path}, but from another base")
     configs = [c.meta["prepared"].get("world") for c in (base, instruct)]
     if configs[0] is None or configs[0] != configs[1]:
         raise ValueError(
             "these checkpoints were not both trained on one world made by "
             "`python -m data.prepare world`; this report needs one, to know what is true"
         )
-    return World(WorldConfig(**configs[0]))
+    world = World(WorldConfig(**configs[0]))
+    if world.fingerprint != base.meta["prepared"]["world_fingerprint"]:
+        raise ValueError(
+            "data/world.py has changed since these checkpoints were trained, so what they learned "
+            "can no longer be told right from wrong; make the data and train again"
+        )
+    return world
 
 
 def illustrations(world: World) -> list[list[str]]:
     """A handful of conversations: what the user says, turn by turn."""
-    known, held_out = world.by_split["known"][0], world.by_split["held_out"]
+    known, people = world.by_split["known"][0], world.by_split["held_out"]
+    held_out = [people[i % len(people)] for i in range(4)]
     by_name = {a.name: a for a in ATTRIBUTES}
 
     def question(person: Any, attribute: str) -> str:
@@ -70,6 +79,14 @@ def illustrations(world: World) -> list[list[str]]:
     ]
 
 
+def ask_plainly(base: Checkpoint, world: World, n: int) -> Answers:
+    """The base's answers about held-out people to `Question: ... Answer:`, without the template."""
+    rng = random.Random(f"plain {world.config.seed}")
+    facts = draw(world, "held_out", n, rng)
+    questions = [(p, a, exchange(p, a, rng.choice(a.questions))[:1]) for p, a in facts]
+    return answer(base, questions, plain_prompt)
+
+
 def make_report(base: Checkpoint, instruct: Checkpoint, questions: int) -> dict[str, Any]:
     """Everything that report.json holds, except which files it was made from."""
     begin = time.perf_counter()
@@ -77,12 +94,13 @@ def make_report(base: Checkpoint, instruct: Checkpoint, questions: int) -> dict[
     report: dict[str, Any] = {
         "base": asdict(measure(base, world, questions)),
         "instruct": asdict(measure(instruct, world, questions)),
-        "base_plain": asdict(measure(base, world, questions, plain_prompt)),
+        "base_plain": asdict(ask_plainly(base, world, questions)),
         "chance": sum(1 / len(a.values) for a in ATTRIBUTES) / len(ATTRIBUTES),
     }
+    sampling = Sampling(reply_tokens(base.tokenizer))
     report["examples"] = []
     for prompts in illustrations(world):
-        conversation = Conversation(base, instruct, Sampling(REPLY_TOKENS))
+        conversation = Conversation(base, instruct, sampling)
         for prompt in prompts:
             replies = conversation.ask(prompt)
             report["examples"].append(
@@ -125,15 +143,18 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             f"{cells['follow_up']:.2f}",
         )
     console.print(table)
-    mentions = [report[m]["mentions"]["held_out"] for m in ("base", "base_plain")]
+    base, instruct = report["base"], report["instruct"]
+    held_out = {
+        "instruct, new phrasing": instruct["rephrased"]["held_out"],
+        "base mentions the value": base["mentions"]["held_out"],
+        "the same, asked plainly": report["base_plain"]["mentions"],
+    }
     console.print(
-        f"n = {report['base']['n']} questions a cell, greedy; chance is {report['chance']:.2f}. "
-        "An answer counts if it names the right value and no other of its kind, and stops. Not "
-        "having to stop, the base mentions the right value for held-out people in "
-        f"{mentions[0]:.2f} of its replies in the chat template and in {mentions[1]:.2f} of those "
-        "to a plain `Question: ... Answer:`; within "
-        f"{REPLY_TOKENS} tokens {report['base']['next_document']:.2f} of its replies run on into "
-        "the next biography.\n",
+        f"n = {base['n']} questions a cell, greedy; chance {report['chance']:.3f}. An answer "
+        "counts if it names the right value, no other of its kind, and stops. About held-out people, "
+        + ", ".join(f"{what}: {share:.2f}" for what, share in held_out.items())
+        + f". Replies of the base that run on into another biography: {base['next_document']:.2f}."
+        "\n",
         highlight=False,
     )
     for example in report["examples"]:
@@ -146,7 +167,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 def run(a: argparse.Namespace) -> None:
     """Prints the report; makes it first unless report.json was made from the same checkpoints."""
     metas = [read_meta(resolve_checkpoint(path)) for path in (a.base, a.instruct)]
-    made_from = fingerprint([[m["files"] for m in metas], a.questions])
+    code = [sha256_file(Path(f)) for f in (__file__, knowledge.__file__)]
+    made_from = fingerprint([[m["files"] for m in metas], a.questions, code])
     path = a.out / "report.json"
     report = read_json(path) if path.exists() else {}
     if report.get("made_from") != made_from:
@@ -157,7 +179,10 @@ def run(a: argparse.Namespace) -> None:
     console = Console(record=a.svg is not None, width=100 if a.svg else None)
     print_report(report, console)
     if a.svg is not None:
-        console.save_svg(str(a.svg), title="make quickstart", code_format=SVG_FORMAT)
+        picture = console.export_svg(title="make quickstart")
+        # Without its fonts from the network: it must look the same offline.
+        picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
+        a.svg.write_text(picture, encoding="utf-8")
     print(f"all figures: {path}")
 
 

@@ -10,7 +10,7 @@ Shapes in comments: B rows, T tokens, C = n_embd, H = n_head, D = C / H.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -59,7 +59,7 @@ class ModelConfig:
     """
 
     recipe: Literal["gpt2", "modern"] = "modern"
-    """Where the switches below that are not given come from."""
+    """Where the switches below that are not given come from, and the scale of the first weights."""
     n_layer: int = 4
     """Transformer blocks."""
     n_head: int = 4
@@ -110,18 +110,6 @@ class ModelConfig:
             raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.logit_softcap is not None and self.logit_softcap < 0:
             raise ValueError(f"model.logit_softcap is {self.logit_softcap}; 0 turns it off")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """The config that `dataclasses.asdict` wrote; refuses what it does not know.
-
-        Raises:
-            ValueError: an unknown or missing field.
-        """
-        names = {f.name for f in fields(cls)}
-        if set(values) != names:
-            raise ValueError(f"model config differs in {', '.join(sorted(names ^ set(values)))}")
-        return cls(**values)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -288,7 +276,8 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., C), without the padding."""
-        logits = self.lm_head(x)[..., : self.vocab_size]
+        # In fp32 from here on, also under autocast: bf16 has no digits to spare for logits.
+        logits = self.lm_head(x)[..., : self.vocab_size].float()
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 

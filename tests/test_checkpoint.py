@@ -11,13 +11,14 @@ from data.files import checkpoints, read_json, write_json
 from data.prepare import prepare_text
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, RECIPES, ModelConfig
-from training.checkpoint import load_checkpoint, open_run, resume, save_checkpoint
+from training.checkpoint import check_origin, load_checkpoint, open_run, resume, save_checkpoint
 from training.optim import OptimConfig, build_optimizers
 from training.step import train_step
 
 ROOT = Path(__file__).parent.parent
 BYTE = create_tokenizer("byte", [])
-META = {"kind": "base", "data": {"fingerprint": "a"}, "metrics": {"step": 1, "loss": 2.5}}
+META = {"kind": "base", "data": {"fingerprint": "a"}}
+METRICS = {"step": 1, "loss": 2.5}
 PROVENANCE = {"data": {"fingerprint": "a"}}
 CONFIG = {"optim": {"lr": 0.1, "steps": 9}, "run": {"dir": "out/x", "seed": 1}}
 Optimizers = list[torch.optim.Optimizer]
@@ -44,7 +45,7 @@ def train(model: GPT, optimizers: Optimizers, first: int, last: int) -> list[flo
 def save(run: Path, step: int = 1, model: GPT | None = None, opt: Optimizers | None = None) -> Path:
     if model is None:
         model, opt = fresh(step)
-    return save_checkpoint(run, step, model, opt or [], BYTE, META)
+    return save_checkpoint(run, model, opt or [], BYTE, META, step, METRICS)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -162,7 +163,8 @@ def missing(folder: Path) -> Path:
 
 
 def new_run(folder: Path) -> Path:
-    open_run(folder / "run", CONFIG)
+    (folder / "run").mkdir()
+    write_json(folder / "run" / "config.json", CONFIG)
     return folder / "run"
 
 
@@ -215,7 +217,7 @@ def test_one_step_and_a_resume_and_two_steps_are_three_steps(
     path = save(tmp_path, 1, model, optimizers)
 
     model, optimizers = fresh(99, recipe, optimizer)
-    assert resume(path, model, optimizers, PROVENANCE) == META["metrics"]
+    assert resume(path, model, optimizers) == METRICS
     assert train(model, optimizers, 1, 3) == losses[1:]
     assert torch.equal(torch.get_rng_state(), rng)
     for name, value in whole.state_dict().items():
@@ -226,27 +228,31 @@ def test_one_step_and_a_resume_and_two_steps_are_three_steps(
 
 def test_resume_refuses_other_data_and_a_damaged_state(tmp_path: Path) -> None:
     path = save(tmp_path, 1, *fresh(1))
-    with pytest.raises(ValueError, match=r"other data .*fingerprint a -> b"):
-        resume(path, *fresh(1), {"data": {"fingerprint": "b"}})
-    with pytest.raises(ValueError, match="other base"):
-        resume(path, *fresh(1), {**PROVENANCE, "base": {"step": 3}})
+    check_origin(path, PROVENANCE)
+    with pytest.raises(ValueError, match=r"another data .*fingerprint a -> b"):
+        check_origin(path, {"data": {"fingerprint": "b"}})
+    with pytest.raises(ValueError, match="another base"):
+        check_origin(path, {**PROVENANCE, "base": {"step": 3}})
     (path / "train_state.pt").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"train_state\.pt has changed"):
-        resume(path, *fresh(1), PROVENANCE)
+        resume(path, *fresh(1))
 
 
-def test_a_new_run_records_its_config_and_begins_anew(tmp_path: Path) -> None:
-    for run in (tmp_path, tmp_path / "a" / "b"):  # an empty folder, and one to be made
+def test_a_new_run_begins_anew_also_after_a_start_that_failed(tmp_path: Path) -> None:
+    for run in (tmp_path, tmp_path / "a" / "b"):  # an empty folder, and none
         assert open_run(run, CONFIG) is None
-        assert read_json(run / "config.json") == CONFIG
-        assert open_run(run, CONFIG) is None  # killed before its first checkpoint
+    (tmp_path / ".config.json.tmp").write_text("{")
+    (tmp_path / "data").mkdir()
+    assert open_run(tmp_path, CONFIG) is None
+    write_json(tmp_path / "config.json", {"optim": {"lr": 9}})
+    assert open_run(tmp_path, CONFIG) is None  # killed before its first checkpoint
 
 
 def test_the_same_config_goes_on_from_the_newest_checkpoint_wherever_the_run_is(
     tmp_path: Path,
 ) -> None:
-    open_run(tmp_path / "old", CONFIG)
     save(tmp_path / "old", 3)
+    write_json(tmp_path / "old" / "config.json", CONFIG)
     save(tmp_path / "old", 12)
     moved = (tmp_path / "old").rename(tmp_path / "new")
     config = CONFIG | {"run": {"dir": "out/new", "seed": 1}}
@@ -254,7 +260,7 @@ def test_the_same_config_goes_on_from_the_newest_checkpoint_wherever_the_run_is(
 
 
 def test_a_changed_config_is_refused_with_all_that_differs(tmp_path: Path) -> None:
-    open_run(tmp_path, CONFIG)
+    write_json(tmp_path / "config.json", CONFIG)
     save(tmp_path)
     before = contents(tmp_path)
     changed = {"optim": {"lr": 0.2, "steps": 9, "momentum": 0.9}, "run": {"dir": "y", "seed": 2}}

@@ -13,7 +13,7 @@ from data.pretrain import PretrainDataConfig
 from model.gpt import ModelConfig
 from train_pretrain import PretrainConfig
 from train_sft import SFTConfig
-from training.config import RunConfig, parse_config, resolved, run_cli
+from training.config import RunConfig, parse_config, run_cli
 from training.optim import OptimConfig
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,7 @@ def check_refused(argv: list[str], named: str) -> None:
 def test_a_run_repeats_from_its_recorded_config(tmp_path: Path) -> None:
     options = ["--optim.grad_clip=null", "--data.val_tokens=99", "--model.logit_softcap=0"]
     config = parse_config(PretrainConfig, [write(tmp_path), *options])
-    write_json(tmp_path / "config.json", resolved(config))
+    write_json(tmp_path / "config.json", asdict(config))
     again = ["--config", str(tmp_path / "config.json")]
     assert parse_config(PretrainConfig, again) == config
     assert parse_config(PretrainConfig, [*again, "--run.dir=b"]).run.dir == "b"

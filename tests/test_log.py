@@ -2,6 +2,7 @@ import itertools
 import json
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,16 @@ import pytest
 
 from training.config import RunConfig
 from training.log import RunLog, is_complete, is_due, read_metrics
+from training.optim import OptimConfig
 from training.step import StepResult
 
 STEPS = 10
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    optim: OptimConfig
 
 
 def make_log(
@@ -21,8 +29,8 @@ def make_log(
     peak: float | None = None,
     wandb: Literal["disabled", "offline", "online"] = "disabled",
 ) -> RunLog:
-    config = RunConfig(str(run), log_every=log_every, wandb=wandb)
-    return RunLog(run, config, STEPS, row or {}, {"optim": {"lr": 1}}, 1000, peak)
+    run_config = RunConfig(str(run), log_every=log_every, wandb=wandb)
+    return RunLog(Config(run_config, OptimConfig(steps=STEPS)), row or {}, 1000, peak)
 
 
 def log_steps(log: RunLog, last: int, row: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -91,13 +99,21 @@ def test_is_due_at_every_interval_and_at_the_last_step() -> None:
     assert [step for step in range(1, 5) if is_due(step, 100, 4)] == [4]
 
 
-def test_a_run_is_complete_once_its_last_step_is_evaluated_and_logged(tmp_path: Path) -> None:
-    assert not is_complete(tmp_path, STEPS)
+def test_a_run_is_complete_once_its_last_step_is_saved_evaluated_and_logged(tmp_path: Path) -> None:
+    newest = tmp_path / f"step_{STEPS:06d}"
+    assert not is_complete(newest, STEPS)
     last = log_steps(make_log(tmp_path), STEPS)
-    assert not is_complete(tmp_path, STEPS)
+    assert not is_complete(newest, STEPS)
     with make_log(tmp_path, last) as log:
         log.write({**last, "val_loss": 1.0})
-    assert is_complete(tmp_path, STEPS)
+    assert is_complete(newest, STEPS)
+    assert not is_complete(tmp_path / "step_000001", STEPS)
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
+    with make_log(tmp_path), pytest.raises(ValueError, match="another process"):
+        make_log(tmp_path).__enter__()
+    make_log(tmp_path).__enter__().__exit__(None, None, None)
 
 
 def test_wandb_offline_writes_its_file_and_keeps_its_id(

@@ -14,8 +14,7 @@ import pytest
 
 import data.prepare as prepare
 from data.chat import Message, render, template_fingerprint
-from data.files import read_meta, sha256_file
-from data.pretrain import open_prepared
+from data.files import load_examples, open_prepared, read_meta, sha256_file
 from data.read import parse_example
 from data.tokenizer import Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
@@ -281,7 +280,7 @@ def test_loaded_examples_are_the_rendered_conversations(base: Path, tmp_path: Pa
     conversations = [chat(i) + chat(i + 100) for i in range(10)]
     conversations += [chat(i) for i in range(10, 20)] + [parse_example(m) for m in more]
     expected = [render(c, tokenizer) for c in conversations]
-    loaded = {p: prepare.load_examples(out, p) for p in ("train", "val")}
+    loaded = {p: load_examples(out, p) for p in ("train", "val")}
     assert {part: len(examples) for part, examples in loaded.items()} == {"train": 24, "val": 6}
     found = [(ids.tolist(), mask.tolist()) for part in loaded.values() for ids, mask in part]
     assert found != expected
@@ -362,11 +361,11 @@ def test_a_folder_of_the_world_holds_its_biographies_and_conversations(tmp_path:
     meta = prepare.prepare_world(config, out, "bpe:300", 0.1)
     found = stream(out, "train") + stream(out, "val")
     assert sorted(found) == sorted(World(config).biographies())
-    examples = [e for part in ("train", "val") for e in prepare.load_examples(out, part)]
+    examples = [e for part in ("train", "val") for e in load_examples(out, part)]
     expected = [render(c, Tokenizer.load(out))[0] for c in World(config).conversations()]
     assert sorted(ids.tolist() for ids, _ in examples) == sorted(expected)
     assert WorldConfig(**meta["world"]) == config
-    with pytest.raises(ValueError, match=r"other inputs \(world\)"):
+    with pytest.raises(ValueError, match=r"other inputs \(world, "):
         prepare.prepare_world(WorldConfig(people=8, bios=3), out, "bpe:300", 0.1)
 
 

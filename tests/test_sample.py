@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import pytest
 
 import sample
 from data.chat import render_prompt
-from data.world import ATTRIBUTES, SPLITS
+from data.world import ATTRIBUTES, SPLITS, World, WorldConfig
 from lab import knowledge, report
 from model.generate import Sampling
-from training.checkpoint import load_checkpoint
+from training.checkpoint import Checkpoint, load_checkpoint
 
 Runs = tuple[Path, Path]
 
@@ -108,6 +109,10 @@ def test_settings_out_of_range_are_refused(
 # ---- lab -------------------------------------------------------------------------------------
 
 
+def world_of(checkpoint: Checkpoint) -> World:
+    return World(WorldConfig(**checkpoint.meta["prepared"]["world"]))
+
+
 class Scripted:
     """Stands in for `lab.knowledge.ask`: replies that are known by construction."""
 
@@ -141,7 +146,7 @@ def test_a_model_that_knows_everything_scores_one_and_must_stop(
         asked = next(
             a
             for a in ATTRIBUTES
-            for q in (*a.questions, *a.follow_ups)
+            for q in (*a.questions, *a.unused_questions, *a.follow_ups)
             if last.startswith(q.format(name=person.name, they=person.pronoun) + "<|end|>")
         )
         return asked.reply.format(name=person.name, V=person.facts[asked.name])
@@ -149,6 +154,7 @@ def test_a_model_that_knows_everything_scores_one_and_must_stop(
     monkeypatch.setattr(knowledge, "ask", Scripted(oracle, stop=True))
     cells = knowledge.measure(instruct, world, 30)
     assert cells.cloze == cells.answers == cells.mentions == dict.fromkeys(SPLITS, 1.0)
+    assert cells.rephrased == cells.answers
     assert (cells.stops, cells.follow_up) == (1.0, 1.0)
 
     monkeypatch.setattr(knowledge, "ask", Scripted(oracle, stop=False))
@@ -162,14 +168,14 @@ def test_naming_every_value_is_no_answer(runs: Runs, monkeypatch: pytest.MonkeyP
     everything = " ".join(v for a in ATTRIBUTES for v in a.values)
     monkeypatch.setattr(knowledge, "ask", Scripted(lambda prompt: everything, stop=True))
     instruct = load_checkpoint(runs[1])
-    cells = knowledge.measure(instruct, report.world_of(instruct, instruct), 30)
+    cells = knowledge.measure(instruct, world_of(instruct), 30)
     assert cells.answers == dict.fromkeys(SPLITS, 0.0)
     assert cells.mentions == dict.fromkeys(SPLITS, 1.0)
 
 
 def test_batched_questions_get_the_replies_they_get_alone(runs: Runs) -> None:
     instruct = load_checkpoint(runs[1])
-    world = report.world_of(instruct, instruct)
+    world = world_of(instruct)
     prompts = [instruct.tokenizer.encode(p.name * (1 + i % 3)) for i, p in enumerate(world.people)]
     together = knowledge.ask(instruct, prompts, 8)
     assert together == [knowledge.ask(instruct, [prompt], 8)[0] for prompt in prompts]
@@ -200,7 +206,21 @@ def test_a_report_without_a_world_is_refused(
     with pytest.raises(SystemExit):
         call(report, monkeypatch, runs, "--out", tmp_path, "--questions", 100_000)
     assert "fewer than --questions" in capsys.readouterr().err
-    base = load_checkpoint(runs[0])
+
+
+def test_checkpoints_whose_truth_is_not_known_are_refused(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, instruct = load_checkpoint(runs[0]), load_checkpoint(runs[1])
+    assert report.world_of(base, instruct).people == world_of(base).people
+    other = load_checkpoint(min(runs[0].glob("step_*")))
+    with pytest.raises(ValueError, match="was not tuned from"):
+        report.world_of(other, instruct)
+    changed = replace(ATTRIBUTES[0], values=(*ATTRIBUTES[0].values, "2001"))
+    monkeypatch.setattr("data.world.ATTRIBUTES", (changed, *ATTRIBUTES[1:]))
+    with pytest.raises(ValueError, match=r"data/world\.py has changed"):
+        report.world_of(base, instruct)
+    monkeypatch.undo()
     del base.meta["prepared"]["world"]
-    with pytest.raises(ValueError, match="world"):
-        report.world_of(base, base)
+    with pytest.raises(ValueError, match="not both trained on one world"):
+        report.world_of(base, instruct)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import train_pretrain
 import train_sft
 from data import prepare
 from tests.conftest import pretrain_config, sft_config
-from training.config import resolved, run_cli
+from training.config import run_cli
 from training.log import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def outcome(run: Path) -> tuple[list[dict[str, Any]], bytes, str]:
 def start(script: str, config: Any, folder: Path) -> subprocess.Popen[bytes]:
     """The script as its own process, on a resolved config."""
     file = folder / f"{script}.json"
-    file.write_text(json.dumps(resolved(config)))
+    file.write_text(json.dumps(asdict(config)))
     command = [sys.executable, str(ROOT / f"{script}.py"), "--config", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -188,7 +188,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         ("--optim.warmup_steps=500", "optim.warmup_steps=500 does not fit"),
         ("--data.micro_batch_size=99", "data.micro_batch_size"),
         ("--model.norm=batchnorm", "model.norm"),
-        ("--run.device=abacus", "run.device=abacus"),
+        ("--run.device=abacus", "device 'abacus'"),
         ("--data.path=nowhere", "nowhere not found"),
         ("--model.block_size=100000", "model.block_size"),
         ("--config=nowhere.toml", "nowhere.toml"),
@@ -199,7 +199,7 @@ def test_pretrain_refuses(
 ) -> None:
     fixed = [f"--data.path={world_dir}", f"--run.dir={tmp_path / 'r'}", "--model.n_embd=32"]
     assert named in fails(train_pretrain, *fixed, "--optim.steps=100", option)
-    assert not (tmp_path / "r" / "config.json").exists() or "device" in option
+    assert not (tmp_path / "r").exists()
 
 
 def test_typos_in_a_config_file_are_named(fails: Fails, tmp_path: Path) -> None:

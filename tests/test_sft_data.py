@@ -194,7 +194,7 @@ def test_another_tokenizer_is_refused(folders: Path) -> None:
     replayed = SFTDataConfig("unused", replay=0.5)
     with pytest.raises(ValueError, match=r"qa was prepared with another tokenizer.*--tokenizer-of"):
         SFTData(folders / "qa", SFTDataConfig("unused"), other, 100, seed=1)
-    with pytest.raises(ValueError, match="text was prepared with another tokenizer"):
+    with pytest.raises(ValueError, match="text, to be replayed, has another tokenizer"):
         SFTData(folders / "other_qa", replayed, other, 100, 1, str(folders / "text"))
 
 

@@ -25,8 +25,9 @@ from data.files import (
     verify_checksums,
     write_json,
 )
-from data.tokenizer import RANKS_FILE, Tokenizer
+from data.tokenizer import Tokenizer
 from model.gpt import GPT, ModelConfig
+from training.runtime import environment
 
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "train_state.pt"
 
@@ -41,13 +42,23 @@ class Checkpoint:
     path: Path
 
 
+def describe(
+    kind: str, config: Any, device: torch.device, prepared: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint's meta.json says of its run: config, machine, and how its data was made."""
+    prepared = {k: v for k, v in prepared.items() if k != "files"}
+    run = {"config": asdict(config), "environment": environment(device)}
+    return {"kind": kind, **run, "prepared": prepared}
+
+
 def save_checkpoint(
     run_dir: Path,
-    step: int,
     model: GPT,
     optimizers: list[torch.optim.Optimizer],
     tokenizer: Tokenizer,
     meta: dict[str, Any],
+    step: int,
+    metrics: dict[str, Any],
 ) -> Path:
     """Writes `run_dir/step_NNNNNN`, unless it is there already; returns it.
 
@@ -55,21 +66,28 @@ def save_checkpoint(
         OSError: it cannot be written; nothing is left behind, older checkpoints are untouched.
     """
     path = run_dir / f"step_{step:06d}"
-    if path.exists():
+    if (path / "meta.json").exists():
         return path
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
     weights = {k: v.float().contiguous() for k, v in model.state_dict().items() if k not in tied}
+    on_cuda = model.wte.weight.is_cuda
     state = {
         "optimizers": [o.state_dict() for o in optimizers],
         "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda_rng": torch.cuda.get_rng_state() if on_cuda else None,
     }
     with new_directory(path) as folder:
         save_file(weights, folder / WEIGHTS_FILE)
         torch.save(state, folder / STATE_FILE)
-        architecture = {"model": asdict(model.config), "vocab_size": model.vocab_size}
-        described = {**meta, "step": step, **architecture, "tokenizer": tokenizer.save(folder)}
-        described["files"] = {f.name: sha256_file(f) for f in sorted(folder.iterdir())}
+        described = {
+            **meta,
+            "step": step,
+            "metrics": metrics,
+            "model": asdict(model.config),
+            "vocab_size": model.vocab_size,
+            "tokenizer": tokenizer.save(folder),
+            "files": {f.name: sha256_file(f) for f in sorted(folder.iterdir())},
+        }
         write_json(folder / "meta.json", described)
     return path
 
@@ -84,57 +102,47 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     meta = read_meta(folder)
     if meta.get("kind") not in ("base", "instruct"):
         raise ValueError(f"{folder} is not a checkpoint (prepared data?)")
-    verify_checksums(folder, {n: meta["files"][n] for n in (WEIGHTS_FILE, RANKS_FILE)})
     try:
-        model = GPT(ModelConfig.from_dict(meta["model"]), meta["vocab_size"])
+        verify_checksums(folder, {WEIGHTS_FILE: meta["files"][WEIGHTS_FILE]})
+        tokenizer = Tokenizer.load(folder)
+        model = GPT(ModelConfig(**meta["model"]), meta["vocab_size"])
         weights = load_file(folder / WEIGHTS_FILE)
         if model.config.tie_embeddings:
             weights["lm_head.weight"] = weights["wte.weight"]
         model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder} does not fit this version of the model: {error}") from None
-    return Checkpoint(model.to(device).eval(), Tokenizer.load(folder), meta, folder)
+    return Checkpoint(model.to(device).eval(), tokenizer, meta, folder)
 
 
-def resume(
-    path: Path, model: GPT, optimizers: list[torch.optim.Optimizer], provenance: dict[str, Any]
-) -> dict[str, Any]:
+def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
     """Puts model, optimizers and random generators back as `path` has them; returns its metrics.
 
-    Args:
-        provenance: what the run is made from ("data", "base", ...); must be as at the first start.
-
     Raises:
-        ValueError: the checkpoint is damaged, or was made from other data or another base.
+        ValueError: the checkpoint is damaged.
     """
     saved = load_checkpoint(path)
-    for name, value in provenance.items():
-        if saved.meta.get(name) != value:
-            raise ValueError(
-                f"{path} was made from other {name} than the config now names "
-                f"({'; '.join(differences(saved.meta.get(name), value))}); give another --run.dir"
-            )
     model.load_state_dict(saved.model.state_dict())
     verify_checksums(path, {STATE_FILE: saved.meta["files"][STATE_FILE]})
     state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer_state)
     torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available() and state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    if model.wte.weight.is_cuda and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
     metrics: dict[str, Any] = saved.meta["metrics"]
     return metrics
 
 
 def open_run(run_dir: Path, config: dict[str, Any]) -> Path | None:
-    """Prepares a run's folder; returns the checkpoint to go on from, or None for a new run.
+    """The checkpoint from which a run goes on, or None if it is new. Writes nothing.
 
     Raises:
         ValueError: the folder holds something else, or a run with another config.
     """
-    recorded, steps = run_dir / "config.json", checkpoints(run_dir)
-    if recorded.exists() and steps:
-        changed = differences(read_json(recorded), config)
+    steps = checkpoints(run_dir)
+    if steps:
+        changed = differences(read_json(run_dir / "config.json"), config)
         changed = [d for d in changed if not d.startswith("run.dir ")]  # a run may be moved
         if changed:
             raise ValueError(
@@ -142,12 +150,29 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> Path | None:
                 "Give the same config to go on with it, or another --run.dir"
             )
         return steps[-1]
-    foreign = not run_dir.is_dir() or (any(run_dir.iterdir()) and not recorded.exists())
-    if run_dir.exists() and foreign:
-        raise ValueError(f"{run_dir} is not empty and holds no run; give another --run.dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(recorded, config)  # also over that of a start that failed before its first save
+    if run_dir.exists() and not (run_dir / "config.json").exists():
+        # What a start that failed early leaves behind is ours: prepared Q&A, dotted names.
+        ours = run_dir.is_dir() and all(
+            p.name == "data" or p.name.startswith(".") for p in run_dir.iterdir()
+        )
+        if not ours:
+            raise ValueError(f"{run_dir} is not empty and holds no run; give another --run.dir")
     return None
+
+
+def check_origin(checkpoint: Path, made_from: dict[str, Any]) -> None:
+    """Refuses to go on from a checkpoint that was made from other data or another base.
+
+    Raises:
+        ValueError: what differs.
+    """
+    meta = read_meta(checkpoint)
+    for name, value in made_from.items():
+        if meta.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} was made from another {name} than the config now names "
+                f"({'; '.join(differences(meta.get(name), value))}); give another --run.dir"
+            )
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:

@@ -6,7 +6,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -90,11 +90,6 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
         raise ValueError(f"{text} (--help lists every key)") from None
     values.pop("config")
     return config_class(**values)
-
-
-def resolved(config: Any) -> dict[str, Any]:
-    """A config as JSON-ready nested dicts."""
-    return asdict(config)
 
 
 def run_cli(config_class: type[T], main: Callable[[T], object], about: str) -> None:

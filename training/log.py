@@ -6,15 +6,34 @@ import json
 import sys
 import time
 import uuid
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.files import write_json
 from training.config import RunConfig
+from training.optim import OptimConfig
 from training.step import StepResult
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class TrainingConfig(Protocol):
+    """What the configs of both scripts have."""
+
+    @property
+    def run(self) -> RunConfig: ...  # noqa: D102
+
+    @property
+    def optim(self) -> OptimConfig: ...  # noqa: D102
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 class RunLog:
@@ -24,25 +43,22 @@ class RunLog:
     checkpoint it resumes from, so that every step is logged once.
 
     Args:
-        run_dir: the run's folder.
-        config: how often to log, and wandb's settings.
-        steps: the run's last step.
+        config: the whole config of the run.
         row: metrics of the checkpoint resumed from; {} for a new run.
-        resolved: the resolved config, for wandb.
-        flops_per_token, peak_flops: for MFU, which is left out where the peak is not known.
+        flops_per_token, peak_flops: for MFU, which is left out where either is not known.
+
+    Raises:
+        ValueError: on entering, if another process is training in this folder.
     """
 
     def __init__(
         self,
-        run_dir: Path,
-        config: RunConfig,
-        steps: int,
+        config: TrainingConfig,
         row: dict[str, Any],
-        resolved: dict[str, Any],
-        flops_per_token: int,
-        peak_flops: float | None,
+        flops_per_token: int | None = None,
+        peak_flops: float | None = None,
     ) -> None:
-        self.run_dir, self.config, self.steps, self.resolved = run_dir, config, steps, resolved
+        self.config, self.run_dir, self.steps = config, Path(config.run.dir), config.optim.steps
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.tokens = row.get("tokens", 0)
         self._begin = time.perf_counter() - row.get("seconds", 0.0)
@@ -51,6 +67,14 @@ class RunLog:
         self._wandb: Any = None
 
     def __enter__(self) -> RunLog:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.run_dir / ".lock", "w", encoding="utf-8")
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is training in {self.run_dir}") from None
+        write_json(self.run_dir / "config.json", asdict(self.config))
         path = self.run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] < self.first_step]
         lines = "".join(json.dumps(row) + "\n" for row in kept)
@@ -76,13 +100,15 @@ class RunLog:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
         self._file.close()
+        self._lock.close()
         self._tell_wandb("finish", exit_code=0 if exception[0] is None else 1)
 
     def count(self, step: int, result: StepResult) -> dict[str, Any]:
         """The metrics of a step that was just taken (1 after the first); shown in the bar.
 
-        `tokens_per_second` counts training steps alone, since the last logged row; `seconds` is
-        all the time that the run has taken, evaluations and resumes included.
+        `tokens` counts computed positions, padding included. `tokens_per_second` is of training
+        steps alone, since the last logged row; `seconds` is the time since the first step began,
+        evaluations and saves included, over all resumes.
         """
         self.tokens += result.tokens
         self._recent_tokens += result.tokens
@@ -97,7 +123,7 @@ class RunLog:
             "tokens_per_second": round(speed, 1),
             "seconds": round(time.perf_counter() - self._begin, 3),
         }
-        if self.peak_flops is not None:
+        if self.peak_flops is not None and self.flops_per_token is not None:
             row["mfu"] = round(self.flops_per_token * speed / self.peak_flops, 4)
         text = f"loss {result.loss:.4f}  {speed:,.0f} tokens/s"
         self._progress.update(self._task, completed=step, description=text)
@@ -107,7 +133,7 @@ class RunLog:
         """Logs a row if its step is due, or if it carries an evaluation."""
         step = row.get("step", 0)
         evaluated = "val_loss" in row
-        if not step or not (evaluated or is_due(step, self.config.log_every, self.steps)):
+        if not step or not (evaluated or is_due(step, self.config.run.log_every, self.steps)):
             return
         self._recent_tokens, self._recent_seconds = 0, 0.0
         self._file.write(json.dumps(row) + "\n")
@@ -137,12 +163,12 @@ class RunLog:
 
     def _start_wandb(self) -> None:
         """Opens wandb's run, the same one after a resume; a failure is said and never stops us."""
-        if self.config.wandb == "disabled":
+        if self.config.run.wandb == "disabled":
             return
         try:
             import wandb  # slow to import, so only where it is used
 
-            mode = self.config.wandb
+            mode = self.config.run.wandb
             if mode == "online" and not wandb.login(prompt=False):
                 print("wandb has no API key here, so this run is offline; `wandb sync` sends it")
                 mode = "offline"
@@ -152,13 +178,13 @@ class RunLog:
             )
             write_json(stored, {"id": run_id})
             self._wandb = wandb.init(
-                project=self.config.wandb_project,
+                project=self.config.run.wandb_project,
                 name=self.run_dir.name,
                 id=run_id,
                 resume="allow",
                 mode=mode,
                 dir=str(self.run_dir),
-                config=self.resolved,
+                config=asdict(self.config),
             )
             # Our own axis: wandb's drops points that come again after a resume.
             self._wandb.define_metric("*", step_metric="step")
@@ -167,10 +193,11 @@ class RunLog:
             print(f"wandb is off for this run: {' '.join(str(error).split())[:200]}")
 
 
-def is_complete(run_dir: Path, steps: int) -> bool:
-    """Whether a run's last step is trained, saved, evaluated and logged."""
-    rows = read_metrics(run_dir / "metrics.jsonl")
-    return bool(rows) and rows[-1]["step"] == steps and "val_loss" in rows[-1]
+def is_complete(checkpoint: Path, steps: int) -> bool:
+    """Whether a run's newest checkpoint is its last, and its evaluation is logged."""
+    rows = read_metrics(checkpoint.parent / "metrics.jsonl")
+    logged = bool(rows) and rows[-1]["step"] == steps and "val_loss" in rows[-1]
+    return logged and checkpoint.name == f"step_{steps:06d}"
 
 
 def is_due(step: int, every: int, last: int) -> bool:

@@ -77,7 +77,8 @@ def lr_factor(step: int, config: OptimConfig) -> float:
         progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
         shape = 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        shape = min(1.0, (config.steps - step) / max(1.0, config.decay_fraction * config.steps))
+        decay = min(config.decay_fraction * config.steps, config.steps - config.warmup_steps)
+        shape = min(1.0, (config.steps - step) / max(1.0, decay))
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * shape
 
 
@@ -150,13 +151,12 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = rest[0].device.type in ("cuda", "cpu", "mps")
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             [g for g in groups if g["params"]],
             lr=config.lr,
             betas=(config.beta1, config.beta2),
-            fused=fused,
+            fused=True,
         )
     ]
     if muon:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import signal
 import subprocess
@@ -14,18 +15,22 @@ import torch
 
 from model.gpt import GPT
 
-# Dense bf16 matrix FLOP/s that the makers state, by a part of the device's name; first match wins.
+# Dense bf16 matrix FLOP/s that the makers state, by the exact name that torch gives the device: a
+# laptop's or a sliced card's differs, and then no MFU is better than a wrong one.
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
 }
 
 
@@ -44,7 +49,7 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"run.device={name}: not available here ({reason})") from None
+        raise ValueError(f"device {name!r} is not available here ({reason})") from None
     return device
 
 
@@ -88,6 +93,8 @@ def compile_model(model: GPT, mode: Literal["auto", "on", "off"]) -> None:
             raise ValueError(f"run.compile=on: {reason}; use run.compile=off") from None
         print(f"{reason}; going on without it")
         return
+    # A graph that cannot be compiled after all runs as it is, unless compilation was asked for.
+    torch._dynamo.config.suppress_errors = mode == "auto"
     model.compile()
 
 
@@ -102,9 +109,11 @@ class StopOnSignal:
         return self
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        print(f"\n{signal.Signals(number).name}: saving and stopping; once more to stop at once")
         self.requested = True
         self._restore()
+        # Not print: it is not reentrant, and the signal may have come in the middle of one.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: saving and stopping; once more to stop at once\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -118,8 +127,7 @@ def peak_flops(device: torch.device) -> float | None:
     """FLOP/s of dense bf16 matrix products that the device's maker states; None if not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 
 def environment(device: torch.device) -> dict[str, str]:

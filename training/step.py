@@ -64,19 +64,18 @@ def train_step(
     if config.grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
     loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
-    factor = lr_factor(step, config)
-    if math.isfinite(loss_value) and math.isfinite(norm_value):
-        set_lr(optimizers, factor)
-        for optimizer in optimizers:
-            optimizer.step()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+    if not math.isfinite(loss_value + norm_value):
+        model.zero_grad()
         raise ValueError(
-            f"step {step + 1}: loss {loss_value}, gradient norm {norm_value} on the batch of data "
-            f"step {step}; the weights were not changed. Lower the learning rate and go on from "
-            "the last checkpoint, or look at that batch"
+            f"step {step + 1}: loss {loss_value}, gradient norm {norm_value}; the weights were not "
+            "changed. Start again in another --run.dir with a lower learning rate, or look at the "
+            f"batch, micro_batches({step})"
         )
+    factor = lr_factor(step, config)
+    set_lr(optimizers, factor)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     tokens = sum(targets.numel() for _, targets, _ in micro_batches)
     seconds = time.perf_counter() - begin
     return StepResult(loss_value, norm_value, config.lr * factor, tokens, seconds)
