@@ -161,10 +161,10 @@ def answer(
 
 
 def reply_tokens(tokenizer: Tokenizer) -> int:
-    """Twice the length of the longest true reply: who has not stopped by then, rambles."""
+    """Four times the length of the longest true reply: who has not stopped by then, rambles."""
     name = f"{max(HE_NAMES, key=len)} {max(LAST_STARTS, key=len)}{max(LAST_ENDS, key=len)}"
     replies = [a.reply.format(name=name, V=v) for a in ATTRIBUTES for v in a.values]
-    return 2 * max(len(tokenizer.encode(reply)) for reply in replies)
+    return 4 * max(len(tokenizer.encode(reply)) for reply in replies)
 
 
 def names_only(text: str, value: str, attribute: Attribute) -> bool:

@@ -151,7 +151,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     }
     console.print(
         f"n = {base['n']} questions a cell, greedy; chance {report['chance']:.3f}. An answer "
-        "counts if it names the right value, no other of its kind, and stops. About held-out people, "
+        "counts if it names the right value, no other of its kind, and stops. Held-out people: "
         + ", ".join(f"{what}: {share:.2f}" for what, share in held_out.items())
         + f". Replies of the base that run on into another biography: {base['next_document']:.2f}."
         "\n",
