@@ -6,6 +6,7 @@ python sample.py --base out/quickstart/base --instruct out/quickstart/instruct -
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,7 +39,12 @@ class Reply:
 
 def reply(checkpoint: Checkpoint, ids: list[int], sampling: Sampling) -> Reply:
     """Samples up to the end-of-turn token, which the text leaves out."""
-    end = checkpoint.tokenizer.end_of_turn
+    end, block_size = checkpoint.tokenizer.end_of_turn, checkpoint.model.config.block_size
+    if len(ids) > block_size:
+        note = (
+            f"note: of the {len(ids)} tokens of this prompt, the model sees the last {block_size}"
+        )
+        print(note, file=sys.stderr)
     new = generate(checkpoint.model, [ids], sampling, stop={end})[0]
     stopped = new[-1] == end
     return Reply(checkpoint.tokenizer.decode(new[:-1] if stopped else new), len(new), stopped)
@@ -54,7 +60,7 @@ def load_pair(base: str, instruct: str, device: str) -> tuple[Checkpoint, Checkp
     for checkpoint, kind in zip(pair, ("base", "instruct"), strict=True):
         if checkpoint.meta["kind"] != kind:
             found = checkpoint.meta["kind"]
-            raise ValueError(f"--{kind} {checkpoint.path}: it is of the other kind, {found}")
+            raise ValueError(f"--{kind} {checkpoint.path} is of the other kind: {found}")
     if pair[0].tokenizer.fingerprint != pair[1].tokenizer.fingerprint:
         raise ValueError("the two checkpoints have different tokenizers; they cannot be compared")
     if pair[1].meta["template"] != template_fingerprint():
@@ -148,6 +154,8 @@ def read_prompts(file: Path) -> list[str]:
 
 def run(a: argparse.Namespace) -> None:
     """Answers what the command line asks."""
+    if a.json is not None and not a.json.absolute().parent.is_dir():
+        raise ValueError(f"--json {a.json}: there is no folder {a.json.parent}")
     sampling = Sampling(a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
     base, instruct = load_pair(a.base, a.instruct, a.device)
     console = Console()

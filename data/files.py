@@ -45,6 +45,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` exists and is not empty.
     """
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -101,9 +102,17 @@ def read_meta(path: str | Path) -> dict[str, Any]:
             "nor a checkpoint of this project"
         )
     meta = read_json(folder / "meta.json")
-    if not isinstance(meta, dict) or not {"tokenizer", "files"} <= set(meta):
+    seal = meta.pop("seal", None) if isinstance(meta, dict) else None
+    if seal is None:
         raise ValueError(f"{folder / 'meta.json'} was not written by this project")
+    if seal != fingerprint(meta):
+        raise ValueError(f"{folder / 'meta.json'} was changed; delete {folder} and make it again")
     return meta
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Writes meta.json, sealed with its own fingerprint."""
+    write_json(folder / "meta.json", {**meta, "seal": fingerprint(meta)})
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -167,10 +176,16 @@ def one_line_errors() -> Iterator[None]:
     """Turns a user's mistake into one line and exit code 1; a bug keeps its traceback."""
     try:
         yield
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(141) from None
+    except RecursionError:
+        print("error: the input is nested too deeply", file=sys.stderr)
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, OSError) and error.strerror:
-            text = f"{error.strerror}: {error.filename or 'while writing'}"
+            text = f"{error.strerror}: {error.filename or 'while writing a file'}"
         print(f"error: {text}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

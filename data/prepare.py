@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ from data.files import (
     read_meta,
     sha256_file,
     verify_checksums,
-    write_json,
+    write_meta,
 )
 from data.read import TEXT_SUFFIXES, read_conversations, read_documents, text_files
 from data.tokenizer import CONTROL_TOKENS, Tokenizer, create_tokenizer
@@ -67,7 +68,7 @@ def write_text(
     """Writes train.bin and val.bin; returns the `text` part of meta.json.
 
     Documents are encoded once into a scratch file, then copied out in shuffled order, so memory
-    holds only their offsets. Validation is whole documents, or a single document's tail.
+    holds only their offsets.
 
     Raises:
         ValueError: no text at all, or a share that leaves training or validation empty.
@@ -90,16 +91,9 @@ def write_text(
             raise ValueError("the corpus is empty: there is no text to train on")
         scratch.flush()
         tokens = np.memmap(scratch, dtype, mode="r")
-        ends = [*starts[1:], position]
-        if len(starts) == 1:
-            cut = 1 + int((position - 1) * (1 - val_fraction) + 1e-6)  # .9 is a bit less than 9/10
-            parts = {"train": [(0, cut)], "val": [(cut, position)]}
-        else:
-            spans = list(zip(starts, ends, strict=True))
-            order = np.random.default_rng(seed).permutation(len(spans))
-            shuffled = [spans[i] for i in order]
-            n_val = max(1, round(len(spans) * val_fraction))
-            parts = {"train": shuffled[n_val:], "val": shuffled[:n_val]}
+        spans = list(zip(starts, [*starts[1:], position], strict=True))
+        order = np.random.default_rng(seed).permutation(len(spans))
+        parts = split_documents([spans[i] for i in order], val_fraction)
         meta: dict[str, Any] = {"dtype": dtype.str, "documents": len(starts), "bytes": n_bytes}
         for part, part_spans in parts.items():
             with open(out / f"{part}.bin", "wb") as f:
@@ -108,8 +102,35 @@ def write_text(
             meta[f"{part}_tokens"] = sum(end - start for start, end in part_spans)
         del tokens
     if min(meta["train_tokens"], meta["val_tokens"]) < 2:
-        raise ValueError(f"--val-fraction {val_fraction} leaves training or validation empty")
+        raise ValueError(
+            f"--val-fraction {val_fraction} leaves training or validation empty; use more text"
+        )
     return meta
+
+
+def split_documents(
+    spans: list[tuple[int, int]], val_fraction: float
+) -> dict[str, list[tuple[int, int]]]:
+    """Divides documents (start, end) into train and val, so that val has that share of the tokens.
+
+    Validation takes whole documents, in order, as long as they fit. Where that gives less than half
+    of the share (a single document, a few unlike ones), the tail of the longest one is added.
+    """
+    # The end-of-text token before each document does not count.
+    wanted = sum(end - start - 1 for start, end in spans) * val_fraction
+    parts: dict[str, list[tuple[int, int]]] = {"train": [], "val": []}
+    taken = 0
+    for start, end in spans:
+        fits = taken + end - start - 1 <= wanted
+        parts["val" if fits else "train"].append((start, end))
+        taken += (end - start - 1) * fits
+    if taken < wanted / 2:
+        longest = max(range(len(parts["train"])), key=lambda i: np.diff(parts["train"][i])[0])
+        start, end = parts["train"][longest]
+        cut = end - math.ceil(wanted - taken - 1e-6)
+        parts["train"][longest] = (start, cut)
+        parts["val"].append((cut, end))
+    return parts
 
 
 def write_qa(
@@ -177,7 +198,7 @@ def write_folder(
             "files": {f.name: sha256_file(f) for f in sorted(folder.iterdir())},
             "seconds": round(time.perf_counter() - begin, 3),
         }
-        write_json(folder / "meta.json", meta)
+        write_meta(folder, meta)
     print_summary(out, meta)
     return meta
 

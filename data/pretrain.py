@@ -32,6 +32,7 @@ class PretrainDataConfig:
     """Tokens per evaluation, evenly spread over the validation text; None for all of it."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(Path(self.path).expanduser()))
         check_batch_sizes(self.batch_size, self.micro_batch_size)
         if self.val_tokens is not None and self.val_tokens < 1:
             raise ValueError(f"data.val_tokens is {self.val_tokens}; it must be 1 or more")

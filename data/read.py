@@ -28,7 +28,7 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise ValueError(f"{path} not found")
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [f for f in found if f.is_file() and f.name.endswith(TEXT_SUFFIXES)]
+        found = [f for f in found if f.is_file() and f.name.lower().endswith(TEXT_SUFFIXES)]
         if not found:
             raise ValueError(f"{path}: no text there; it can be {', '.join(TEXT_SUFFIXES)}")
         files += found
@@ -41,7 +41,7 @@ def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[Iterator[
     Raises:
         ValueError: not UTF-8, not JSON, or a line without text under `field`; with the line.
     """
-    source = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if file.suffix == ".gz" else raw
+    source = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if file.suffix.lower() == ".gz" else raw
     f = io.TextIOWrapper(source, encoding="utf-8-sig", newline="\n")
 
     def pieces() -> Iterator[str]:
@@ -49,7 +49,7 @@ def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[Iterator[
             while piece := f.read(PIECE):
                 yield piece
 
-    if file.name.endswith((".txt", ".md")):
+    if file.name.lower().endswith((".txt", ".md")):
         yield pieces()
         return
     with readable(file):
@@ -173,8 +173,13 @@ def check_messages(messages: Any) -> list[Message]:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"message {i} has role {role!r}; roles are {', '.join(ROLES)}")
-        if not isinstance(content, str) or not content.strip():
+        if not isinstance(content, str):
+            kind = type(content).__name__
+            raise ValueError(f"message {i} ({role}) has no text, but content of type {kind}")
+        if not content.strip():
             raise ValueError(f"message {i} ({role}) has no text")
+        if any("\ud800" <= c <= "\udfff" for c in content):
+            raise ValueError(f"message {i} ({role}) has half a surrogate pair")
         checked.append(Message(role=role, content=content))
     turns = [m["role"] for m in checked[checked[0]["role"] == "system" :]]
     if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:

@@ -46,6 +46,7 @@ class SFTDataConfig:
     """Prepared text to replay; None for what the base was trained on."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(Path(self.path).expanduser()))
         check_batch_sizes(self.batch_size, self.micro_batch_size)
         if self.block_size is not None and self.block_size < 2:
             raise ValueError(f"data.block_size is {self.block_size}; it must be 2 or more")
@@ -188,8 +189,9 @@ class SFTData:
         """One line: what of the data is used, and how."""
         lengths = [len(ids) - 1 for ids, _ in self._train]
         supervised = sum(int(mask.sum()) for _, mask in self._train)
-        batches = [[lengths[i] for i in batch] for batch in self._order(0)]
-        computed = sum(len(batch) * max(batch) for batch in batches)
+        size = self.config.micro_batch_size or self.config.batch_size
+        batches = [b[i : i + size] for b in self._order(0) for i in range(0, len(b), size)]
+        computed = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
         return (
             f"{len(self._train):,} train + {len(self.val):,} val conversations; "
             f"{supervised / sum(lengths):.1%} of tokens supervised, "

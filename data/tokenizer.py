@@ -133,7 +133,7 @@ def create_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:
             ) from None
         return Tokenizer("gpt2", gpt2._pat_str, gpt2._mergeable_ranks)
     name, _, size = spec.partition(":")
-    if name != "bpe" or not size.isdecimal():
+    if name != "bpe" or not size.isascii() or not size.isdecimal() or int(size) > 1_000_000:
         raise ValueError(f"unknown tokenizer {spec!r}; use gpt2, byte, or bpe:N such as bpe:4096")
     n_ranks = int(size) - len(CONTROL_TOKENS)
     if n_ranks < 256:

@@ -166,12 +166,18 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 def run(a: argparse.Namespace) -> None:
     """Prints the report; makes it first unless report.json was made from the same checkpoints."""
+    if a.questions < 1:
+        raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
     metas = [read_meta(resolve_checkpoint(path)) for path in (a.base, a.instruct)]
     code = [sha256_file(Path(f)) for f in (__file__, knowledge.__file__)]
     made_from = fingerprint([[m["files"] for m in metas], a.questions, code])
     path = a.out / "report.json"
-    report = read_json(path) if path.exists() else {}
-    if report.get("made_from") != made_from:
+    try:
+        report = read_json(path)
+        stale = report["made_from"] != made_from
+    except (ValueError, TypeError, KeyError):  # none yet, or not one of ours
+        stale = True
+    if stale:
         base, instruct = load_pair(a.base, a.instruct, a.device)
         report = {"made_from": made_from, **make_report(base, instruct, a.questions)}
         a.out.mkdir(parents=True, exist_ok=True)

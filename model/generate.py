@@ -33,6 +33,8 @@ class Sampling:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more, and below 2**63")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -80,7 +82,8 @@ def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
     """The next id of each row (B,) from logits (B, V) and a uniform number u in [0, 1)."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / sampling.temperature
+    # Before the division, so that a tiny temperature gives 0 and -inf, never inf.
+    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     logits, ids = logits.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         logits[:, sampling.top_k :] = -torch.inf

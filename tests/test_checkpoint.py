@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.files import checkpoints, read_json, write_json
+from data.files import checkpoints, read_json, read_meta, write_json, write_meta
 from data.prepare import prepare_text
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, RECIPES, ModelConfig
@@ -132,8 +132,14 @@ def cut_meta(folder: Path) -> Path:
 
 
 def add_switch(folder: Path) -> Path:
+    meta = read_meta(folder)
+    write_meta(folder, meta | {"model": meta["model"] | {"n_expert": 8}})
+    return folder
+
+
+def edit_step(folder: Path) -> Path:
     meta = read_json(folder / "meta.json")
-    write_json(folder / "meta.json", meta | {"model": meta["model"] | {"n_expert": 8}})
+    write_json(folder / "meta.json", meta | {"step": 3})
     return folder
 
 
@@ -175,6 +181,7 @@ def new_run(folder: Path) -> Path:
         (change_tokenizer, r"tokenizer\.tiktoken has changed"),
         (cut_meta, r"meta\.json is not a JSON file"),
         (add_switch, r"does not fit this version of the model: .*n_expert"),
+        (edit_step, r"meta\.json was changed"),
         (remove_weights, r"model\.safetensors is missing"),
         (foreign_folder, r"has no meta\.json"),
         (foreign_meta, r"was not written by this project"),
@@ -271,6 +278,28 @@ def test_a_changed_config_is_refused_with_all_that_differs(tmp_path: Path) -> No
     assert "optim.steps" not in str(error.value)
     assert "run.dir " not in str(error.value)
     assert contents(tmp_path) == before
+
+
+def test_what_cannot_change_the_result_may_change_on_the_way(tmp_path: Path) -> None:
+    old = {"data": {"path": "a", "micro_batch_size": None}, "run": {"device": "auto", "dir": "x"}}
+    new = {"data": {"path": "b", "micro_batch_size": 2}, "run": {"device": "cpu", "dir": "y"}}
+    write_json(tmp_path / "config.json", old)
+    path = save(tmp_path)
+    assert open_run(tmp_path, new) == path
+
+
+@pytest.mark.parametrize("broken", ["save_file", "torch.save"])
+def test_a_full_disk_is_one_clear_line_with_the_folder(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc] \nand a long trace")
+
+    monkeypatch.setattr(f"training.checkpoint.{broken}", full)
+    with pytest.raises(OSError, match=r"step_000001 cannot be written: \[enforce") as error:
+        save(tmp_path)
+    assert "long trace" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def test_token_streams_decode_back_to_the_documents(
     monkeypatch.setattr("data.read.PIECE", piece)
     meta = text(corpus(tmp_path / "a.jsonl"), out=tmp_path / "out", tokenizer=tokenizer)
     train, val = (stream(tmp_path / "out", part) for part in ("train", "val"))
-    assert (len(train), len(val)) == (36, 4)
+    tokens = {part: meta["text"][f"{part}_tokens"] for part in ("train", "val")}
+    val_text = tokens["val"] - len(val)
+    assert 0.05 <= val_text / (sum(tokens.values()) - len(DOCUMENTS)) <= 0.1
     assert sorted(train + val) == sorted(DOCUMENTS)
     assert train + val != DOCUMENTS
     assert meta["tokenizer"]["n_vocab"] == (261 if tokenizer == "byte" else 280)
@@ -249,7 +251,16 @@ def test_unusable_text_is_one_clear_error(
 
 def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--val-fraction 0\.9 leaves training or validation"):
-        text(corpus(tmp_path / "a.jsonl", ["one", "two"]), out=tmp_path / "out", share=0.9)
+        text(corpus(tmp_path / "a.jsonl", ["a"]), out=tmp_path / "out", share=0.9)
+
+
+def test_few_unlike_documents_still_give_the_share_that_was_asked_for(tmp_path: Path) -> None:
+    for i, lengths in enumerate(([6, 60_000], [60_000, 6], [500, 500, 500])):
+        file = corpus(tmp_path / f"{i}.jsonl", ["x" * n for n in lengths])
+        meta = text(file, out=tmp_path / str(i), share=0.1)["text"]
+        assert meta["val_tokens"] / (meta["val_tokens"] + meta["train_tokens"]) == pytest.approx(
+            0.1, abs=0.01
+        )
 
 
 # ---- questions and answers -----------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.chat import render
-from data.files import read_meta, write_json
+from data.files import read_meta, write_meta
 from data.prepare import prepare_qa, prepare_text
 from data.read import parse_example
 from data.sft import POOL, SFTData, SFTDataConfig, fit
@@ -201,7 +201,7 @@ def test_another_tokenizer_is_refused(folders: Path) -> None:
 def test_another_chat_template_is_refused(folders: Path, tmp_path: Path) -> None:
     prepare_qa([folders / "a.jsonl"], tmp_path / "qa", folders / "text", 0.2, 1)
     meta = read_meta(tmp_path / "qa")
-    write_json(tmp_path / "qa" / "meta.json", {**meta, "qa": {**meta["qa"], "template": "old"}})
+    write_meta(tmp_path / "qa", {**meta, "qa": {**meta["qa"], "template": "old"}})
     with pytest.raises(ValueError, match="another chat template"):
         SFTData(tmp_path / "qa", SFTDataConfig("unused"), BYTE, 100, seed=1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.files import sha256_file, write_json
+from data.files import sha256_file, write_meta
 from data.tokenizer import CONTROL_TOKENS, RANKS_FILE, Tokenizer, create_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ def tokenizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     meta = tokenizer.save(folder)
     files = {RANKS_FILE: sha256_file(folder / RANKS_FILE)}
-    write_json(folder / "meta.json", {"tokenizer": meta, "files": files})
+    write_meta(folder, {"tokenizer": meta, "files": files})
 
 
 def test_text_comes_back_and_never_gives_a_control_id(tokenizer: Tokenizer) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.files import (
@@ -23,12 +24,18 @@ from data.files import (
     resolve_checkpoint,
     sha256_file,
     verify_checksums,
-    write_json,
+    write_meta,
 )
 from data.tokenizer import Tokenizer
 from model.gpt import GPT, ModelConfig
 from training.runtime import environment
 
+# What a resumed run may change: where things are (their contents are checked by fingerprint) and
+# what alters the result by rounding at most.
+MAY_CHANGE = {
+    *("run.dir", "run.device", "run.compile", "run.wandb", "run.wandb_project"),
+    *("base", "data.path", "data.replay_path", "data.micro_batch_size"),
+}
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "train_state.pt"
 
 
@@ -77,8 +84,12 @@ def save_checkpoint(
         "cuda_rng": torch.cuda.get_rng_state() if on_cuda else None,
     }
     with new_directory(path) as folder:
-        save_file(weights, folder / WEIGHTS_FILE)
-        torch.save(state, folder / STATE_FILE)
+        try:
+            save_file(weights, folder / WEIGHTS_FILE)
+            torch.save(state, folder / STATE_FILE)
+        except (SafetensorError, RuntimeError) as error:  # what both make of a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path} cannot be written: {reason}") from None
         described = {
             **meta,
             "step": step,
@@ -88,7 +99,7 @@ def save_checkpoint(
             "tokenizer": tokenizer.save(folder),
             "files": {f.name: sha256_file(f) for f in sorted(folder.iterdir())},
         }
-        write_json(folder / "meta.json", described)
+        write_meta(folder, described)
     return path
 
 
@@ -143,7 +154,7 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> Path | None:
     steps = checkpoints(run_dir)
     if steps:
         changed = differences(read_json(run_dir / "config.json"), config)
-        changed = [d for d in changed if not d.startswith("run.dir ")]  # a run may be moved
+        changed = [d for d in changed if d.split(" ")[0] not in MAY_CHANGE]
         if changed:
             raise ValueError(
                 f"{run_dir} holds a run with another config: {'; '.join(changed)}. "

@@ -45,6 +45,9 @@ class RunConfig:
     """Project name there."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"run.seed is {self.seed}; it must be 0 or more, and below 2**63")
+        object.__setattr__(self, "dir", str(Path(self.dir).expanduser()))
         for name in ("log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} is {getattr(self, name)}; it must be 1 or more")
