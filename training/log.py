@@ -143,10 +143,8 @@ class RunLog:
         if evaluated or self._progress.disable:
             names = ("loss", "val_loss", "val_bpb", "stop_logprob", "stop_rate")
             shown = "  ".join(f"{k} {row[k]:.4f}" for k in names if k in row)
-            speed = (
-                f"  {row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
-            )
-            self.say(f"step {step}/{self.steps}  {shown}{speed}")
+            speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+            self.say(f"step {step}/{self.steps}  {shown}  {speed}")
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
