@@ -18,6 +18,7 @@ from data.sft import SFTData, SFTDataConfig
 from model.generate import Sampling, generate
 from model.gpt import GPT
 from training.checkpoint import (
+    PREPARED_QA,
     Checkpoint,
     check_origin,
     describe,
@@ -61,12 +62,19 @@ def load_data(config: SFTConfig, base: Checkpoint, new: bool) -> SFTData:
         )
     path = Path(config.data.path)
     if path.suffix in (".json", ".jsonl"):
-        path, files = Path(config.run.dir) / "data", [path]
+        path, files = Path(config.run.dir) / PREPARED_QA, [path]
         if new:  # of a start that failed: the file may have been mended since
             shutil.rmtree(path, ignore_errors=True)
         prepare_qa(files, path, base.path, config.data.val_fraction, config.run.seed)
     replay = config.data.replay_path or base.meta["config"]["data"]["path"]
-    return SFTData(path, config.data, base.tokenizer, block_size, config.run.seed, replay)
+    data = SFTData(path, config.data, base.tokenizer, block_size, config.run.seed, replay)
+    same = fingerprint(data.replay_files) == base.meta["data"]["fingerprint"]
+    if data.replay_files and config.data.replay_path is None and not same:
+        raise ValueError(
+            f"{replay} is no longer the text that the base was trained on; name the text to replay "
+            "with --data.replay_path"
+        )
+    return data
 
 
 def evaluate(model: GPT, data: SFTData) -> dict[str, float]:

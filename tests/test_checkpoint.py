@@ -11,7 +11,14 @@ from data.files import checkpoints, read_json, read_meta, write_json, write_meta
 from data.prepare import prepare_text
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, RECIPES, ModelConfig
-from training.checkpoint import check_origin, load_checkpoint, open_run, resume, save_checkpoint
+from training.checkpoint import (
+    PREPARED_QA,
+    check_origin,
+    load_checkpoint,
+    open_run,
+    resume,
+    save_checkpoint,
+)
 from training.optim import OptimConfig, build_optimizers
 from training.step import train_step
 
@@ -249,7 +256,7 @@ def test_a_new_run_begins_anew_also_after_a_start_that_failed(tmp_path: Path) ->
     for run in (tmp_path, tmp_path / "a" / "b"):  # an empty folder, and none
         assert open_run(run, CONFIG) is None
     (tmp_path / ".config.json.tmp").write_text("{")
-    (tmp_path / "data").mkdir()
+    (tmp_path / PREPARED_QA).mkdir()
     assert open_run(tmp_path, CONFIG) is None
     write_json(tmp_path / "config.json", {"optim": {"lr": 9}})
     assert open_run(tmp_path, CONFIG) is None  # killed before its first checkpoint

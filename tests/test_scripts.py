@@ -21,6 +21,8 @@ import torch
 import train_pretrain
 import train_sft
 from data import prepare
+from data.sft import SFTDataConfig
+from data.world import WorldConfig
 from tests.conftest import pretrain_config, sft_config
 from training.config import run_cli
 from training.log import read_metrics
@@ -236,7 +238,11 @@ def test_data_that_changed_under_a_run_is_refused(
 
 
 def test_sft_refuses_what_cannot_be_tuned(
-    fails: Fails, world_dir: Path, runs: tuple[Path, Path], tmp_path: Path
+    fails: Fails,
+    world_dir: Path,
+    runs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, instruct = runs
     fixed = [f"--run.dir={tmp_path / 'r'}", "--optim.steps=2"]
@@ -254,6 +260,9 @@ def test_sft_refuses_what_cannot_be_tuned(
     long = json.dumps({"question": "Who? " * 200, "answer": "Me."})
     qa.write_text(f"{long}\n" * 4)
     assert "no conversation" in fails(train_sft, f"--base={base}", *fixed)
+    qa.write_text('{"question": "Who?", "answer": "Me."}\n' * 8)  # mended: the same command goes
+    monkeypatch.setattr(sys, "argv", ["train_sft", f"--base={base}", *fixed])
+    run_cli(train_sft.SFTConfig, train_sft.main, "")
     qa.unlink()
     assert "qa.jsonl not found" in fails(train_sft, f"--base={base}", *fixed)
 
@@ -267,6 +276,23 @@ def test_sft_refuses_data_of_another_tokenizer(
     prepare.prepare_qa([tmp_path / "qa.jsonl"], tmp_path / "qa", tmp_path / "text", 0.1, 1)
     options = [f"--base={runs[0]}", f"--data.path={tmp_path / 'qa'}"]
     assert "another tokenizer" in fails(train_sft, *options, f"--run.dir={tmp_path / 'r'}")
+
+
+def test_sft_replays_only_what_the_base_read_unless_told_otherwise(
+    fails: Fails, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    prepare.prepare_world(WorldConfig(seed=1, people=6, unseen=2, bios=4), data, "byte", 0.1)
+    config = pretrain_config(data, tmp_path / "base", steps=1)
+    base = train_pretrain.main(replace(config, model=replace(config.model, block_size=256)))
+    shutil.rmtree(data)
+    prepare.prepare_world(WorldConfig(seed=2, people=6, unseen=2, bios=4), data, "byte", 0.1)
+    options = [f"--data.path={data}", f"--run.dir={tmp_path / 'r'}", "--optim.steps=1"]
+    error = fails(train_sft, f"--base={base}", *options, "--data.replay=0.5")
+    assert "no longer the text that the base was trained on" in error
+    named = SFTDataConfig(str(data), replay=0.5, replay_path=str(data))
+    sft = sft_config(data, base, tmp_path / "named", steps=1)
+    assert train_sft.main(replace(sft, data=named)).name == "step_000001"
 
 
 def test_a_damaged_base_is_refused(

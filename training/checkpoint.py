@@ -36,6 +36,7 @@ MAY_CHANGE = {
     *("run.dir", "run.device", "run.compile", "run.wandb", "run.wandb_project"),
     *("base", "data.path", "data.replay_path", "data.micro_batch_size"),
 }
+PREPARED_QA = "prepared_qa"  # in an SFT run: what was made of a Q&A file
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "train_state.pt"
 
 
@@ -164,7 +165,7 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> Path | None:
     if run_dir.exists() and not (run_dir / "config.json").exists():
         # What a start that failed early leaves behind is ours: prepared Q&A, dotted names.
         ours = run_dir.is_dir() and all(
-            p.name == "data" or p.name.startswith(".") for p in run_dir.iterdir()
+            p.name == PREPARED_QA or p.name.startswith(".") for p in run_dir.iterdir()
         )
         if not ours:
             raise ValueError(f"{run_dir} is not empty and holds no run; give another --run.dir")
