@@ -65,11 +65,18 @@ def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[Iterator[
                 raise ValueError(
                     f"{file}, line {number}: no text under {field!r}; name the field with --field"
                 )
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"{file}, line {number}: half a surrogate pair") from None
+            if not is_unicode(text):
+                raise ValueError(f"{file}, line {number}: half a surrogate pair")
             yield iter([text[i : i + PIECE] for i in range(0, len(text), PIECE)])
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -178,7 +185,7 @@ def check_messages(messages: Any) -> list[Message]:
             raise ValueError(f"message {i} ({role}) has no text, but content of type {kind}")
         if not content.strip():
             raise ValueError(f"message {i} ({role}) has no text")
-        if any("\ud800" <= c <= "\udfff" for c in content):
+        if not is_unicode(content):
             raise ValueError(f"message {i} ({role}) has half a surrogate pair")
         checked.append(Message(role=role, content=content))
     turns = [m["role"] for m in checked[checked[0]["role"] == "system" :]]

@@ -25,7 +25,7 @@ from data.files import (
     sha256_file,
     write_json,
 )
-from data.world import ATTRIBUTES, SPLITS, World, WorldConfig, exchange
+from data.world import ATTRIBUTES, SPLITS, Person, World, WorldConfig, exchange
 from lab import knowledge
 from lab.knowledge import Answers, answer, draw, measure, plain_prompt, reply_tokens
 from model.generate import Sampling
@@ -64,7 +64,7 @@ def illustrations(world: World) -> list[list[str]]:
     held_out = [people[i % len(people)] for i in range(4)]
     by_name = {a.name: a for a in ATTRIBUTES}
 
-    def question(person: Any, attribute: str) -> str:
+    def question(person: Person, attribute: str) -> str:
         a = by_name[attribute]
         return exchange(person, a, a.questions[0])[0]["content"]
 

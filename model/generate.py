@@ -71,11 +71,8 @@ class KVCache:
         """Stores the new keys and values (B, H, T, D); returns all up to the longest row."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         for table, new in ((self.keys[layer], k), (self.values[layer], v)):
-            table[rows, :, self.positions] = new.transpose(1, 2).to(table.dtype)
-        return (
-            self.keys[layer][:, :, : self.used].to(k.dtype),
-            self.values[layer][:, :, : self.used].to(v.dtype),
-        )
+            table[rows, :, self.positions] = new.transpose(1, 2)
+        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
 
 def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:

@@ -74,6 +74,8 @@ class RunLog:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another process is training in {self.run_dir}") from None
+            except OSError:
+                pass  # a file system without locks: train unguarded rather than not at all
         write_json(self.run_dir / "config.json", asdict(self.config))
         path = self.run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] < self.first_step]
