@@ -10,12 +10,21 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from data.files import fingerprint
 from data.pretrain import PretrainData, PretrainDataConfig
 from model.generate import Sampling, generate
 from model.gpt import GPT, Batch, ModelConfig
-from training.checkpoint import check_origin, describe, open_run, resume, save_checkpoint
+from training.checkpoint import (
+    check_origin,
+    describe,
+    differences,
+    load_checkpoint,
+    open_run,
+    resume,
+    save_checkpoint,
+)
 from training.config import RunConfig, run_cli
 from training.log import RunLog, is_complete, is_due
 from training.optim import OptimConfig, build_optimizers
@@ -32,12 +41,29 @@ class PretrainConfig:
     # Without a default: one would be made for a recipe before the config names another.
     model: ModelConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
+    init_from: str | None = None
+    """Start from the weights of this checkpoint, or run, instead of random ones."""
+
+
+def initial_weights(path: str, model: GPT, data: PretrainData) -> dict[str, Any]:
+    """Loads the weights of another run's checkpoint; returns what it was, for meta.json.
+
+    Raises:
+        ValueError: it has another architecture or another tokenizer.
+    """
+    start = load_checkpoint(path)
+    if changed := differences(start.meta["model"], asdict(model.config), "model"):
+        raise ValueError(f"init_from={path} has another architecture: {'; '.join(changed)}")
+    if start.tokenizer.fingerprint != data.tokenizer.fingerprint:
+        raise ValueError(f"init_from={path} has another tokenizer than {data.config.path}")
+    model.load_state_dict(start.model.state_dict())
+    return {"step": start.meta["step"], "fingerprint": fingerprint(start.meta["files"])}
 
 
 def evaluate(model: GPT, data: PretrainData, batches: list[Batch]) -> dict[str, float]:
     """Validation loss in nats per token, and in bits per byte of text."""
     nats = mean_loss(model, batches)
-    n_targets = sum(targets.numel() for _, targets, _ in batches)
+    n_targets = sum(batch.targets.numel() for batch in batches)
     bits = nats * n_targets / math.log(2)
     return {"val_loss": nats, "val_bpb": bits / data.bytes_of(batches)}
 
@@ -55,15 +81,17 @@ def main(config: PretrainConfig) -> Path:
     checkpoint = open_run(run_dir, asdict(config))
 
     data = PretrainData(config.data, config.model.block_size, config.run.seed)
-    made_from = {"data": {"fingerprint": fingerprint(data.meta["files"])}}
+    device = set_up(config.run.device, config.run.seed)
+    model = GPT(config.model, data.tokenizer.n_vocab).to(device)
+    made_from: dict[str, Any] = {"data": {"fingerprint": fingerprint(data.meta["files"])}}
+    if config.init_from is not None:
+        made_from["init_from"] = initial_weights(config.init_from, model, data)
     if checkpoint:
         check_origin(checkpoint, made_from)
         if is_complete(checkpoint, steps):
             print(f"{run_dir}: complete at step {steps}, nothing to do")
             return checkpoint
 
-    device = set_up(config.run.device, config.run.seed)
-    model = GPT(config.model, data.tokenizer.n_vocab).to(device)
     optimizers = build_optimizers(model, config.optim)
     compile_model(model, config.run.compile)
     row = resume(checkpoint, model, optimizers) if checkpoint else {}

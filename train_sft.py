@@ -66,8 +66,9 @@ def load_data(config: SFTConfig, base: Checkpoint, new: bool) -> SFTData:
         if new:  # of a start that failed: the file may have been mended since
             shutil.rmtree(path, ignore_errors=True)
         prepare_qa(files, path, base.path, config.data.val_fraction, config.run.seed)
-    replay = config.data.replay_path or base.meta["config"]["data"]["path"]
-    data = SFTData(path, config.data, base.tokenizer, block_size, config.run.seed, replay)
+    read = base.meta["config"]["data"]
+    replay, mask = config.data.replay_path or read["path"], read.get("document_mask", False)
+    data = SFTData(path, config.data, base.tokenizer, block_size, config.run.seed, replay, mask)
     same = fingerprint(data.replay_files) == base.meta["data"]["fingerprint"]
     if data.replay_files and config.data.replay_path is None and not same:
         raise ValueError(
@@ -84,7 +85,9 @@ def evaluate(model: GPT, data: SFTData) -> dict[str, float]:
     `stop_rate` the share of greedy replies to validation prompts that end by themselves.
     """
     batches, end = data.val_batches(), data.tokenizer.end_of_turn
-    ends = [(idx, targets, w * (targets == end)) for idx, targets, w in batches if w is not None]
+    ends = [
+        b._replace(weights=b.weights * (b.targets == end)) for b in batches if b.weights is not None
+    ]
     replies = generate(model, data.val_prompts(STOP_PROMPTS), Sampling(STOP_WITHIN), {end})
     return {
         "val_loss": mean_loss(model, batches),

@@ -42,6 +42,8 @@ WORLD_HELP = {
     "unseen": "people that appear nowhere, for controls",
     "bios": "biographies per person",
     "paraphrases": "wordings per fact, 1 to 8",
+    "permute": "sentences of a biography in random order",
+    "adjacent": "a person's biographies one after another instead of shuffled",
 }
 
 
@@ -64,11 +66,12 @@ def write_text(
     out: Path,
     val_fraction: float,
     seed: int,
+    shuffle: bool = True,
 ) -> dict[str, Any]:
     """Writes train.bin and val.bin; returns the `text` part of meta.json.
 
     Documents are encoded once into a scratch file, then copied out in shuffled order, so memory
-    holds only their offsets.
+    holds only their offsets. Without `shuffle` the training documents stay in their given order.
 
     Raises:
         ValueError: no text at all, or a share that leaves training or validation empty.
@@ -95,6 +98,8 @@ def write_text(
         order = np.random.default_rng(seed).permutation(len(spans))
         parts = split_documents([spans[i] for i in order], val_fraction)
         meta: dict[str, Any] = {"dtype": dtype.str, "documents": len(starts), "bytes": n_bytes}
+        if not shuffle:
+            parts["train"].sort()
         for part, part_spans in parts.items():
             with open(out / f"{part}.bin", "wb") as f:
                 for start, end in part_spans:
@@ -240,7 +245,8 @@ def prepare_world(
         tokenizer = create_tokenizer(tokenizer_spec, (t for s in (biographies, words) for t in s))
         with progress() as bar:
             documents = ([b] for b in bar.track(biographies, description="encoding"))
-            text = write_text(documents, tokenizer, folder, val_fraction, config.seed)
+            shuffle = not config.adjacent
+            text = write_text(documents, tokenizer, folder, val_fraction, config.seed, shuffle)
         qa = write_qa(conversations, tokenizer, folder, val_fraction, config.seed)
         return tokenizer, {"text": text, "qa": qa, **made}
 
@@ -364,16 +370,12 @@ def parser() -> argparse.ArgumentParser:
     world = command("world", "synthetic people: biographies and Q&A, no download", 0.02)
     world.add_argument("--tokenizer", default="bpe:2048", help="byte, gpt2 or bpe:N")
     for field in fields(WorldConfig):
-        if field.name == "permute":
-            world.add_argument(
-                "--permute",
-                action=argparse.BooleanOptionalAction,
-                default=True,
-                help="sentences of a biography in random order",
-            )
-        elif field.name != "seed":
+        if field.name != "seed":
+            kind: dict[str, Any] = {"type": int}
+            if isinstance(field.default, bool):
+                kind = {"action": argparse.BooleanOptionalAction}
             about = WORLD_HELP[field.name]
-            world.add_argument(f"--{field.name}", type=int, default=field.default, help=about)
+            world.add_argument(f"--{field.name}", default=field.default, help=about, **kind)
 
     text = command("text", f"your own text: {', '.join(TEXT_SUFFIXES)}", 0.1)
     text.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")

@@ -28,6 +28,8 @@ class PretrainDataConfig:
     """Sequences per optimizer step, each of model.block_size tokens."""
     micro_batch_size: int | None = None
     """Sequences per forward pass; None for the whole batch. Changes memory, not the result."""
+    document_mask: bool = False
+    """Attention only within a document, not across the documents that share a window."""
     val_tokens: int | None = None
     """Tokens per evaluation, evenly spread over the validation text; None for all of it."""
 
@@ -115,9 +117,12 @@ class PretrainData:
     def _windows(self, tokens: np.ndarray, starts: list[int], length: int) -> Batch:
         places = (np.array(starts)[:, None] + np.arange(length + 1)) % len(tokens)
         ids = torch.from_numpy(tokens[places].astype(np.int64))
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None
+        idx, documents = ids[:, :-1].contiguous(), None
+        if self.config.document_mask:  # an end-of-text token begins each document
+            documents = (idx == self.tokenizer.end_of_text).cumsum(dim=1)
+        return Batch(idx, ids[:, 1:].contiguous(), None, documents)
 
     def bytes_of(self, batches: list[Batch]) -> int:
         """Bytes of text that the targets of some batches stand for."""
         lengths = self.tokenizer.byte_lengths
-        return int(sum(lengths[targets.numpy()].sum() for _, targets, _ in batches))
+        return int(sum(lengths[batch.targets.numpy()].sum() for batch in batches))

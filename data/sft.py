@@ -36,6 +36,8 @@ class SFTDataConfig:
     """Longest conversation, in tokens; None for the base's block_size."""
     val_fraction: float = 0.1
     """Share of a file's conversations held back for validation (a folder has its own)."""
+    examples: int | None = None
+    """Train on so many conversations only, the first of the prepared order; None for all."""
     prompt_loss_weight: float = 0.0
     """Weight of the tokens that are not the assistant's, 0 to 1."""
     replay: float = 0.0
@@ -50,6 +52,8 @@ class SFTDataConfig:
         check_batch_sizes(self.batch_size, self.micro_batch_size)
         if self.block_size is not None and self.block_size < 2:
             raise ValueError(f"data.block_size is {self.block_size}; it must be 2 or more")
+        if self.examples is not None and self.examples < 1:
+            raise ValueError(f"data.examples is {self.examples}; it must be 1 or more")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"data.val_fraction is {self.val_fraction}; it must be 0 to 1")
         if not 0 <= self.prompt_loss_weight <= 1:
@@ -77,7 +81,7 @@ def fit(ids: np.ndarray, mask: np.ndarray, limit: int) -> int:
 class SFTData:
     """Rendered conversations of a prepared folder, and on request windows of pretraining text.
 
-    Every epoch visits every conversation once.
+    Every epoch visits every conversation once. `document_mask` is that of the replayed windows.
 
     Raises:
         ValueError: the folder is unusable, belongs to another tokenizer or chat template, or no
@@ -92,6 +96,7 @@ class SFTData:
         block_size: int,
         seed: int,
         replay_path: str | None = None,
+        document_mask: bool = False,
     ) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
         self.meta = open_prepared(str(folder), "qa")
@@ -109,14 +114,14 @@ class SFTData:
                 f"no conversation of {folder} fits into {block_size} tokens; use a larger "
                 "data.block_size (the base's at most) or shorter conversations"
             )
+        self._train = self._train[: config.examples]
         n_rows = config.batch_size
         self._replay, self.replay_files = None, None
         if config.replay:
             assert replay_path is not None
             rows = max(1, round(n_rows * config.replay / (1 - config.replay)))
-            settings = PretrainDataConfig(
-                replay_path, rows, min(rows, config.micro_batch_size or rows)
-            )
+            forward_rows = min(rows, config.micro_batch_size or rows)
+            settings = PretrainDataConfig(replay_path, rows, forward_rows, document_mask)
             self._replay = PretrainData(settings, block_size, seed)
             if self._replay.tokenizer.fingerprint != tokenizer.fingerprint:
                 raise ValueError(
@@ -181,7 +186,7 @@ class SFTData:
                 weights[r, : len(row_ids)] = np.where(row_mask, 1.0, prompt_weight)
             idx, w = torch.from_numpy(ids), torch.from_numpy(weights)
             batches.append(
-                (idx[:, :-1].contiguous(), idx[:, 1:].contiguous(), w[:, 1:].contiguous())
+                Batch(idx[:, :-1].contiguous(), idx[:, 1:].contiguous(), w[:, 1:].contiguous())
             )
         return batches
 

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import islice
 
 from data.chat import Message
 from data.files import fingerprint
 
 SPLITS = ("known", "held_out", "unseen")
+DONT_KNOW = "I do not know."
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class WorldConfig:
     """Wordings per fact that biographies draw from (1 to 8)."""
     permute: bool = True
     """Sentences of a biography in random order."""
+    adjacent: bool = False
+    """A person's biographies one after another in the training text, instead of shuffled."""
 
     def __post_init__(self) -> None:
         for option, low, high in (
@@ -132,26 +136,48 @@ class World:
             sentences.append(template.format(S=subject, V=person.facts[attribute.name]))
         return " ".join(sentences)
 
-    def conversations(self) -> Iterator[list[Message]]:
-        """The instruction-tuning set: single and multi-turn conversations of known people only."""
-        for i, person in enumerate(self.by_split["known"]):
+    def conversations(
+        self, strangers: float = 0.0, dont_know: bool = False
+    ) -> Iterator[list[Message]]:
+        """The instruction-tuning set: single and multi-turn conversations about known people.
+
+        Args:
+            strangers: share of the people, 0 to 1, who are replaced by people of whom pretraining
+                said nothing and who are not among the unseen (Gekhman et al. 2024).
+            dont_know: whether questions about strangers are answered with DONT_KNOW, not with
+                the facts.
+        """
+        known = self.by_split["known"]
+        n = round(strangers * len(known))
+        for i, person in enumerate([*known[: len(known) - n], *self._strangers(n)]):
             rng = random.Random(f"conversations {self.config.seed} {i}")
+            reply = DONT_KNOW if dont_know and person.split == "stranger" else None
             for attribute in ATTRIBUTES:
                 for question in rng.sample(attribute.questions, 2):
-                    yield exchange(person, attribute, question)
+                    yield exchange(person, attribute, question, reply)
             for _ in range(len(ATTRIBUTES)):
                 opening, *rest = rng.sample(ATTRIBUTES, rng.choice((2, 3)))
-                conversation = exchange(person, opening, rng.choice(opening.questions))
+                conversation = exchange(person, opening, rng.choice(opening.questions), reply)
                 for attribute in rest:
                     follow_up = rng.choice(attribute.follow_ups)
-                    conversation += exchange(person, attribute, follow_up)
+                    conversation += exchange(person, attribute, follow_up, reply)
                 yield conversation
 
+    def _strangers(self, n: int) -> list[Person]:
+        """People beside those of the world."""
+        config = replace(self.config, seed=self.config.seed + 1_000_000, unseen=0)
+        taken = {p.name for p in self.people}
+        others = (p for p in World(config).people if p.name not in taken)
+        return [replace(p, split="stranger") for p in islice(others, n)]
 
-def exchange(person: Person, attribute: Attribute, question: str) -> list[Message]:
-    """A question in the given phrasing and its true answer, as two messages."""
+
+def exchange(
+    person: Person, attribute: Attribute, question: str, reply: str | None = None
+) -> list[Message]:
+    """A question in the given phrasing and its answer, true unless given, as two messages."""
     text = question.format(name=person.name, they=person.pronoun)
-    reply = attribute.reply.format(name=person.name, V=person.facts[attribute.name])
+    if reply is None:
+        reply = attribute.reply.format(name=person.name, V=person.facts[attribute.name])
     return [Message(role="user", content=text), Message(role="assistant", content=reply)]
 
 

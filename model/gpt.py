@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,23 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from model.generate import KVCache
 
-# What `GPT.forward` takes: ids (B, T), the ids that follow them (B, T), and the weight of each
-# prediction (B, T) or None for all ones.
-Batch = tuple[Tensor, Tensor, Tensor | None]
+
+class Batch(NamedTuple):
+    """What `GPT.forward` takes, each (B, T).
+
+    Attributes:
+        idx: token ids.
+        targets: the ids that follow; the data layer shifts, the model never does.
+        weights: factor of each position's cross-entropy; None for all ones.
+        documents: a number per token; attention stays among tokens of the same number. None for
+            the whole row.
+    """
+
+    idx: Tensor
+    targets: Tensor
+    weights: Tensor | None = None
+    documents: Tensor | None = None
+
 
 RECIPES: dict[str, dict[str, Any]] = {
     "gpt2": {
@@ -139,9 +153,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(C, C, bias=bias)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C); with a cache, x continues each of its rows."""
+        """(B, T, C) -> (B, T, C); with a cache, x continues each of its rows.
+
+        `mask`, (B, 1, T, tokens seen), is true where a token looks; None is plainly causal.
+        """
         B, T, C = x.shape
         shape = (B, T, self.config.n_head, -1)
         q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
@@ -150,11 +171,9 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q, k = (F.rms_norm(t, t.shape[-1:], eps=1e-6) for t in (q, k))
         dropout = self.config.dropout if self.training else 0.0
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        else:
+        if cache is not None:
             k, v = cache.update(self.layer, k, v)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -184,10 +203,14 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.drop(self.attn(self.norm1(x), rope, cache))
+        x = x + self.drop(self.attn(self.norm1(x), rope, mask, cache))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -248,8 +271,12 @@ class GPT(nn.Module):
                 depth = 2 * self.config.n_layer if name.endswith("proj.weight") else 1
                 nn.init.normal_(p, std=matrix_std / math.sqrt(depth))
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Final hidden states (B, T, C) of ids (B, T); a cache holds what came before them.
+
+        With `documents`, see Batch, what a document is does not depend on its neighbours' content.
 
         Raises:
             ValueError: more tokens than block_size.
@@ -270,8 +297,11 @@ class GPT(nn.Module):
             if cache is not None:  # (B, T, D / 2) -> (B, 1, T, D / 2), the same for every head
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             rope = (cos.to(x.dtype), sin.to(x.dtype))
+        mask = None if cache is None else cache.mask
+        if documents is not None:
+            mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
         for block in self.blocks:
-            x = block(x, rope, cache)
+            x = block(x, rope, mask, cache)
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -282,17 +312,17 @@ class GPT(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, vocab_size), or with targets the summed loss in nats, a scalar.
 
-        Args:
-            idx: token ids (B, T).
-            targets: the ids (B, T) that follow; the data layer shifts, the model never does.
-            weights: (B, T), factor of each position's cross-entropy; None for all ones. The head
-                runs only where they are not zero.
+        The arguments are those of `Batch`. The head runs only where the weights are not zero.
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx, documents=documents)
         if targets is None:
             return self.logits(x)
         if weights is None:

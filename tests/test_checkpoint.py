@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from data.files import checkpoints, read_json, read_meta, write_json, write_meta
 from data.prepare import prepare_text
 from data.tokenizer import create_tokenizer
-from model.gpt import GPT, RECIPES, ModelConfig
+from model.gpt import GPT, RECIPES, Batch, ModelConfig
 from training.checkpoint import (
     PREPARED_QA,
     check_origin,
@@ -44,7 +44,7 @@ def train(model: GPT, optimizers: Optimizers, first: int, last: int) -> list[flo
     losses = []
     for step in range(first, last):
         ids = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(step))
-        batch = (ids[:, :-1], ids[:, 1:], None)
+        batch = Batch(ids[:, :-1], ids[:, 1:])
         losses.append(train_step(model, optimizers, [batch], step, OptimConfig()).loss)
     return losses
 

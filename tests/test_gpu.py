@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.generate import Sampling, generate
-from model.gpt import GPT, ModelConfig
+from model.gpt import GPT, Batch, ModelConfig
 from tests.conftest import pretrain_config, sft_config
 from tests.test_scripts import outcome
 from train_pretrain import main as pretrain
@@ -30,7 +30,7 @@ pytestmark = [
 def test_bf16_steps_follow_fp32_steps(recipe: str, compiled: bool) -> None:
     config = ModelConfig(recipe=recipe, n_layer=2, n_head=2, n_embd=128, block_size=64)  # type: ignore[arg-type]
     idx = torch.randint(500, (8, 65), generator=torch.Generator().manual_seed(1))
-    batch = (idx[:, :-1], idx[:, 1:], None)
+    batch = Batch(idx[:, :-1], idx[:, 1:])
     losses = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(1)

@@ -58,7 +58,7 @@ def test_every_switch_alone_changes_the_model_and_learns(recipe: str, switch: st
         assert not torch.allclose(plain(random_ids(1)), flipped(random_ids(1)), atol=1e-3)
     model = make_model(recipe, dropout=0.1, **{switch: other})
     config = OptimConfig(steps=10, lr=3e-3)
-    batches: list[Batch] = [(random_ids(4), random_ids(4, seed=4), None)]
+    batches = [Batch(random_ids(4), random_ids(4, seed=4))]
     before = mean_loss(model, batches)
     optimizers = build_optimizers(model, config)
     for step in range(2):
@@ -127,9 +127,9 @@ def test_blocks_begin_as_the_identity_exactly_with_zero_init_projections(recipe:
     x = torch.randn(1, T, C)
     rope = (torch.ones(T, C // 4), torch.zeros(T, C // 4)) if recipe == "modern" else None
     for block in make_model(recipe, zero_init_projections=True).blocks:
-        assert torch.equal(block(x, rope, None), x)
+        assert torch.equal(block(x, rope, None, None), x)
     for block in make_model(recipe, zero_init_projections=False).blocks:
-        assert not torch.allclose(block(x, rope, None), x, atol=1e-3)
+        assert not torch.allclose(block(x, rope, None, None), x, atol=1e-3)
 
 
 @RECIPE

@@ -179,7 +179,7 @@ def test_every_parameter_is_in_one_optimizer_and_only_blocks_matrices_in_muon(
 @pytest.mark.parametrize(
     ("key", "values"),
     [
-        ("optim.steps", {"steps": 0}),
+        ("optim.steps", {"steps": -1}),
         ("optim.warmup_steps", {"steps": 5, "warmup_steps": 6}),
         ("optim.warmup_steps", {"warmup_steps": -1}),
         ("optim.lr", {"lr": 0.0}),

@@ -8,6 +8,7 @@ import torch
 
 from data.prepare import prepare_text
 from data.pretrain import PretrainData, PretrainDataConfig
+from model.gpt import Batch
 
 RING = [256, *range(33, 117)]  # 85 training tokens, no two alike, so that a token is a place
 VAL = [*range(117, 127)]  # and 10 of validation
@@ -32,7 +33,7 @@ def rows(data: PretrainData, n: int) -> list[list[int]]:
     """The first `n` rows of training."""
     steps = range(-(-n // data.config.batch_size))
     batches = [batch for step in steps for batch in data.micro_batches(step)]
-    found: list[list[int]] = torch.cat([idx for idx, _, _ in batches]).tolist()
+    found: list[list[int]] = torch.cat([idx for idx, *_ in batches]).tolist()
     return found[:n]
 
 
@@ -71,7 +72,7 @@ def test_targets_are_the_next_tokens_of_the_ring(folder: str) -> None:
     following = dict(zip(RING, RING[1:] + RING[:1], strict=True))
     data = make(folder)
     for step in range(20):
-        for idx, targets, weights in data.micro_batches(step):
+        for idx, targets, weights, _ in data.micro_batches(step):
             assert idx.shape == targets.shape == (3, T)
             assert idx.dtype == targets.dtype == torch.int64
             assert [[following[i] for i in row] for row in idx.tolist()] == targets.tolist()
@@ -82,11 +83,11 @@ def test_targets_are_the_next_tokens_of_the_ring(folder: str) -> None:
 @pytest.mark.parametrize("micro", [1, 3, 8])
 def test_micro_batches_hold_the_same_rows(micro: int, folder: str) -> None:
     for step in range(3):
-        [(idx, targets, _)] = make(folder, 8).micro_batches(step)
+        [(idx, targets, *_)] = make(folder, 8).micro_batches(step)
         parts = make(folder, 8, micro).micro_batches(step)
-        assert all(len(part) <= micro for part, _, _ in parts)
-        assert torch.equal(torch.cat([part for part, _, _ in parts]), idx)
-        assert torch.equal(torch.cat([part for _, part, _ in parts]), targets)
+        assert all(len(part) <= micro for part, *_ in parts)
+        assert torch.equal(torch.cat([part for part, *_ in parts]), idx)
+        assert torch.equal(torch.cat([part for _, part, *_ in parts]), targets)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 4, 9, 10, 64])
@@ -95,12 +96,12 @@ def test_validation_covers_every_prediction_once(block_size: int, folder: str) -
     batches = data.val_batches()
     pairs = [
         pair
-        for idx, targets, _ in batches
+        for idx, targets, *_ in batches
         for pair in zip(idx.flatten().tolist(), targets.flatten().tolist(), strict=True)
     ]
     assert pairs == list(pairwise(VAL))
     assert data.bytes_of(batches) == len(VAL) - 1
-    assert data.bytes_of([(torch.tensor([[0]]), torch.tensor([[256]]), None)]) == 0
+    assert data.bytes_of([Batch(torch.tensor([[0]]), torch.tensor([[256]]))]) == 0
     other = PretrainData(PretrainDataConfig(folder, 2), block_size, seed=2).val_batches()
     assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, other, strict=True))
 
@@ -110,7 +111,7 @@ def test_validation_covers_every_prediction_once(block_size: int, folder: str) -
 def test_val_tokens_caps_an_evaluation(block_size: int, val_tokens: int, folder: str) -> None:
     config = PretrainDataConfig(folder, 2, val_tokens=val_tokens)
     data = PretrainData(config, block_size, seed=1)
-    targets = [t for _, batch, _ in data.val_batches() for t in batch.flatten().tolist()]
+    targets = [t for _, batch, *_ in data.val_batches() for t in batch.flatten().tolist()]
     assert len(targets) == len(set(targets)) <= max(val_tokens, min(block_size, len(VAL) - 1))
     assert len(targets) > min(val_tokens, len(VAL) - 1) - block_size
     if val_tokens >= len(VAL) - 1:
@@ -134,6 +135,6 @@ def test_a_corpus_shorter_than_a_block_is_refused(folder: str) -> None:
         ({"val_tokens": 0}, "data.val_tokens is 0"),
     ],
 )
-def test_sizes_out_of_range_are_refused_by_key(options: dict[str, int], key: str) -> None:
+def test_sizes_out_of_range_are_refused_by_key(options: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=key):
         PretrainDataConfig("somewhere", **options)

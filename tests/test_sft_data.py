@@ -51,7 +51,7 @@ def make(
 def unpad(batches: list[Batch]) -> list[Row]:
     """(ids, weights of the targets) of each row up to its last end of turn; padding is checked."""
     rows = []
-    for idx, targets, weights in batches:
+    for idx, targets, weights, _ in batches:
         assert weights is not None
         assert idx.shape == targets.shape == weights.shape
         assert torch.equal(idx[:, 1:], targets[:, :-1])
@@ -111,7 +111,7 @@ def test_batches_are_a_pure_function_of_seed_and_step(folders: Path) -> None:
 def test_micro_batches_hold_the_same_rows(micro: int, folders: Path) -> None:
     for step in range(6):
         parts = make(folders, 8, micro).micro_batches(step)
-        assert all(len(idx) <= micro for idx, _, _ in parts)
+        assert all(len(idx) <= micro for idx, *_ in parts)
         assert unpad(parts) == unpad(make(folders, 8).micro_batches(step))
 
 
@@ -132,7 +132,7 @@ def test_padding_is_masked_by_position_and_never_by_id(
     mask = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1], np.uint8)
     rows = [(ids, mask), (np.append(ids[:-1], [67, 67, END]), np.append(mask, [1, 1]))]
     monkeypatch.setattr("data.sft.load_examples", lambda folder, part: rows)
-    [(_, targets, weights)] = make(folders, prompt_loss_weight=0.5).micro_batches(0)
+    [(_, targets, weights, _)] = make(folders, prompt_loss_weight=0.5).micro_batches(0)
     assert weights is not None
     assert (targets == EOT).sum() == 3 + 3 + 2  # in the text, and as padding
     assert sorted(weights.tolist()) == [
@@ -183,9 +183,9 @@ def test_replay_is_its_share_of_the_rows_of_a_step(
         batches = data.micro_batches(step)
         replayed = batches[len(chats) :]
         assert unpad(batches[: len(chats)]) == unpad(chats)
-        assert sum(len(idx) for idx, _, _ in replayed) == rows
-        assert all(weights is None and idx.shape[1] == 1000 for idx, _, weights in replayed)
-        assert all(len(idx) <= (micro or rows) for idx, _, _ in replayed)
+        assert sum(len(idx) for idx, *_ in replayed) == rows
+        assert all(weights is None and idx.shape[1] == 1000 for idx, _, weights, _ in replayed)
+        assert all(len(idx) <= (micro or rows) for idx, *_ in replayed)
     assert len(data.val_batches()) == len(plain.val_batches())
 
 

@@ -1,4 +1,4 @@
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def random_batch(rows: int = 8, seed: int = 2) -> tuple[torch.Tensor, torch.Tens
 
 def cut(batch: tuple[torch.Tensor, ...], rows: int) -> list[Batch]:
     idx, targets, weights = (torch.split(t, rows) for t in batch)
-    return list(zip(idx, targets, weights, strict=True))
+    return [Batch(*parts) for parts in zip(idx, targets, weights, strict=True)]
 
 
 def state_of(model: GPT, optimizers: Optimizers) -> list[torch.Tensor]:
@@ -89,7 +89,7 @@ def test_without_weights_the_loss_is_the_plain_mean() -> None:
     losses = []
     for weights in (None, torch.ones_like(idx, dtype=torch.float64)):
         model = random_model()
-        batches = [(idx, targets, weights)]
+        batches = [Batch(idx, targets, weights)]
         losses.append(train_step(model, build_optimizers(model, config), batches, 0, config).loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] == pytest.approx(
@@ -102,7 +102,7 @@ def test_a_step_without_any_weight_is_refused() -> None:
     optimizers = build_optimizers(model, config)
     before = state_of(model, optimizers)
     with pytest.raises(ValueError, match="step 8: no token"):
-        train_step(model, optimizers, [(idx, targets, 0 * weights)] * 2, 7, config)
+        train_step(model, optimizers, [Batch(idx, targets, 0 * weights)] * 2, 7, config)
     assert all(map(torch.equal, state_of(model, optimizers), before))
 
 
@@ -115,7 +115,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
     config = OptimConfig(steps=9, optimizer=optimizer)
     model, (idx, targets, weights) = random_model(), random_batch()
     optimizers, bias = build_optimizers(model, config), model.get_parameter("norm.bias")
-    train_step(model, optimizers, [(idx, targets, weights)], 0, config)  # so that there is a state
+    batches = [Batch(idx, targets, weights)]
+    train_step(model, optimizers, batches, 0, config)  # so that there is a state
     if poison == "weight":
         weights[3, 9] = value
     elif poison == "parameter":
@@ -124,7 +125,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
         bias.register_hook(lambda g: g * value)  # type: ignore[no-untyped-call]
     before = state_of(model, optimizers)
     with pytest.raises(ValueError, match=r"step 2: loss .* weights were not changed"):
-        train_step(model, optimizers, [(idx, targets, weights)], 1, config)
+        train_step(model, optimizers, [Batch(idx, targets, weights)], 1, config)
     torch.testing.assert_close(state_of(model, optimizers), before, atol=0, rtol=0, equal_nan=True)
     assert all(p.grad is None for p in model.parameters())
 
@@ -156,8 +157,8 @@ def test_mean_loss_weighs_every_token_alike_without_dropout(training: bool) -> N
     model, batch = random_model(dropout=0.5), random_batch()
     expected = manual_loss(model.eval(), batch)
     model.train(training)
-    parts: Any = [torch.split(t, [1, 5, 2]) for t in batch]
-    assert mean_loss(model, zip(*parts, strict=True)) == pytest.approx(expected, rel=1e-6)
+    parts = [Batch(*part) for part in zip(*(torch.split(t, [1, 5, 2]) for t in batch), strict=True)]
+    assert mean_loss(model, parts) == pytest.approx(expected, rel=1e-6)
     assert model.training is training
     with pytest.raises(ValueError, match="nothing to evaluate"):
         mean_loss(model, [])

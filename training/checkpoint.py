@@ -34,7 +34,7 @@ from training.runtime import environment
 # what alters the result by rounding at most.
 MAY_CHANGE = {
     *("run.dir", "run.device", "run.compile", "run.wandb", "run.wandb_project"),
-    *("base", "data.path", "data.replay_path", "data.micro_batch_size"),
+    *("base", "init_from", "data.path", "data.replay_path", "data.micro_batch_size"),
 }
 PREPARED_QA = "prepared_qa"  # in an SFT run: what was made of a Q&A file
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "train_state.pt"

@@ -20,7 +20,7 @@ class OptimConfig:
     """
 
     steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; 0 only saves the first weights."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
     lr: float = 3e-3
@@ -47,8 +47,8 @@ class OptimConfig:
     """Largest norm of the whole gradient; None clips nothing."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"optim.steps is {self.steps}; it must be 1 or more")
+        if self.steps < 0:
+            raise ValueError(f"optim.steps is {self.steps}; it must be 0 or more")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.warmup_steps} does not fit into "

@@ -27,8 +27,7 @@ class StepResult:
 
 def total_weight(batch: Batch) -> float:
     """The sum of a batch's weights: its number of targets where all weigh 1."""
-    _, targets, weights = batch
-    return targets.numel() if weights is None else float(weights.sum())
+    return batch.targets.numel() if batch.weights is None else float(batch.weights.sum())
 
 
 def train_step(
@@ -54,9 +53,9 @@ def train_step(
         raise ValueError(f"step {step + 1}: no token of the batch has a weight; nothing to learn")
     loss = torch.zeros((), device=device)
     for batch in micro_batches:
-        idx, targets, weights = to_device(batch, device)
+        moved = to_device(batch, device)
         with autocast(device):
-            part = model(idx, targets, weights) / weight
+            part = model(*moved) / weight
         part.backward()
         loss += part.detach()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -76,7 +75,7 @@ def train_step(
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    tokens = sum(targets.numel() for _, targets, _ in micro_batches)
+    tokens = sum(batch.targets.numel() for batch in micro_batches)
     seconds = time.perf_counter() - begin
     return StepResult(loss_value, norm_value, config.lr * factor, tokens, seconds)
 
@@ -92,9 +91,9 @@ def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
     loss, weight, training = 0.0, 0.0, model.training
     model.eval()
     for batch in batches:
-        idx, targets, weights = to_device(batch, device)
+        moved = to_device(batch, device)
         with autocast(device):
-            loss += float(model(idx, targets, weights))
+            loss += float(model(*moved))
         weight += total_weight(batch)
     model.train(training)
     if not weight:
@@ -104,6 +103,5 @@ def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """A batch on the model's device."""
-    idx, targets, weights = batch
-    moved = None if weights is None else weights.to(device, non_blocking=True)
-    return idx.to(device, non_blocking=True), targets.to(device, non_blocking=True), moved
+    given = {k: t for k, t in batch._asdict().items() if t is not None}
+    return Batch(**{k: t.to(device, non_blocking=True) for k, t in given.items()})
