@@ -42,6 +42,19 @@ def render_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
     return [*render(messages, tokenizer)[0], tokenizer.control("<|assistant|>")]
 
 
+def parse(ids: list[int], tokenizer: Tokenizer) -> list[Message]:
+    """The messages of a rendered conversation: what `render` was given."""
+    roles = {tokenizer.control(f"<|{role}|>"): role for role in ROLES}
+    messages, start = [], 0
+    for i, token in enumerate(ids):
+        if token in roles:
+            start = i
+        elif token == tokenizer.end_of_turn:
+            content = tokenizer.decode(ids[start + 1 : i])
+            messages.append(Message(role=roles[ids[start]], content=content))
+    return messages
+
+
 def template_fingerprint() -> str:
     """A digest of what `render` does, stored with prepared data and with checkpoints."""
     sample = [Message(role=role, content=role[::-1]) for role in ROLES]

@@ -1,20 +1,23 @@
 """Same knowledge, different behaviour: what a model completes, and what it answers.
 
-The protocol of Allen-Zhu & Li, Physics of Language Models 3.1 (arXiv 2309.14316), in miniature.
-All decoding is greedy.
+The protocol of Allen-Zhu & Li, Physics of Language Models 3.1 (arXiv 2309.14316), in miniature:
+{complete the biography, answer the question} x {base, instruct} on known, held-out and unseen
+people. All decoding is greedy.
+
+python -m lab.knowledge --base out/quickstart/base --instruct out/quickstart/instruct
 """
 
 from __future__ import annotations
 
 import random
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from data.chat import Message, render_prompt
 from data.tokenizer import Tokenizer
 from data.world import (
     ATTRIBUTES,
+    DONT_KNOW,
     HE_NAMES,
     LAST_ENDS,
     LAST_STARTS,
@@ -25,84 +28,94 @@ from data.world import (
     cloze_prompts,
     exchange,
 )
-from model.generate import Sampling, generate
+from lab.likelihood import ask, score_choices
+from lab.pair import CONTEXTS, Pair, Prompt, plain_prompt, run_instrument
+from lab.stats import Mean, Share
 from training.checkpoint import Checkpoint
 
-ROWS = 100  # prompts generated at once
-Question = tuple[Person, Attribute, list[Message]]
-
-
-@dataclass(frozen=True)
-class Cells:
-    """One model's row of the table: shares of right replies.
-
-    Attributes:
-        cloze: by split of people, a biography sentence is completed with the right value.
-        answers: by split, a question in a phrasing that instruction tuning uses is answered by a
-            reply that names the right value and no other of its kind, and stops by itself.
-        rephrased: as `answers`, in phrasings that instruction tuning never shows.
-        mentions: the replies of `answers` that name the right value at all, stopping or not.
-        stops: of the same replies, over all splits, those that end with the end-of-turn token.
-        next_document: of the same, those that run into another document (end-of-text).
-        follow_up: as `answers`, on a held-out person's second question, which does not name them;
-            the first one stands answered rightly before it.
-        n: questions behind each share (`stops` and `next_document`: behind each split of them).
-    """
-
-    cloze: dict[str, float]
-    answers: dict[str, float]
-    rephrased: dict[str, float]
-    mentions: dict[str, float]
-    stops: float
-    next_document: float
-    follow_up: float
-    n: int
+Fact = tuple[Person, Attribute]
+Cell = dict[str, Share]  # "all", then each attribute
+# Of so many questions, one is also asked in plain text, and ranked (40 replies are scored for it).
+ASKED_PLAINLY, RANKED = 3, 3
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Shares of replies to one set of questions; the names are those of `Cells`."""
+    """What became of one set of questions.
 
-    right: float
-    mentions: float
-    stops: float
-    next_document: float
+    Attributes:
+        right: the reply names the right value and no other of its kind, and stops by itself.
+        mentions: it names the right value at all, stopping or not.
+        stops: it ends with the end-of-turn token.
+        next_document: it runs into another document (end-of-text).
+        abstains: it is "I do not know."
+    """
+
+    right: Cell
+    mentions: Share
+    stops: Share
+    next_document: Share
+    abstains: Share
 
 
-def measure(checkpoint: Checkpoint, world: World, n: int) -> Cells:
+@dataclass(frozen=True)
+class Rank:
+    """The true value among all 40 of its attribute, by the likelihood of the text that holds it."""
+
+    first: Share
+    reciprocal: Mean
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """One model's row of the table; the dicts are by split of people.
+
+    Attributes:
+        cloze: a biography sentence is completed with exactly the right value.
+        answers: questions in phrasings that instruction tuning uses, in the chat template.
+        rephrased: the same in phrasings that it never shows.
+        plain: as `answers`, but as `Question: ... Answer:` text, without the template.
+        ranks: without generation, by context: "cloze" is a biography sentence, "plain" and "chat"
+            the true reply to a question.
+    """
+
+    cloze: dict[str, Cell]
+    answers: dict[str, Answers]
+    rephrased: dict[str, Answers]
+    plain: dict[str, Answers]
+    ranks: dict[str, dict[str, Rank]]
+
+
+def measure(checkpoint: Checkpoint, world: World, n: int, thorough: bool = True) -> Knowledge:
     """One model's row, on n questions per cell drawn evenly over people and attributes.
+
+    Args:
+        thorough: also `plain` and `ranks`, which take most of the time.
 
     Raises:
         ValueError: the world has fewer than n facts in a split.
     """
     rng = random.Random(f"questions {world.config.seed}")
     cloze, answers, rephrased = {}, {}, {}
+    plain: dict[str, Answers] = {}
+    ranks: dict[str, dict[str, Rank]] = {}
     for split in SPLITS:
         facts = draw(world, split, n, rng)
         cloze[split] = complete(checkpoint, world, facts, rng)
-        used = [(p, a, exchange(p, a, rng.choice(a.questions))[:1]) for p, a in facts]
-        new = [(p, a, exchange(p, a, rng.choice(a.unused_questions))[:1]) for p, a in facts]
-        answers[split] = answer(checkpoint, used)
-        rephrased[split] = answer(checkpoint, new).right
-    follow_ups = []
-    for person, attribute in draw(world, "held_out", n, rng):
-        first = rng.choice([a for a in ATTRIBUTES if a is not attribute])
-        opening = exchange(person, first, rng.choice(first.questions))
-        second = exchange(person, attribute, rng.choice(attribute.follow_ups))[:1]
-        follow_ups.append((person, attribute, opening + second))
-    return Cells(
-        cloze=cloze,
-        answers={split: result.right for split, result in answers.items()},
-        rephrased=rephrased,
-        mentions={split: result.mentions for split, result in answers.items()},
-        stops=sum(result.stops for result in answers.values()) / len(SPLITS),
-        next_document=sum(result.next_document for result in answers.values()) / len(SPLITS),
-        follow_up=answer(checkpoint, follow_ups).right,
-        n=n,
-    )
+        used = [exchange(p, a, rng.choice(a.questions))[:1] for p, a in facts]
+        new = [exchange(p, a, rng.choice(a.unused_questions))[:1] for p, a in facts]
+        answers[split] = answer(checkpoint, facts, used)
+        rephrased[split] = answer(checkpoint, facts, new)
+        if thorough:
+            some, few = slice(max(1, n // ASKED_PLAINLY)), slice(max(1, n // RANKED))
+            plain[split] = answer(checkpoint, facts[some], used[some], plain_prompt)
+            for context in ("cloze", "plain", "chat"):
+                found = rank(checkpoint, world, facts[few], used[few], context)
+                ranks.setdefault(context, {})[split] = found
+    return Knowledge(cloze, answers, rephrased, plain, ranks)
 
 
-def draw(world: World, split: str, n: int, rng: random.Random) -> list[tuple[Person, Attribute]]:
+def draw(world: World, split: str, n: int, rng: random.Random) -> list[Fact]:
     """n different facts of a split."""
     facts = [(p, a) for p in world.by_split[split] for a in ATTRIBUTES]
     if len(facts) < n:
@@ -112,51 +125,54 @@ def draw(world: World, split: str, n: int, rng: random.Random) -> list[tuple[Per
     return rng.sample(facts, n)
 
 
-def complete(
-    checkpoint: Checkpoint, world: World, facts: list[tuple[Person, Attribute]], rng: random.Random
-) -> float:
-    """The share of facts whose biography sentence is completed with exactly the right value."""
+def cell(facts: list[Fact], flags: Iterable[bool]) -> Cell:
+    """Shares over all facts and over those of each attribute."""
+    graded = list(zip((a.name for _, a in facts), flags, strict=True))
+    return {"all": Share.of(flag for _, flag in graded)} | {
+        a.name: Share.of(flag for name, flag in graded if name == a.name) for a in ATTRIBUTES
+    }
+
+
+def complete(checkpoint: Checkpoint, world: World, facts: list[Fact], rng: random.Random) -> Cell:
+    """Which facts' biography sentences are completed with exactly the right value."""
     tokenizer = checkpoint.tokenizer
     texts = [rng.choice(cloze_prompts(p, a, world.config.paraphrases)) for p, a in facts]
     prompts = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in texts]
     longest = max(len(tokenizer.encode(f" {v}.")) for a in ATTRIBUTES for v in a.values)
     completions = [tokenizer.decode(ids) for ids in ask(checkpoint, prompts, longest + 1)]
-    return mean(
-        text.startswith(f" {person.facts[attribute.name]}.")
-        for (person, attribute), text in zip(facts, completions, strict=True)
+    return cell(
+        facts,
+        (
+            text.startswith(f" {person.facts[attribute.name]}.")
+            for (person, attribute), text in zip(facts, completions, strict=True)
+        ),
     )
-
-
-def plain_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """A conversation as plain text, for a base that has never seen the template's tokens."""
-    names = {"user": "Question", "assistant": "Answer", "system": "Note"}
-    lines = [f"{names[m['role']]}: {m['content']}\n" for m in messages]
-    return [tokenizer.end_of_text, *tokenizer.encode("".join(lines) + "Answer:")]
 
 
 def answer(
     checkpoint: Checkpoint,
-    questions: list[Question],
-    prompt: Callable[[list[Message], Tokenizer], list[int]] = render_prompt,
+    facts: list[Fact],
+    questions: list[list[Message]],
+    prompt: Prompt = render_prompt,
 ) -> Answers:
-    """Asks questions, each after the messages before it, and grades the replies.
+    """Asks one question about each fact, after the messages before it, and grades the replies.
 
     Args:
         prompt: how a conversation is put to the model.
     """
     tokenizer = checkpoint.tokenizer
-    replies = ask(
-        checkpoint, [prompt(m, tokenizer) for _, _, m in questions], reply_tokens(tokenizer)
-    )
+    prompts = [prompt(messages, tokenizer) for messages in questions]
+    replies = ask(checkpoint, prompts, reply_tokens(tokenizer))
     stopped = [ids[-1] == tokenizer.end_of_turn for ids in replies]
     texts = [tokenizer.decode(ids) for ids in replies]
-    values = [(person.facts[attribute.name], attribute) for person, attribute, _ in questions]
+    values = [(person.facts[attribute.name], attribute) for person, attribute in facts]
     graded = list(zip(values, texts, stopped, strict=True))
     return Answers(
-        right=mean(stop and names_only(text, *value) for value, text, stop in graded),
-        mentions=mean(value in text for (value, _), text, _ in graded),
-        stops=mean(stopped),
-        next_document=mean(tokenizer.end_of_text in ids for ids in replies),
+        right=cell(facts, (stop and names_only(text, *value) for value, text, stop in graded)),
+        mentions=Share.of(value in text for (value, _), text, _ in graded),
+        stops=Share.of(stopped),
+        next_document=Share.of(tokenizer.end_of_text in ids for ids in replies),
+        abstains=Share.of(text.startswith(DONT_KNOW) for text in texts),
     )
 
 
@@ -172,20 +188,48 @@ def names_only(text: str, value: str, attribute: Attribute) -> bool:
     return value in text and not any(v in text for v in attribute.values if v != value)
 
 
-def ask(checkpoint: Checkpoint, prompts: Sequence[list[int]], max_new: int) -> list[list[int]]:
-    """Greedy replies to prompts, in the prompts' order."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    replies: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), ROWS):
-        chosen = order[start : start + ROWS]
-        batch = [prompts[i] for i in chosen]
-        stop = {checkpoint.tokenizer.end_of_turn}
-        answered = generate(checkpoint.model, batch, Sampling(max_new), stop)
-        for i, reply in zip(chosen, answered, strict=True):
-            replies[i] = reply
-    return replies
+def rank(
+    checkpoint: Checkpoint,
+    world: World,
+    facts: list[Fact],
+    questions: list[list[Message]],
+    context: str,
+) -> Rank:
+    """Where the truth stands among all values of its attribute, by the likelihood of the text.
+
+    Args:
+        context: "cloze", a biography sentence up to its value; or how the question is put, with
+            the whole reply as the text.
+    """
+    tokenizer, ranks = checkpoint.tokenizer, []
+    for (person, attribute), messages in zip(facts, questions, strict=True):
+        if context == "cloze":
+            sentence = cloze_prompts(person, attribute, world.config.paraphrases)[0]
+            prompt = [tokenizer.end_of_text, *tokenizer.encode(sentence)]
+            texts = [f" {v}." for v in attribute.values]
+        else:
+            prompt = CONTEXTS[context](messages, tokenizer)
+            texts = [attribute.reply.format(name=person.name, V=v) for v in attribute.values]
+        scores = score_choices(checkpoint, prompt, [tokenizer.encode(text) for text in texts])
+        true = scores[attribute.values.index(person.facts[attribute.name])]
+        ranks.append(1 + sum(score > true for score in scores))
+    return Rank(Share.of(r == 1 for r in ranks), Mean.of(1 / r for r in ranks))
 
 
-def mean(values: Iterable[bool]) -> float:
-    """The share of values that are true."""
-    return statistics.fmean(values)
+def knowledge(pair: Pair, questions: int) -> dict[str, Knowledge]:
+    """The rows of base and instruct.
+
+    Raises:
+        ValueError: the checkpoints know no world, so that nobody can say what is true.
+    """
+    if pair.world is None:
+        raise ValueError(
+            "these checkpoints were not trained on a world made by `python -m data.prepare world`; "
+            "knowledge can only be measured where the truth is known"
+        )
+    world = pair.world
+    return {c.meta["kind"]: measure(c, world, questions) for c in (pair.base, pair.instruct)}
+
+
+if __name__ == "__main__":
+    run_instrument(__doc__ or "", knowledge, questions=300)

@@ -1,4 +1,7 @@
-"""What instruction tuning changed: one table, on the screen and in report.json.
+"""What instruction tuning changed: every instrument of the lab, in one page.
+
+Writes report.html, one file that opens offline, and report.json with the same figures, and prints
+the table.
 
 python -m lab.report --base out/quickstart/base --instruct out/quickstart/instruct --out DIR
 """
@@ -6,13 +9,15 @@ python -m lab.report --base out/quickstart/base --instruct out/quickstart/instru
 from __future__ import annotations
 
 import argparse
-import random
+import base64
 import re
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
@@ -25,100 +30,102 @@ from data.files import (
     sha256_file,
     write_json,
 )
-from data.world import ATTRIBUTES, SPLITS, Person, World, WorldConfig, exchange
-from lab import knowledge
-from lab.knowledge import Answers, answer, draw, measure, plain_prompt, reply_tokens
+from data.world import ATTRIBUTES, SPLITS, World, exchange
+from lab.behaviour import behaviour
+from lab.forgetting import forgetting
+from lab.knowledge import knowledge
+from lab.pair import Pair, open_pair, pair_arguments, pairs_of, provenance
+from lab.plots import report_plots
+from lab.shift import shift
+from lab.stats import pool, to_json
+from lab.weights import weights
 from model.generate import Sampling
-from sample import COLUMNS, Conversation, Reply, load_pair, show
-from training.checkpoint import Checkpoint
+from sample import COLUMNS, Conversation, Reply, show
 from training.runtime import environment
 
-
-def world_of(base: Checkpoint, instruct: Checkpoint) -> World:
-    """The world that both checkpoints were trained on.
-
-    Raises:
-        ValueError: there is none, they differ, the code makes another one by now, or the instruct
-            model was not tuned from this base.
-    """
-    if instruct.meta["base"]["fingerprint"] != fingerprint(base.meta["files"]):
-        raise ValueError(f"{instruct.path} was not tuned from {base.path}, but from another base")
-    configs = [c.meta["prepared"].get("world") for c in (base, instruct)]
-    if configs[0] is None or configs[0] != configs[1]:
-        raise ValueError(
-            "these checkpoints were not both trained on one world made by "
-            "`python -m data.prepare world`; this report needs one, to know what is true"
-        )
-    world = World(WorldConfig(**configs[0]))
-    if world.fingerprint != base.meta["prepared"]["world_fingerprint"]:
-        raise ValueError(
-            "data/world.py has changed since these checkpoints were trained, so what they learned "
-            "can no longer be told right from wrong; make the data and train again"
-        )
-    return world
+# Each instrument, and of how many of --questions it uses one.
+INSTRUMENTS: dict[str, tuple[Any, int]] = {
+    "knowledge": (knowledge, 1),
+    "behaviour": (behaviour, 3),
+    "shift": (shift, 3),
+    "weights": (weights, 5),
+    "forgetting": (forgetting, 3),
+}
+SPLIT_NAMES = dict(zip(SPLITS, ("known", "held-out", "unseen"), strict=True))
 
 
-def illustrations(world: World) -> list[list[str]]:
+def illustrations(pair: Pair) -> list[list[str]]:
     """A handful of conversations: what the user says, turn by turn."""
+    if pair.world is None:
+        return [[m["content"] for m in c if m["role"] == "user"] for c in pair.conversations[:5]]
+    return illustrate(pair.world)
+
+
+def illustrate(world: World) -> list[list[str]]:
+    """Questions about known and held-out people, a follow-up, and a beginning to complete."""
     known, people = world.by_split["known"][0], world.by_split["held_out"]
     held_out = [people[i % len(people)] for i in range(4)]
     by_name = {a.name: a for a in ATTRIBUTES}
-
-    def question(person: Person, attribute: str) -> str:
-        a = by_name[attribute]
-        return exchange(person, a, a.questions[0])[0]["content"]
-
     profession = by_name["profession"]
+    asked = (("birthplace", known), ("employer", held_out[0]), ("birth_year", held_out[1]))
+    questions = [
+        exchange(person, by_name[name], by_name[name].questions[0])[0]["content"]
+        for name, person in (*asked, ("hobby", held_out[2]))
+    ]
     follow_up = exchange(held_out[1], profession, profession.follow_ups[0])[0]["content"]
     return [
-        [question(known, "birthplace")],
-        [question(held_out[0], "employer")],
-        [question(held_out[1], "birth_year"), follow_up],
-        [question(held_out[2], "hobby")],
+        [questions[0]],
+        [questions[1]],
+        [questions[2], follow_up],
+        [questions[3]],
         [f"{held_out[3].name} was born in"],
     ]
 
 
-def ask_plainly(base: Checkpoint, world: World, n: int) -> Answers:
-    """The base's answers about held-out people to `Question: ... Answer:`, without the template."""
-    rng = random.Random(f"plain {world.config.seed}")
-    facts = draw(world, "held_out", n, rng)
-    questions = [(p, a, exchange(p, a, rng.choice(a.questions))[:1]) for p, a in facts]
-    return answer(base, questions, plain_prompt)
+def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
+    """Everything that report.json holds, except which files it was made from.
 
-
-def make_report(base: Checkpoint, instruct: Checkpoint, questions: int) -> dict[str, Any]:
-    """Everything that report.json holds, except which files it was made from."""
+    Args:
+        pairs: one a seed; their figures are pooled, the examples are of the first.
+    """
     begin = time.perf_counter()
-    world = world_of(base, instruct)
-    report: dict[str, Any] = {
-        "base": asdict(measure(base, world, questions)),
-        "instruct": asdict(measure(instruct, world, questions)),
-        "base_plain": asdict(ask_plainly(base, world, questions)),
-        "chance": sum(1 / len(a.values) for a in ATTRIBUTES) / len(ATTRIBUTES),
-    }
-    sampling = Sampling(reply_tokens(base.tokenizer))
+    first, seconds = pairs[0], {}
+    report: dict[str, Any] = {}
+    for name, (instrument, part) in INSTRUMENTS.items():
+        if name == "knowledge" and first.world is None:
+            report[name] = None
+            continue
+        start = time.perf_counter()
+        results = [instrument(pair, max(1, questions // part)) for pair in pairs]
+        report[name] = to_json(pool(results))
+        seconds[name] = round(time.perf_counter() - start, 1)
+        print(f"{name}: {seconds[name]:.0f} s", flush=True)
+    sampling = Sampling(48)
     report["examples"] = []
-    for prompts in illustrations(world):
-        conversation = Conversation(base, instruct, sampling)
+    for prompts in illustrations(first):
+        conversation = Conversation(first.base, first.instruct, sampling)
         for prompt in prompts:
             replies = conversation.ask(prompt)
             report["examples"].append(
                 {"prompt": prompt, **{column: asdict(r) for column, r in replies.items()}}
             )
+    report["chance"] = sum(1 / len(a.values) for a in ATTRIBUTES) / len(ATTRIBUTES)
     report["seconds"] = {
-        "prepare": base.meta["prepared"]["seconds"],
-        "pretrain": base.meta["metrics"]["seconds"],
-        "sft": instruct.meta["metrics"]["seconds"],
+        "prepare": first.base.meta["prepared"]["seconds"],
+        "pretrain": first.base.meta["metrics"].get("seconds", 0.0),
+        "sft": first.instruct.meta["metrics"].get("seconds", 0.0),
         "compare": round(time.perf_counter() - begin, 1),
     }
-    device = base.model.wte.weight.device
-    report["settings"] = {"questions": questions, "decoding": "greedy", **environment(device)}
-    report["runs"] = {
-        c.meta["kind"]: {k: c.meta[k] for k in ("step", "config", "environment", "data")}
-        for c in (base, instruct)
+    device = first.base.model.wte.weight.device
+    report["settings"] = {
+        "questions": {n: questions // part for n, (_, part) in INSTRUMENTS.items()},
+        "decoding": "greedy",
+        "parameters": first.base.model.n_params(),
+        "seconds": seconds,
+        **environment(device),
     }
-    report["world"] = asdict(world.config)
+    report["runs"] = [provenance(pair) for pair in pairs]
+    report["world"] = None if first.world is None else asdict(first.world.config)
     return report
 
 
@@ -126,37 +133,25 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     """The table, what it does not show, the same prompts answered by both, and the time it took."""
     table = Table(title="What instruction tuning changed", title_justify="left")
     splits = "known / held-out\n/ unseen people"
-    for title in (
-        "",
-        f"completes a\nbiography (cloze):\n{splits}",
-        f"answers a\nquestion:\n{splits}",
-        "stops\nby\nitself",
-        "follow-up\nturn\nanswered",
-    ):
+    known = report["knowledge"]
+    titles = (f"completes a\nbiography (cloze):\n{splits}", f"answers a\nquestion:\n{splits}")
+    for title in ("", *(titles if known else ()), "stops\nby\nitself", "follow-up\nturn\nanswered"):
         table.add_column(title, justify="center", no_wrap=True)
     for model in ("base", "instruct"):
-        cells = report[model]
-        table.add_row(
-            model,
-            *(" / ".join(f"{cells[c][s]:.2f}" for s in SPLITS) for c in ("cloze", "answers")),
-            f"{cells['stops']:.2f}",
-            f"{cells['follow_up']:.2f}",
-        )
+        cells = [model]
+        if known:
+            row = known[model]
+            cells.append(" / ".join(f"{row['cloze'][s]['all']['share']:.2f}" for s in SPLITS))
+            answers = [row["answers"][s]["right"]["all"]["share"] for s in SPLITS]
+            cells.append(" / ".join(f"{share:.2f}" for share in answers))
+        acts = report["behaviour"][model]
+        follow_up = acts["follow_up"].get("with", {}).get("share")
+        cells.append(f"{acts['stops']['share']:.2f}")
+        cells.append("-" if follow_up is None else f"{follow_up:.2f}")
+        table.add_row(*cells)
     console.print(table)
-    base, instruct = report["base"], report["instruct"]
-    held_out = {
-        "instruct, new phrasing": instruct["rephrased"]["held_out"],
-        "base mentions the value": base["mentions"]["held_out"],
-        "the same, asked plainly": report["base_plain"]["mentions"],
-    }
-    console.print(
-        f"n = {base['n']} questions a cell, greedy; chance {report['chance']:.3f}. An answer "
-        "counts if it names the right value, no other of its kind, and stops. Held-out people: "
-        + ", ".join(f"{what}: {share:.2f}" for what, share in held_out.items())
-        + f". Replies of the base that run on into another biography: {base['next_document']:.2f}."
-        "\n",
-        highlight=False,
-    )
+    if known:
+        print_knowledge(report, console)
     for example in report["examples"]:
         show(console, example["prompt"], {c: Reply(**example[c]) for c in COLUMNS})
     console.print(
@@ -164,13 +159,67 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     )
 
 
+def print_knowledge(report: dict[str, Any], console: Console) -> None:
+    """What the table does not show."""
+    base, instruct = report["knowledge"]["base"], report["knowledge"]["instruct"]
+    held_out = {
+        "instruct, new phrasing": instruct["rephrased"]["held_out"]["right"]["all"],
+        "base mentions the value": base["answers"]["held_out"]["mentions"],
+        "the same, asked plainly": base["plain"]["held_out"]["mentions"],
+        "base runs on into another biography": base["answers"]["held_out"]["next_document"],
+    }
+    console.print(
+        f"n = {base['cloze']['held_out']['all']['n']} questions a cell, greedy; chance "
+        f"{report['chance']:.3f}. An answer counts if it names the right value, no other of its "
+        "kind, and stops. Held-out people: "
+        + ", ".join(f"{what}: {cell['share']:.2f}" for what, cell in held_out.items())
+        + ".\n",
+        highlight=False,
+    )
+
+
+def write_page(report: dict[str, Any], path: Path) -> None:
+    """report.html: one file, with every picture in it."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    env = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    env.filters["cell"] = as_cell
+    pictures = {
+        name: "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
+        for name, text in report_plots(report).items()
+    }
+    page = env.get_template("report.html").render(
+        report, report=report, pictures=pictures, splits=SPLIT_NAMES, columns=COLUMNS
+    )
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+
+
+def as_cell(value: dict[str, Any]) -> Markup:
+    """A share or mean with its interval, for the page."""
+    figure = value.get("share", value.get("mean"))
+    if figure is None:
+        return Markup("-")
+    bounds = (f"{x:.2f}".replace("-0.00", "0.00") for x in (value["low"], value["high"]))
+    low, high = (re.sub(r"^(-?)0\.", r"\1.", bound) for bound in bounds)
+    return Markup('{:.2f} <span class="n">[{}, {}]</span>').format(figure, low, high)
+
+
 def run(a: argparse.Namespace) -> None:
-    """Prints the report; makes it first unless report.json was made from the same checkpoints."""
+    """Prints the report; makes it first unless it was made from the same checkpoints and code."""
     if a.questions < 1:
         raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
-    metas = [read_meta(resolve_checkpoint(path)) for path in (a.base, a.instruct)]
-    code = [sha256_file(Path(f)) for f in (__file__, knowledge.__file__)]
-    made_from = fingerprint([[m["files"] for m in metas], a.questions, code])
+    paths = pairs_of(a)
+    metas = [read_meta(resolve_checkpoint(path)) for pair in paths for path in pair]
+    code = [sha256_file(f) for f in sorted(Path(__file__).parent.iterdir()) if f.is_file()]
+    asked = str(a.qa) if a.qa else None
+    made_from = fingerprint([[m.get("files") for m in metas], a.questions, asked, code])
     path = a.out / "report.json"
     try:
         report = read_json(path)
@@ -178,10 +227,11 @@ def run(a: argparse.Namespace) -> None:
     except (ValueError, TypeError, KeyError):  # none yet, or not one of ours
         stale = True
     if stale:
-        base, instruct = load_pair(a.base, a.instruct, a.device)
-        report = {"made_from": made_from, **make_report(base, instruct, a.questions)}
+        pairs = [open_pair(*both, a.device, a.qa) for both in paths]
+        report = {"made_from": made_from, **make_report(pairs, a.questions)}
         a.out.mkdir(parents=True, exist_ok=True)
         write_json(path, report)
+    write_page(report, a.out / "report.html")
     console = Console(record=a.svg is not None, width=100 if a.svg else None)
     print_report(report, console)
     if a.svg is not None:
@@ -189,20 +239,15 @@ def run(a: argparse.Namespace) -> None:
         # Without its fonts from the network: it must look the same offline.
         picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
         a.svg.write_text(picture, encoding="utf-8")
-    print(f"all figures: {path}")
+    print(f"the whole report, to be opened in a browser: {a.out / 'report.html'}")
 
 
 def main() -> None:
     """Runs one command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--base", required=True, help="base checkpoint, or its run")
-    p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
-    p.add_argument("--out", type=Path, required=True, help="folder for report.json")
-    p.add_argument("--questions", type=int, default=300, help="per cell (default 300)")
+    p = pair_arguments(__doc__ or "")
+    p.add_argument("--out", type=Path, required=True, help="folder for report.html and report.json")
+    p.add_argument("--questions", type=int, default=300, help="per cell of the table (default 300)")
     p.add_argument("--svg", type=Path, help="draw what is printed into this picture too")
-    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     with one_line_errors():
         run(p.parse_args())
 

@@ -58,6 +58,13 @@ class KVCache:
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=weight.device)
         self.used = 0
 
+    def repeat(self, n: int, room: int) -> None:
+        """Makes n rows of a cache of one row, with room for so many more tokens."""
+        kept = slice(self.used + room)
+        self.keys = [keys[:, :, kept].repeat(n, 1, 1, 1) for keys in self.keys]
+        self.values = [values[:, :, kept].repeat(n, 1, 1, 1) for values in self.values]
+        self.lengths = self.lengths.repeat(n)
+
     def begin(self, new_lengths: Tensor, width: int) -> None:
         """Announces new tokens (B, width), of which row b has new_lengths[b], the rest padding."""
         offsets = torch.arange(width, device=self.lengths.device)

@@ -120,7 +120,7 @@ def test_a_run_repeats_from_its_recorded_config(tmp_path: Path) -> None:
 
 
 def test_every_config_file_parses_and_says_no_more_than_it_means() -> None:
-    files = sorted((ROOT / "configs").rglob("*.toml"))
+    files = [f for f in sorted((ROOT / "configs").rglob("*.toml")) if f.parent.name != "sweeps"]
     assert files
     for file in files:
         given = tomllib.loads(file.read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.generate import KVCache
 from model.gpt import GPT, RECIPES, Batch, ModelConfig
 from training.optim import OptimConfig, build_optimizers
 from training.step import mean_loss, train_step
@@ -242,3 +243,33 @@ def check_against(theirs: Any, recipe: Literal["gpt2", "modern"]) -> None:
     expected = theirs.eval()(idx).logits
     assert expected.std() > 0.1
     torch.testing.assert_close(model(idx), expected, atol=2e-5, rtol=0)  # exact GELU is 1e-4 off
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_document_does_not_depend_on_its_neighbours(recipe: str) -> None:
+    model = random_model(recipe)
+    idx = random_ids(2)
+    documents = torch.tensor([[0] * 5 + [1] * (T - 5), [3] * 9 + [4] * (T - 9)])
+    changed = idx.clone()
+    changed[:, :5] = (changed[:, :5] + 1) % 7
+    one, other = (model(i, documents=documents) for i in (idx, changed))
+    assert torch.equal(one[0, 5:], other[0, 5:])
+    assert torch.equal(one[1, 9:], other[1, 9:])
+    assert not torch.allclose(one[1, 5:9], other[1, 5:9])  # of the same document as what changed
+    if recipe == "modern":  # rotary positions are relative: a document is as if it stood alone
+        torch.testing.assert_close(one[0, 5:], model(idx[:1, 5:])[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(idx, documents=torch.zeros_like(idx)), model(idx))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_repeated_cache_continues_like_rows_of_their_own(recipe: str) -> None:
+    model, idx = random_model(recipe), random_ids(1)
+    prompt, tails = idx[:, :6], random_ids(3, seed=9)[:, :4]
+    cache = KVCache(model, 1)
+    cache.begin(torch.tensor([6]), 6)
+    model.hidden(prompt, cache)
+    cache.repeat(3, 4)
+    cache.begin(torch.tensor([4, 4, 4]), 4)
+    found = model.logits(model.hidden(tails, cache))
+    whole = model(torch.cat([prompt.expand(3, -1), tails], dim=1))[:, 6:]
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)

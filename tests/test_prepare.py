@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -396,3 +397,19 @@ def test_the_command_line_prepares_inspects_and_fails_in_one_line(tmp_path: Path
     failed = call(*arguments)
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
     assert failed.stderr.startswith(f"error: {tmp_path / 'q.jsonl'}, line 5: 'question' without")
+
+
+def test_adjacent_keeps_the_biographies_of_a_person_together(tmp_path: Path) -> None:
+    metas, orders = [], []
+    for adjacent in (False, True):
+        config, out = WorldConfig(people=9, unseen=2, bios=6, adjacent=adjacent), tmp_path / "w"
+        out = tmp_path / f"world{adjacent}"
+        metas.append(prepare.prepare_world(config, out, "byte", 0.1))
+        text = Tokenizer.load(out).decode(np.fromfile(out / "train.bin", "<u2").tolist())
+        names = [p.name for p in World(config).people]
+        documents = text.split("<|endoftext|>")[1:]
+        orders.append([next(n for n in names if n in document) for document in documents])
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert len([1 for a, b in pairwise(orders[1]) if a != b]) == 8
+    assert len([1 for a, b in pairwise(orders[0]) if a != b]) > 20
+    assert metas[0]["files"]["val.bin"] == metas[1]["files"]["val.bin"]

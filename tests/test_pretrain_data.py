@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,3 +139,18 @@ def test_a_corpus_shorter_than_a_block_is_refused(folder: str) -> None:
 def test_sizes_out_of_range_are_refused_by_key(options: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=key):
         PretrainDataConfig("somewhere", **options)
+
+
+def test_a_document_mask_numbers_the_documents_of_each_window(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"text": "{i}{i}{i}"}}\n' for i in range(10)))
+    prepare_text([tmp_path / "t.jsonl"], tmp_path / "data", "byte", 0.2, "text", 1)
+    data = PretrainData(PretrainDataConfig(str(tmp_path / "data"), 2, document_mask=True), 8, 1)
+    for batch in (data.micro_batches(0)[0], data.micro_batches(3)[0], data.val_batches()[0]):
+        assert batch.documents is not None
+        for ids, numbers in zip(batch.idx.tolist(), batch.documents.tolist(), strict=True):
+            for place in range(1, len(ids)):
+                new = ids[place] == data.tokenizer.end_of_text
+                assert numbers[place] == numbers[place - 1] + new
+    plain = PretrainData(PretrainDataConfig(str(tmp_path / "data"), 2), 8, 1)
+    assert plain.micro_batches(0)[0].documents is None
+    assert torch.equal(plain.micro_batches(3)[0].idx, data.micro_batches(3)[0].idx)

@@ -23,7 +23,9 @@ import train_sft
 from data import prepare
 from data.sft import SFTDataConfig
 from data.world import WorldConfig
+from model.gpt import GPT
 from tests.conftest import pretrain_config, sft_config
+from training.checkpoint import load_checkpoint
 from training.config import run_cli
 from training.log import read_metrics
 
@@ -321,3 +323,39 @@ def test_a_diverging_run_stops_before_the_weights_move(
     monkeypatch.setattr(train_pretrain, "train_step", poisoned)
     options = [f"--data.path={world_dir}", f"--run.dir={tmp_path}/r", "--model.block_size=64"]
     assert "step 3: loss nan" in fails(train_pretrain, *options, "--optim.steps=5")
+
+
+# ---- starting points -------------------------------------------------------------------------
+
+
+def test_no_steps_save_the_first_weights_and_init_from_takes_weights_over(
+    fails: Fails, world_dir: Path, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config = pretrain_config(world_dir, tmp_path / "a", steps=0)
+    first = train_pretrain.main(config)
+    assert first.name == "step_000000"
+    n_vocab = load_checkpoint(first).tokenizer.n_vocab
+    torch.manual_seed(config.run.seed)
+    expected = GPT(config.model, n_vocab).state_dict()
+    assert_same(load_checkpoint(first).model.state_dict(), expected)
+    assert train_pretrain.main(config) == first
+
+    taken = replace(config, init_from=str(runs[1]), run=replace(config.run, dir=f"{tmp_path}/b"))
+    begun = load_checkpoint(train_pretrain.main(taken))
+    assert_same(begun.model.state_dict(), load_checkpoint(runs[1]).model.state_dict())
+    assert begun.meta["kind"] == "base"
+    assert begun.meta["init_from"]["step"] == 6
+
+    options = [f"--data.path={world_dir}", f"--run.dir={tmp_path}/c", f"--init_from={runs[0]}"]
+    error = fails(train_pretrain, *options)
+    assert "another architecture: model.n_layer 2 -> 4" in error
+    other = tmp_path / "bytes"
+    prepare.prepare_world(WorldConfig(people=6, unseen=2, bios=4), other, "byte", 0.1)
+    shape = [f"--model.{k}={getattr(config.model, k)}" for k in ("n_layer", "n_head", "n_embd")]
+    options = [f"--data.path={other}", *options[1:], *shape, "--model.block_size=64"]
+    assert "another tokenizer" in fails(train_pretrain, *options)
+
+
+def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)

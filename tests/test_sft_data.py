@@ -234,3 +234,23 @@ def test_settings_out_of_range_are_refused_by_key(option: str, value: float) -> 
     options: Any = {option: value}
     with pytest.raises(ValueError, match=f"data.{option} is {value}"):
         SFTDataConfig("somewhere", **options)
+
+
+def test_examples_keeps_the_first_conversations_and_all_of_validation(folders: Path) -> None:
+    data, whole = make(folders, batch=4, examples=6), make(folders, batch=4)
+    assert data.steps_per_epoch == 2
+    seen = [row for step in range(2) for row in unpad(data.micro_batches(step))]
+    first = [tuple(ids.tolist()) for ids, _ in whole._train[:6]]
+    assert sorted(ids for ids, _ in seen) == sorted(first)
+    assert len(data.val) == len(whole.val)
+    with pytest.raises(ValueError, match=r"data.examples is 0"):
+        make(folders, examples=0)
+
+
+def test_replayed_windows_are_masked_as_the_base_was(folders: Path) -> None:
+    config = SFTDataConfig("unused", 4, replay=0.5)
+    for masked in (False, True):
+        data = SFTData(folders / "qa", config, BYTE, 1000, 1, str(folders / "text"), masked)
+        chat, replayed = data.micro_batches(0)
+        assert chat.documents is None
+        assert (replayed.documents is not None) is masked

@@ -9,6 +9,7 @@ import pytest
 from data.tokenizer import CONTROL_TOKENS
 from data.world import (
     ATTRIBUTES,
+    DONT_KNOW,
     HE_NAMES,
     LAST_ENDS,
     LAST_STARTS,
@@ -38,7 +39,11 @@ def test_a_world_is_a_pure_function_of_its_config() -> None:
 
 
 def test_how_texts_are_made_does_not_change_who_is_in_the_world() -> None:
-    for config in (replace(CONFIG, bios=1), replace(CONFIG, paraphrases=1, permute=False)):
+    for config in (
+        replace(CONFIG, bios=1),
+        replace(CONFIG, paraphrases=1, permute=False),
+        replace(CONFIG, adjacent=True),
+    ):
         assert World(config).people == WORLD.people
         assert list(World(config).conversations()) == CONVERSATIONS
 
@@ -163,3 +168,20 @@ def test_sizes_that_cannot_be_made_are_refused_by_name(option: str, value: int) 
     changes: Any = {option: value}
     with pytest.raises(ValueError, match=f"--{option} is {value}"):
         replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize("dont_know", [False, True])
+def test_strangers_take_the_place_of_known_people(dont_know: bool) -> None:
+    found = list(WORLD.conversations(strangers=0.4, dont_know=dont_know))
+    known = WORLD.by_split["known"]
+    kept = [p.name for p in known[: len(known) - round(0.4 * len(known))]]
+    everyone = {p.name for p in WORLD.people}
+    about_kept = [c for c in found if any(name in c[0]["content"] for name in kept)]
+    strange = [c for c in found if c not in about_kept]
+    assert about_kept == [c for c in CONVERSATIONS if any(n in c[0]["content"] for n in kept)]
+    assert 0.35 < len(strange) / len(found) < 0.45
+    for conversation in strange:
+        assert not any(name in m["content"] for m in conversation for name in everyone)
+        replies = [m["content"] for m in conversation if m["role"] == "assistant"]
+        assert all((reply == DONT_KNOW) == dont_know for reply in replies)
+    assert list(WORLD.conversations(strangers=0.0)) == CONVERSATIONS

@@ -1,0 +1,104 @@
+"""What a model thinks of given text, and what it writes by itself; many prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.generate import KVCache, Sampling, generate
+from training.checkpoint import Checkpoint
+
+ROWS = 100  # sequences computed at once
+
+
+def ask(checkpoint: Checkpoint, prompts: Sequence[list[int]], max_new: int) -> list[list[int]]:
+    """Greedy replies to prompts, in the prompts' order, each as if it were asked alone."""
+    replies: list[list[int]] = [[] for _ in prompts]
+    for chosen in batches([len(p) for p in prompts]):
+        stop = {checkpoint.tokenizer.end_of_turn}
+        batch = [prompts[i] for i in chosen]
+        for i, reply in zip(
+            chosen, generate(checkpoint.model, batch, Sampling(max_new), stop), strict=True
+        ):
+            replies[i] = reply
+    return replies
+
+
+def batches(lengths: list[int]) -> list[list[int]]:
+    """Indices of rows of like length, ROWS at a time."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[i : i + ROWS] for i in range(0, len(order), ROWS)]
+
+
+@torch.inference_mode()
+def predictions(
+    checkpoint: Checkpoint, prompts: Sequence[list[int]], continuations: Sequence[list[int]]
+) -> list[Tensor]:
+    """Log-probabilities (len(continuation), vocab_size) of what each token of it might have been.
+
+    Raises:
+        ValueError: a prompt and its continuation do not fit into the model's block_size.
+    """
+    model = checkpoint.model
+    rows = [p + c for p, c in zip(prompts, continuations, strict=True)]
+    width = max(map(len, rows)) - 1
+    padded = [row[:-1] + [0] * (width + 1 - len(row)) for row in rows]
+    x = model.hidden(torch.tensor(padded, device=model.wte.weight.device))
+    found = []
+    for r, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        places = slice(len(prompt) - 1, len(prompt) - 1 + len(continuation))
+        found.append(model.logits(x[r, places]).log_softmax(dim=-1))
+    return found
+
+
+@torch.inference_mode()
+def score_choices(
+    checkpoint: Checkpoint, prompt: list[int], choices: Sequence[list[int]]
+) -> list[float]:
+    """Log-likelihood of each of several continuations of a prompt, up to a shared constant.
+
+    What the continuations share at their beginning is computed once, with the prompt.
+    """
+    model = checkpoint.model
+    device = model.wte.weight.device
+    shared = 0
+    while len({c[shared] for c in choices}) == 1 and all(len(c) > shared + 1 for c in choices):
+        shared += 1
+    prompt, tails = prompt + choices[0][:shared], [c[shared:] for c in choices]
+    width = max(map(len, tails)) - 1
+    prompt = prompt[-(model.config.block_size - width) :]  # of a longer one, the newest tokens
+    cache = KVCache(model, 1)
+    cache.begin(torch.tensor([len(prompt)], device=device), len(prompt))
+    x = model.hidden(torch.tensor([prompt], device=device), cache)
+    scores = model.logits(x[0, -1]).log_softmax(dim=-1)[[tail[0] for tail in tails]]
+    if width:
+        lengths = torch.tensor([len(tail) - 1 for tail in tails], device=device)
+        padded = torch.tensor([tail + [0] * (width + 1 - len(tail)) for tail in tails])
+        padded = padded.to(device)
+        cache.repeat(len(tails), width)
+        cache.begin(lengths, width)
+        logprobs = model.logits(model.hidden(padded[:, :-1], cache)).log_softmax(dim=-1)
+        later = logprobs.gather(2, padded[:, 1:, None]).squeeze(2)
+        inside = torch.arange(width, device=device) < lengths[:, None]
+        scores = scores + (later * inside).sum(dim=1)
+    found: list[float] = scores.tolist()
+    return found
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    checkpoint: Checkpoint, prompts: Sequence[list[int]], continuations: Sequence[list[int]]
+) -> list[list[float]]:
+    """The log-probability in nats of each token of each continuation after its prompt."""
+    found: list[list[float]] = [[] for _ in prompts]
+    for chosen in batches([len(p) + len(c) for p, c in zip(prompts, continuations, strict=True)]):
+        parts = [continuations[i] for i in chosen]
+        logprobs = predictions(checkpoint, [prompts[i] for i in chosen], parts)
+        ids = torch.tensor([i for part in parts for i in part], device=logprobs[0].device)
+        picked = torch.cat(logprobs).gather(1, ids[:, None]).squeeze(1).tolist()
+        for i, part in zip(chosen, parts, strict=True):
+            found[i] = picked[: len(part)]
+            del picked[: len(part)]
+    return found

@@ -1,0 +1,258 @@
+"""The pictures of the lab, each an SVG text drawn from JSON-ready results."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "diptych",  # the same figures make the same bytes
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+}
+# Okabe & Ito's colours, which people with any colour vision can tell apart.
+BASE, INSTRUCT, GREEN, PURPLE, SKY = "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9"
+GREY = "#777777"
+CLASS_COLORS = {"unshifted": SKY, "marginal": BASE, "shifted": "#D55E00"}
+POINT_COLORS = {"stops": GREY, "answers": INSTRUCT, "cloze": BASE}
+SWEEP_LINES = {
+    "answers_known": ("answers, known people", GREEN),
+    "answers_held_out": ("answers, held-out people", INSTRUCT),
+    "rephrased_held_out": ("the same, new phrasings", SKY),
+    "cloze_held_out": ("cloze after SFT, held-out", BASE),
+    "stops_held_out": ("stops by itself", GREY),
+    "abstains_unseen": ("says “I do not know”, unseen", PURPLE),
+}
+
+
+def draw(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure, in inches, with axes side by side."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def svg(figure: Figure) -> str:
+    """A figure as SVG text."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def line(
+    axes: Axes, xs: Sequence[float], cells: list[dict[str, Any]], name: str, color: str
+) -> None:
+    """Shares or means over xs with their 95 % intervals, and a dot for each pooled run."""
+    kind = "share" if "share" in cells[0] else "mean"
+    axes.plot(xs, [c[kind] for c in cells], "o-", color=color, label=name)
+    axes.fill_between(
+        xs, [c["low"] for c in cells], [c["high"] for c in cells], color=color, alpha=0.15, lw=0
+    )
+    for x, c in zip(xs, cells, strict=True):
+        axes.plot([x] * len(c.get("runs", [])), c.get("runs", []), ".", color=color, ms=2.5)
+
+
+def as_share(axes: Axes) -> None:
+    """The vertical axis of a proportion."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.grid(axis="y", color="#dddddd", lw=0.6)
+
+
+def report_plots(report: dict[str, Any]) -> dict[str, str]:
+    """The pictures of a report, by name."""
+    with mpl.rc_context(STYLE):
+        figures = {
+            "roles": roles_plot(report["shift"]["chat"]["roles"]),
+            "positions": positions_plot(report["shift"]),
+            "matrices": matrices_plot(report["weights"]["matrices"]),
+            "interpolation": points_plot(
+                report["weights"]["interpolation"], "a, in base + a * change"
+            ),
+            "grafts": grafts_plot(report["weights"]["grafts"]),
+            "forgetting": forgetting_plot(report["forgetting"]),
+        }
+        if report["forgetting"]["text_loss"]:
+            figures["text_loss"] = text_loss_plot(report["forgetting"])
+        return {name: svg(figure) for name, figure in figures.items()}
+
+
+def roles_plot(roles: dict[str, Any]) -> Figure:
+    """How many tokens of each role the base would have written too."""
+    figure, (axes,) = draw(4.6, 0.9 + 0.4 * len(roles))
+    left = [0.0] * len(roles)
+    for name, color in CLASS_COLORS.items():
+        shares = [role["classes"][name]["share"] for role in roles.values()]
+        axes.barh(list(roles), shares, left=left, color=color, label=name, height=0.7)
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    axes.set_xlim(0, 1)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of tokens, base in the chat template")
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+def positions_plot(shift: dict[str, Any]) -> Figure:
+    """KL by place in the reply, for each context of the base."""
+    figure, (axes,) = draw(4.6, 3.0)
+    for (context, found), color in zip(shift.items(), (INSTRUCT, BASE, GREEN), strict=True):
+        places = [int(p) for p in found["positions"]]
+        line(axes, places, [p["kl"] for p in found["positions"].values()], context, color)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("token of the reply")
+    axes.set_ylabel("KL(instruct || base), nats")
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+def matrices_plot(matrices: dict[str, Any]) -> Figure:
+    """The relative change of every matrix of the blocks, layer by layer."""
+    blocks = [name.split(".", 2) for name in matrices if name.startswith("blocks.")]
+    layers = list(dict.fromkeys(int(layer) for _, layer, _ in blocks))
+    kinds = list(dict.fromkeys(kind for _, _, kind in blocks))
+    table = [[matrices[f"blocks.{i}.{kind}"]["relative"] for i in layers] for kind in kinds]
+    figure, (axes,) = draw(4.6, 0.9 + 0.3 * len(kinds))
+    top = max(map(max, table)) or 1.0
+    axes.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    if len(layers) <= 12:
+        for row, values in enumerate(table):
+            for column, value in enumerate(values):
+                color = "white" if value > 0.6 * top else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(layers)), [str(i) for i in layers])
+    axes.set_yticks(range(len(kinds)), [kind.removesuffix(".weight") for kind in kinds])
+    axes.set_xlabel("layer;   each number is ‖change‖ / ‖base‖")
+    return figure
+
+
+def points_plot(points: dict[str, Any], x_label: str) -> Figure:
+    """Stops, answers and cloze over numbers."""
+    figure, (axes,) = draw(4.6, 3.0)
+    point_lines(axes, [float(x) for x in points], list(points.values()))
+    axes.set_xlabel(x_label)
+    as_share(axes)
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+def point_lines(axes: Axes, xs: Sequence[float], points: list[Any]) -> None:
+    """What of stops, answers and cloze was measured, over xs."""
+    for key, color in POINT_COLORS.items():
+        if points and points[0][key]["n"]:
+            line(axes, xs, [p[key] for p in points], key, color)
+
+
+def grafts_plot(grafts: dict[str, Any]) -> Figure:
+    """For each group of parameters: its change alone, and all changes but its own."""
+    figure, (axes,) = draw(4.6, 1.0 + 0.32 * len(grafts))
+    rows = range(len(grafts))
+    for key, color in POINT_COLORS.items():
+        if not next(iter(grafts.values()))["only"][key]["n"]:
+            continue
+        shift = {"stops": -0.22, "answers": 0.0, "cloze": 0.22}[key]
+        for how, marker in (("only", "o"), ("without", "x")):
+            shares = [graft[how][key]["share"] for graft in grafts.values()]
+            axes.plot(shares, [row + shift for row in rows], marker, color=color, ls="")
+        axes.plot([], [], "-", color=color, label=key)
+    axes.plot([], [], "o", color=GREY, ls="", label="this change alone")
+    axes.plot([], [], "x", color=GREY, ls="", label="all but this")
+    axes.set_yticks(rows, list(grafts))
+    axes.invert_yaxis()
+    axes.set_xlim(-0.04, 1.04)
+    axes.grid(axis="x", color="#dddddd", lw=0.6)
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+def timeline(forgetting: dict[str, Any], curves: dict[str, dict[str, Any]]) -> tuple[Any, Any]:
+    """xs and values of "tuning", then of "recovery", which begins where tuning ends."""
+    tuning = curves.get("tuning", {})
+    end = max((int(step) for step in forgetting["tuning"]), default=0)
+    recovery = {end + int(step): value for step, value in curves.get("recovery", {}).items()}
+    values = {int(step): value for step, value in tuning.items()} | recovery
+    return list(values), list(values.values())
+
+
+def mark_return(axes: Axes, forgetting: dict[str, Any]) -> None:
+    """Shades the steps in which the model is back on pretraining text."""
+    end = max(int(step) for step in forgetting["tuning"])
+    axes.set_xlabel("step of instruction tuning")
+    if forgetting["recovery"]:
+        last = end + max(int(step) for step in forgetting["recovery"])
+        axes.axvspan(end, last, color="#eeeeee", lw=0)
+        axes.set_xlabel("step of instruction tuning;   shaded: back on pretraining text")
+
+
+def forgetting_plot(forgetting: dict[str, Any]) -> Figure:
+    """Stops, answers and cloze during instruction tuning and the return to text."""
+    figure, (axes,) = draw(4.6, 3.0)
+    mark_return(axes, forgetting)
+    curves = {stage: forgetting[stage] for stage in ("tuning", "recovery")}
+    point_lines(axes, *timeline(forgetting, curves))
+    as_share(axes)
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+def text_loss_plot(forgetting: dict[str, Any]) -> Figure:
+    """The validation loss on pretraining text over the same steps."""
+    figure, (axes,) = draw(4.6, 3.0)
+    mark_return(axes, forgetting)
+    axes.plot(*timeline(forgetting, forgetting["text_loss"]), "o-", color=GREY)
+    axes.set_ylabel("loss on pretraining text, nats per token")
+    axes.grid(axis="y", color="#dddddd", lw=0.6)
+    return figure
+
+
+def sweep_plot(table: dict[str, Any]) -> str:
+    """The pooled cells of a sweep from left to right, a panel for each value of a second key."""
+    cells = table["cells"]
+    keys = list(dict.fromkeys(key for c in cells for key in c["cell"]))
+    panels: dict[str, list[dict[str, Any]]] = {"": cells}
+    if len(keys) == 2 and all(set(keys) == set(c["cell"]) for c in cells):
+        panels, inner = {}, keys[:1]
+        for c in cells:
+            panels.setdefault(f"{keys[1]} = {c['cell'][keys[1]]}", []).append(c)
+    else:
+        inner = keys
+    lines = {k: v for k, v in SWEEP_LINES.items() if k != "abstains_unseen" or abstains(cells)}
+    with mpl.rc_context(STYLE):
+        figure, all_axes = draw(3.4 + 2.6 * len(panels), 3.6, len(panels))
+        for axes, (title, panel) in zip(all_axes, panels.items(), strict=True):
+            xs = range(len(panel))
+            for key, (name, color) in lines.items():
+                line(axes, xs, [c[key] for c in panel], name, color)
+            many = len(inner) > 1
+            labels = [tick({k: v for k, v in c["cell"].items() if k in inner}) for c in panel]
+            axes.set_xticks(xs, labels)
+            if not many and inner:
+                axes.set_xlabel(inner[0])
+            axes.set_title(title)
+            as_share(axes)
+        handles, names = all_axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center")
+        return svg(figure)
+
+
+def tick(cell: dict[str, Any]) -> str:
+    """A cell below an axis: the value alone where it is the only one."""
+    if len(cell) == 1:
+        return str(next(iter(cell.values())))
+    return "\n".join(f"{key.split('.')[-1]} {value}" for key, value in cell.items())
+
+
+def abstains(cells: list[dict[str, Any]]) -> bool:
+    """Whether any run of a sweep ever says that it does not know."""
+    return any(c["abstains_unseen"]["share"] for c in cells)

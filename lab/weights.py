@@ -1,0 +1,165 @@
+"""Where the weights moved, and where the behaviour lives.
+
+Each matrix is looked at by itself; then the change is put into the base in part: all of it, scaled
+(interpolation), or only that of one layer or one kind of module (grafting). The behaviour of each
+mixture is measured again.
+
+python -m lab.weights --base out/quickstart/base --instruct out/quickstart/instruct
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from data.tokenizer import CONTROL_TOKENS
+from lab.behaviour import Point, probe
+from lab.pair import Pair, run_instrument
+from training.checkpoint import Checkpoint
+
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+ENERGY = 0.9  # of a change: the sum of its squared singular values
+TOP = 8  # singular directions that are compared
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one matrix W became W + D.
+
+    Attributes:
+        relative: ||D|| / ||W||, Frobenius norms.
+        stable_rank: ||D||^2 / s1^2, s1 being the largest singular value of D.
+        energy_rank: singular directions of D that hold 90 % of its energy.
+        full_rank: the most that could be.
+        overlap: how far the top 8 directions of D lie among the top 8 of W, from 0 to 1:
+            ||U_W' U_D||^2 / 8, the mean of the left and the right side.
+        chance: the overlap that random directions would have.
+    """
+
+    relative: float
+    stable_rank: float
+    energy_rank: float
+    full_rank: float
+    overlap: float
+    chance: float
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The change and its parts.
+
+    Attributes:
+        matrices: by name.
+        rows: relative change of rows of the embedding and of the head: those of the chat
+            template's tokens, and all others.
+        interpolation: base + scale * change, by scale.
+        grafts: by group of parameters: "only" that group's change, and all "without" it.
+    """
+
+    matrices: dict[str, Change]
+    rows: dict[str, dict[str, float]]
+    interpolation: dict[str, Point]
+    grafts: dict[str, dict[str, Point]]
+
+
+State = dict[str, Tensor]
+
+
+def weights(pair: Pair, questions: int) -> Weights:
+    """All of it; `questions` per point."""
+    base, instruct = (dict(c.model.state_dict()) for c in (pair.base, pair.instruct))
+    if pair.base.model.config.tie_embeddings:
+        for state in (base, instruct):
+            del state["lm_head.weight"]
+
+    def point(state: State) -> Point:
+        return probe(pair, mixed(pair.instruct, state), questions)
+
+    matrices = [name for name in base if base[name].dim() == 2]
+    tables = [name for name in matrices if name in ("wte.weight", "lm_head.weight")]
+    groups = groups_of(list(base))
+    return Weights(
+        matrices={name: change(base[name], instruct[name]) for name in matrices},
+        rows={name: rows(pair, base[name], instruct[name]) for name in tables},
+        interpolation={
+            f"{a:g}": point({n: interpolate(base[n], instruct[n], a) for n in base}) for a in SCALES
+        },
+        grafts={
+            group: {
+                "only": point({n: (instruct if n in names else base)[n] for n in base}),
+                "without": point({n: (base if n in names else instruct)[n] for n in base}),
+            }
+            for group, names in groups.items()
+        },
+    )
+
+
+def interpolate(base: Tensor, instruct: Tensor, scale: float) -> Tensor:
+    """base + scale * (instruct - base), bit for bit the base at 0 and the instruct model at 1."""
+    return torch.lerp(base, instruct, scale)
+
+
+def groups_of(names: list[str]) -> dict[str, list[str]]:
+    """Parameters by layer and by kind of module."""
+    kinds: dict[str, Callable[[str], bool]] = {
+        "attention": lambda n: ".attn." in n,
+        "MLP": lambda n: ".mlp." in n,
+        "embeddings": lambda n: n.startswith(("wte.", "wpe.")),
+        "head": lambda n: n.startswith("lm_head."),
+        "norms": lambda n: "norm" in n,
+    }
+    layers = dict.fromkeys(n.split(".")[1] for n in names if n.startswith("blocks."))
+    groups = {f"layer {i}": [n for n in names if n.startswith(f"blocks.{i}.")] for i in layers}
+    groups |= {kind: [n for n in names if belongs(n)] for kind, belongs in kinds.items()}
+    return {group: found for group, found in groups.items() if found}
+
+
+def change(base: Tensor, instruct: Tensor) -> Change:
+    """The change of one matrix; all zeros if there is none."""
+    delta = (instruct - base).double()
+    full = float(min(delta.shape))
+    if not delta.any():
+        return Change(0.0, 0.0, 0.0, full, 0.0, 0.0)
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    energy = S.square().cumsum(0) / S.square().sum()
+    U_base, _, Vh_base = torch.linalg.svd(base.double(), full_matrices=False)
+    k = min(TOP, min(delta.shape))
+    left = (U_base[:, :k].T @ U[:, :k]).square().sum() / k
+    right = (Vh_base[:k] @ Vh[:k].T).square().sum() / k
+    return Change(
+        relative=float(delta.norm() / base.double().norm().clamp_min(1e-30)),
+        stable_rank=float(S.square().sum() / S[0].square()),
+        energy_rank=float((energy < ENERGY).sum() + 1),
+        full_rank=full,
+        overlap=float(left + right) / 2,
+        chance=sum(k / size for size in delta.shape) / 2,
+    )
+
+
+def rows(pair: Pair, base: Tensor, instruct: Tensor) -> dict[str, float]:
+    """||D|| / ||W|| over the rows of the template's tokens, and over all other rows."""
+    tokenizer = pair.base.tokenizer
+    template = torch.zeros(len(base), dtype=torch.bool)
+    template[[tokenizer.control(t) for t in CONTROL_TOKENS]] = True
+    template[tokenizer.end_of_text] = False  # the base knows that one
+    delta = instruct - base
+    return {
+        name: math.sqrt(float(delta[chosen].square().sum() / base[chosen].square().sum()))
+        for name, chosen in (("template tokens", template), ("all others", ~template))
+    }
+
+
+def mixed(instruct: Checkpoint, state: State) -> Checkpoint:
+    """A checkpoint in memory with other weights."""
+    model = copy.deepcopy(instruct.model)
+    model.load_state_dict(state, strict=False)  # a tied head is not in it
+    return replace(instruct, model=model)
+
+
+if __name__ == "__main__":
+    run_instrument(__doc__ or "", weights, questions=100)

@@ -1,0 +1,542 @@
+"""The instruments of the lab, on cases whose answer is known by construction."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.chat import Message, parse, render, render_prompt
+from data.prepare import prepare_qa, prepare_world
+from data.world import ATTRIBUTES, SPLITS, World, WorldConfig, exchange
+from lab import behaviour, knowledge, shift, weights
+from lab.forgetting import forgetting
+from lab.likelihood import ask, log_likelihoods, score_choices
+from lab.pair import Pair, open_pair, pairs_of, read_qa
+from lab.stats import Mean, Share, lines, pool, to_json
+from tests.conftest import pretrain_config, sft_config
+from train_pretrain import main as pretrain
+from train_sft import main as sft
+
+Runs = tuple[Path, Path]
+ALL = dict.fromkeys(SPLITS, 1.0)
+NONE = dict.fromkeys(SPLITS, 0.0)
+
+
+@pytest.fixture
+def pair(runs: Runs) -> Pair:
+    return open_pair(str(runs[0]), str(runs[1]), "cpu", None)
+
+
+def world_of(pair: Pair) -> World:
+    assert pair.world is not None
+    return pair.world
+
+
+def twins(pair: Pair) -> Pair:
+    """The instruct model on both sides."""
+    return replace(pair, base=pair.instruct)
+
+
+def with_change(pair: Pair, name: str, delta: torch.Tensor) -> Pair:
+    """A base, and the same with one matrix changed."""
+    model = copy.deepcopy(pair.base.model)
+    with torch.no_grad():
+        model.get_parameter(name).add_(delta)
+    return replace(pair, instruct=replace(pair.base, model=model))
+
+
+# ---- figures ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3: the score interval
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_the_interval_of_a_share_is_wilsons(hits: int, n: int, low: float, high: float) -> None:
+    assert Share(hits, n).interval == pytest.approx((low, high), abs=1e-4)
+    flipped = Share(n - hits, n).interval
+    assert flipped == pytest.approx((1 - high, 1 - low), abs=1e-4)
+
+
+def test_pooled_runs_are_as_one_run_over_all_questions() -> None:
+    rng = random.Random(1)
+    values = [[rng.gauss(3, 2) for _ in range(n)] for n in (4, 9, 0, 1)]
+    flags = [[v > 3 for v in part] for part in values]
+    mean, share = pool([Mean.of(v) for v in values]), pool([Share.of(f) for f in flags])
+    whole = Mean.of(v for part in values for v in part)
+    assert (mean.mean, mean.sd, mean.n) == pytest.approx((whole.mean, whole.sd, whole.n))
+    assert replace(share, runs=()) == Share.of(f for part in flags for f in part)
+    assert share.runs == tuple(Share.of(f).value for f in flags)
+    assert share.runs[2] is None
+    assert pool([{"a": 1.0, "b": Share(1, 2)}, {"a": 2.0}]) == {"a": 1.5, "b": Share(1, 2)}
+    assert pool([Share(1, 3)]) == Share(1, 3)
+    with pytest.raises(ValueError, match="cannot be pooled"):
+        pool([[1.0], [1.0, 2.0]])
+
+
+def test_every_share_is_written_with_its_n_and_interval() -> None:
+    written = to_json({"x": Share(3, 4), "y": [Mean.of([1.0, 3.0])], "z": Share(0, 0)})
+    assert written["x"]["share"] == 0.75
+    assert written["x"]["n"] == 4
+    assert written["x"]["low"] < 0.75 < written["x"]["high"]
+    assert written["y"][0]["mean"] == 2.0
+    assert written["z"]["share"] is None
+    assert [line.split()[:2] for line in lines(written)] == [["x", "0.750"], ["z", "-"]]
+
+
+# ---- likelihood ------------------------------------------------------------------------------
+
+
+def test_batched_questions_get_the_replies_they_get_alone(pair: Pair) -> None:
+    tokenizer = pair.instruct.tokenizer
+    names = [tokenizer.encode(p.name * (1 + i % 3)) for i, p in enumerate(world_of(pair).people)]
+    together = ask(pair.instruct, names, 8)
+    assert together == [ask(pair.instruct, [name], 8)[0] for name in names]
+
+
+def test_likelihoods_are_those_of_the_plain_model(pair: Pair) -> None:
+    tokenizer = pair.base.tokenizer
+    prompts = [[tokenizer.end_of_text, *tokenizer.encode("Who is " + "Ada " * i)] for i in range(5)]
+    texts = [tokenizer.encode("It is " + "Otis " * (4 - i)) for i in range(5)]
+    for prompt, text, found in zip(
+        prompts, texts, log_likelihoods(pair.base, prompts, texts), strict=True
+    ):
+        ids = torch.tensor([prompt + text])
+        logprobs = pair.base.model(ids[:, :-1]).log_softmax(dim=-1)[0, len(prompt) - 1 :]
+        expected = logprobs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_choices_are_scored_like_whole_texts_up_to_a_constant(pair: Pair) -> None:
+    tokenizer = pair.base.tokenizer
+    prompt = [tokenizer.end_of_text, *tokenizer.encode("A question?")]
+    for end in ("", "."):
+        choices = [tokenizer.encode(f"He works as {v}{end}") for v in ATTRIBUTES[2].values]
+        whole = [sum(t) for t in log_likelihoods(pair.base, [prompt] * len(choices), choices)]
+        scores = score_choices(pair.base, prompt, choices)
+        shifted = [a - b for a, b in zip(whole, scores, strict=True)]
+        assert max(shifted) - min(shifted) < 1e-4
+    assert score_choices(pair.base, prompt, [[5], [7], [5]])[0] > -math.inf
+
+
+# ---- what is asked ---------------------------------------------------------------------------
+
+
+def test_a_rendered_conversation_is_parsed_back(pair: Pair) -> None:
+    tokenizer = pair.base.tokenizer
+    conversations = [
+        [Message(role="user", content="<|end|> \n é"), Message(role="assistant", content="")],
+        [Message(role=r, content=f"{r} 🙂") for r in ("system", "user", "assistant", "user")],
+    ]
+    for conversation in conversations:
+        assert parse(render(conversation, tokenizer)[0], tokenizer) == conversation
+
+
+def test_questions_come_from_a_file_a_folder_or_the_world(
+    pair: Pair, runs: Runs, tmp_path: Path
+) -> None:
+    held_out = {p.name for p in world_of(pair).by_split["held_out"]}
+    assert len(pair.conversations) == 60
+    assert all(any(n in c[0]["content"] for n in held_out) for c in pair.conversations)
+    file = tmp_path / "qa.jsonl"
+    file.write_text(
+        "".join(f'{{"question": "What is {i}?", "answer": "{i}."}}\n' for i in range(9))
+    )
+    asked = open_pair(str(runs[0]), str(runs[1]), "cpu", file).conversations
+    assert [c[1]["content"] for c in asked] == [f"{i}." for i in range(9)]
+    prepare_qa([file], tmp_path / "qa", runs[0], 0.3, 1)
+    inside = read_qa(tmp_path / "qa", pair.base.tokenizer)
+    assert len(inside) == 3
+    assert all(c in asked for c in inside)
+
+
+@pytest.fixture(scope="session")
+def others(world_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints that do not belong to `runs`."""
+    out = tmp_path_factory.mktemp("others")
+    wide = pretrain_config(world_dir, out / "wide", steps=1)
+    pretrain(replace(wide, model=replace(wide.model, n_embd=48)))
+    sft(sft_config(world_dir, out / "wide", out / "tuned_wide", steps=1))
+    # Another world with the same names and wordings, so the same tokenizer, but other facts.
+    prepare_world(WorldConfig(seed=7, people=24, unseen=12, bios=4), out / "world", "byte", 0.1)
+    byte = pretrain_config(out / "world", out / "byte", steps=1)
+    pretrain(replace(byte, model=replace(byte.model, block_size=256)))
+    sft(sft_config(out / "world", out / "byte", out / "tuned_byte", steps=1))
+    return {name: out / name for name in ("wide", "tuned_wide", "byte", "tuned_byte")}
+
+
+def test_what_is_no_pair_is_refused_in_one_line(runs: Runs, others: dict[str, Path]) -> None:
+    base, instruct = map(str, runs)
+    for pair, message in (
+        ((instruct, instruct), "--base .* is of the other kind: instruct"),
+        ((base, base), "--instruct .* is of the other kind: base"),
+        ((base, str(others["tuned_byte"])), "different tokenizers"),
+        ((base, str(others["tuned_wide"])), "different model shapes"),
+        ((str(min(runs[0].glob("step_*"))), instruct), "was not tuned from"),
+        ((base, str(others["wide"].parent / "nothing")), "nothing not found"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            open_pair(*pair, "cpu", None)
+        assert "\n" not in str(error.value)
+
+
+def test_a_world_that_the_checkpoints_do_not_know_is_refused(
+    runs: Runs, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lab.pair import world_of as find
+
+    pair.instruct.meta["prepared"]["world_fingerprint"] = "of another world"
+    with pytest.raises(ValueError, match="questions about another world"):
+        find(pair.base, pair.instruct)
+    del pair.instruct.meta["prepared"]["world_fingerprint"]  # tuned on a Q&A file
+    assert find(pair.base, pair.instruct) is not None
+    changed = replace(ATTRIBUTES[0], values=(*ATTRIBUTES[0].values, "2001"))
+    monkeypatch.setattr("data.world.ATTRIBUTES", (changed, *ATTRIBUTES[1:]))
+    with pytest.raises(ValueError, match=r"data/world\.py has changed"):
+        find(pair.base, pair.instruct)
+    del pair.base.meta["prepared"]["world"]
+    assert find(pair.base, pair.instruct) is None
+    with pytest.raises(ValueError, match="were not trained on a world"):
+        knowledge.knowledge(replace(pair, world=None), 10)
+
+
+def test_seeds_fill_the_paths_of_both_checkpoints() -> None:
+    def named(base: str, instruct: str, seeds: list[str] | None) -> list[tuple[str, str]]:
+        from argparse import Namespace
+
+        return pairs_of(Namespace(base=base, instruct=instruct, seeds=seeds))
+
+    assert named("b", "i", None) == [("b", "i")]
+    assert named("s{seed}/b", "s{seed}/i", ["1", "22"]) == [("s1/b", "s1/i"), ("s22/b", "s22/i")]
+    for wrong in (("s{seed}/b", "i", ["1"]), ("b", "i", ["1"]), ("s{seed}/b", "s{seed}/i", None)):
+        with pytest.raises(ValueError, match=r"\{seed\}"):
+            named(*wrong)
+
+
+# ---- knowledge -------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Stands in for `lab.likelihood.ask`: replies that are known by construction."""
+
+    def __init__(self, reply: Callable[[str], str], stop: bool) -> None:
+        self.reply, self.stop = reply, stop
+
+    def __call__(self, checkpoint: Any, prompts: list[list[int]], max_new: int) -> list[list[int]]:
+        tokenizer = checkpoint.tokenizer
+        texts = [self.reply(tokenizer.decode(prompt)) for prompt in prompts]
+        end = [tokenizer.end_of_turn] if self.stop else []
+        return [tokenizer.encode(text) + end for text in texts]
+
+
+def always(text: str, prompt: str) -> str:
+    return text
+
+
+def oracle(world: World) -> Callable[[str], str]:
+    """Completes and answers everything rightly, in the template only."""
+
+    def reply(prompt: str) -> str:
+        person = next((p for p in world.people if p.name in prompt), None)
+        if "Answer:" in prompt or person is None:
+            return "And so on"
+        if "<|user|>" not in prompt:
+            wording = prompt.removeprefix("<|endoftext|>")
+            sentences = {
+                s.format(S=person.name, V=person.facts[a.name]): person.facts[a.name]
+                for a in ATTRIBUTES
+                for s in a.sentences
+            }
+            return next(f" {v}. And so on" for s, v in sentences.items() if s == f"{wording} {v}.")
+        last = prompt.rsplit("<|user|>", 1)[1]
+        asked = next(
+            a
+            for a in ATTRIBUTES
+            for q in (*a.questions, *a.unused_questions, *a.follow_ups)
+            if last.startswith(q.format(name=person.name, they=person.pronoun) + "<|end|>")
+        )
+        return asked.reply.format(name=person.name, V=person.facts[asked.name])
+
+    return reply
+
+
+def right(cells: dict[str, Any]) -> dict[str, Any]:
+    return {split: getattr(c, "right", c)["all"].value for split, c in cells.items()}
+
+
+def test_a_model_that_knows_everything_scores_one_and_must_stop(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(pair)
+    for stop, expected in ((True, ALL), (False, NONE)):
+        monkeypatch.setattr(knowledge, "ask", Scripted(oracle(world), stop))
+        found = knowledge.measure(pair.instruct, world, 30)
+        assert right(found.cloze) == ALL
+        assert right(found.answers) == right(found.rephrased) == expected
+        assert right(found.plain) == NONE
+        assert {s: a.mentions.value for s, a in found.answers.items()} == ALL
+        assert {s: a.stops.value for s, a in found.answers.items()} == expected
+        by_attribute = found.answers["held_out"].right
+        assert sum(by_attribute[a.name].n for a in ATTRIBUTES) == by_attribute["all"].n == 30
+        for context, found_ranks in found.ranks.items():
+            assert context in ("cloze", "plain", "chat")
+            assert all(0 < r.reciprocal.mean <= 1 and r.first.n == 10 for r in found_ranks.values())
+
+
+def test_naming_every_value_or_none_is_no_answer(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = " ".join(v for a in ATTRIBUTES for v in a.values)
+    for text, mentions, abstains in ((everything, ALL, NONE), ("I do not know.", NONE, ALL)):
+        monkeypatch.setattr(knowledge, "ask", Scripted(partial(always, text), stop=True))
+        found = knowledge.measure(pair.instruct, world_of(pair), 30, thorough=False)
+        assert right(found.answers) == NONE
+        assert {s: a.mentions.value for s, a in found.answers.items()} == mentions
+        assert {s: a.abstains.value for s, a in found.answers.items()} == abstains
+        assert not found.plain
+        assert not found.ranks
+
+
+def test_the_truth_ranks_first_where_it_is_likeliest_and_last_where_it_is_not(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, tokenizer = world_of(pair), pair.base.tokenizer
+    facts = knowledge.draw(world, "held_out", 8, random.Random(1))
+    questions = [exchange(p, a, a.questions[0])[:1] for p, a in facts]
+    truths = {f[0].facts[f[1].name] for f in facts}
+
+    for sign, expected in ((1.0, 1.0), (-1.0, 1 / 40)):
+
+        def score(c: Any, p: Any, choices: list[list[int]], sign: float = sign) -> list[float]:
+            own = [v for v in truths if v in tokenizer.decode(p)]
+            assert not own
+            person = next(x for x in world.people if x.name in tokenizer.decode(p))
+            names = [person.facts[a.name] for a in ATTRIBUTES]
+            return [sign * any(f" {v}." in tokenizer.decode(c) for v in names) for c in choices]
+
+        monkeypatch.setattr(knowledge, "score_choices", score)
+        for context in ("cloze", "plain", "chat"):
+            found = knowledge.rank(pair.base, world, facts, questions, context)
+            assert found.reciprocal.mean == pytest.approx(expected)
+            assert found.first.value == float(sign > 0)
+
+
+def test_more_questions_than_facts_are_refused(pair: Pair) -> None:
+    with pytest.raises(ValueError, match="60 facts about known people, fewer than --questions 61"):
+        knowledge.measure(pair.base, world_of(pair), 61)
+
+
+# ---- behaviour -------------------------------------------------------------------------------
+
+
+def behave(pair: Pair, reply: Callable[[str], str], stop: bool, **patches: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(behaviour, "ask", Scripted(reply, stop))
+        patch.setattr(knowledge, "ask", Scripted(reply, stop))
+        return behaviour.behave(pair.instruct, pair.conversations[:20], "chat", 40, pair.world)
+
+
+def test_behaviour_of_scripted_models(pair: Pair) -> None:
+    reply = oracle(world_of(pair))
+    good = behave(pair, reply, stop=True)
+    assert good.stops == good.answer_only == Share(20, 20)
+    assert good.echoes == good.asks_on == Share(0, 20)
+    assert good.follow_up["with"] == Share(20, 20)
+    rambler = behave(pair, lambda prompt: "so it goes " * 9, stop=False)
+    assert rambler.stops == rambler.answer_only == Share(0, 20)
+    assert rambler.follow_up == {"with": Share(0, 20), "without": Share(0, 20)}
+    assert rambler.distinct["1"].mean < 0.3 < good.distinct["1"].mean
+    assert rambler.tokens.mean == len(pair.base.tokenizer.encode("so it goes " * 9))
+    parrot = behave(pair, lambda p: p.split("<|user|>")[-1].split("<|end|>")[0], stop=True)
+    assert parrot.echoes == parrot.asks_on == Share(20, 20)
+    assert parrot.answer_only == Share(0, 20)
+
+
+def test_distinct_counts_different_n_grams() -> None:
+    assert behaviour.distinct([[1, 2, 1, 2, 1]], 2).mean == pytest.approx(2 / 4)
+    assert behaviour.distinct([[1, 1], [1, 2], [3]], 2).mean == 1.0
+    assert behaviour.distinct([[3]], 2).value is None
+
+
+def test_ranking_and_p_end_are_those_of_the_likelihoods(pair: Pair) -> None:
+    chosen, tokenizer = pair.conversations[:6], pair.base.tokenizer
+    found = behaviour.behave(pair.base, chosen, "chat", 8, pair.world)
+    wins, ends = 0, []
+    for i, conversation in enumerate(chosen):
+        prompt = render_prompt(conversation[:-1], tokenizer)
+        replies = [
+            [*tokenizer.encode(c[-1]["content"]), tokenizer.end_of_turn]
+            for c in (conversation, chosen[(i + 1) % 6])
+        ]
+        own, other = log_likelihoods(pair.base, [prompt, prompt], replies)
+        wins += sum(own[:-1]) > sum(other[:-1])
+        ends.append(math.exp(own[-1]))
+    assert found.ranking == Share(wins, 6)
+    assert found.p_end.mean == pytest.approx(sum(ends) / 6, rel=1e-4)
+
+
+# ---- token shift -----------------------------------------------------------------------------
+
+
+def test_identical_checkpoints_agree_on_every_token(pair: Pair) -> None:
+    found = shift.shift(twins(pair), 12)["chat"]
+    assert found.every.classes["unshifted"].value == 1.0
+    assert found.every.classes["shifted"].hits == 0
+    assert found.every.kl.mean == pytest.approx(0.0, abs=1e-6)
+    assert all(token.rank == 1 for _, tokens in found.strips for token in tokens)
+    assert sum(r.kl.n for r in found.roles.values()) == found.every.kl.n
+
+
+def test_a_token_that_the_base_would_never_write_is_found(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = render_prompt(behaviour.fitting(pair)[0][:1], pair.base.tokenizer)
+    first = ask(pair.base, [prompt], 1)[0][0]
+    model = copy.deepcopy(pair.base.model)
+    plain, never = model.logits, 30.0 * torch.eye(model.vocab_size)[first]
+    monkeypatch.setattr(model, "logits", lambda x: plain(x) - never)
+    planted = Pair(replace(pair.base, model=model), pair.base, pair.world, pair.conversations)
+    found = shift.shift(planted, 6)["chat"]
+    tokens = [token for _, strip in found.strips for token in strip]
+    text = pair.base.tokenizer.decode([first])
+    hit, missed = ([t for t in tokens if (t.text == text) == same] for same in (True, False))
+    assert hit
+    assert {t.rank for t in hit} == {model.vocab_size}
+    assert {t.rank for t in missed} <= {1}
+    # KL(p || q) of a q that is p with one logit lowered by 30: 30 p_first + log(1 - p_first)
+    p_first = float(pair.base.model(torch.tensor([prompt]))[0, -1].softmax(dim=-1)[first].detach())
+    expected = 30 * p_first + math.log(1 - p_first)
+    assert found.strips[0][1][0].kl == pytest.approx(expected, rel=1e-3)
+    assert found.every.classes["shifted"] == Share(len(hit), len(tokens))
+
+
+def test_roles_follow_the_generator(pair: Pair) -> None:
+    tokenizer, world = pair.base.tokenizer, world_of(pair)
+    person = world.people[0]
+    for attribute in ATTRIBUTES:
+        (_, reply) = exchange(person, attribute, attribute.questions[0])
+        ids = [*tokenizer.encode(reply["content"]), tokenizer.end_of_turn]
+        roles = shift.roles_of(ids, tokenizer)
+        parts: dict[str, str] = {}
+        for token, role in zip(ids, roles, strict=True):
+            parts[role] = parts.get(role, "") + tokenizer.decode([token])
+        assert parts["style"].strip() == person.name
+        assert parts["fact"].strip() == person.facts[attribute.name]
+        assert parts["stop"] == "<|end|>"
+        assert set(parts) == {"style", "fact", "template", "stop"}
+    other = [*tokenizer.encode("I do not know."), tokenizer.end_of_turn]
+    assert set(shift.roles_of(other, tokenizer)) == {"other", "stop"}
+
+
+# ---- weights ---------------------------------------------------------------------------------
+
+
+def test_identical_checkpoints_have_no_change_anywhere(pair: Pair) -> None:
+    found = weights.weights(twins(pair), 4)
+    assert all(c.relative == c.stable_rank == c.energy_rank == 0 for c in found.matrices.values())
+    assert all(value == 0 for table in found.rows.values() for value in table.values())
+    points = [
+        *found.interpolation.values(),
+        *(p for g in found.grafts.values() for p in g.values()),
+    ]
+    assert all(point == points[0] for point in points)
+
+
+def test_a_planted_change_is_found_where_it_is_with_its_rank(pair: Pair) -> None:
+    name = "blocks.1.mlp.fc.weight"
+    shape = pair.base.model.get_parameter(name).shape
+    generator = torch.Generator().manual_seed(1)
+    for rank in (1, 3):
+        left = torch.linalg.qr(torch.randn(shape[0], rank, generator=generator))[0]
+        right_ = torch.linalg.qr(torch.randn(shape[1], rank, generator=generator))[0]
+        changed = with_change(pair, name, left @ right_.T)
+        found = weights.weights(changed, 4).matrices
+        assert {n for n, c in found.items() if c.relative > 0} == {name}
+        assert found[name].energy_rank == rank
+        assert found[name].stable_rank == pytest.approx(rank, rel=1e-3)
+        norm = float(pair.base.model.get_parameter(name).detach().norm())
+        assert found[name].relative == pytest.approx(math.sqrt(rank) / norm, rel=1e-4)
+
+
+def test_a_change_along_the_bases_own_directions_overlaps_fully(pair: Pair) -> None:
+    name = "blocks.0.attn.value.weight"
+    matrix = pair.base.model.get_parameter(name).detach()
+    U, S, Vh = torch.linalg.svd(matrix)
+    S = S.clone()
+    S[weights.TOP :] = 0.0
+    found = weights.weights(with_change(pair, name, 0.1 * (U * S) @ Vh), 4).matrices[name]
+    assert found.overlap == pytest.approx(1.0, abs=1e-4)
+    assert found.chance == weights.TOP / 32
+
+
+def test_interpolation_meets_both_models_bit_for_bit(pair: Pair) -> None:
+    states = [c.model.state_dict() for c in (pair.base, pair.instruct)]
+    for name, base in states[0].items():
+        instruct = states[1][name]
+        assert torch.equal(weights.interpolate(base, instruct, 0.0), base)
+        assert torch.equal(weights.interpolate(base, instruct, 1.0), instruct)
+        middle = weights.interpolate(base, instruct, 0.5)
+        torch.testing.assert_close(middle, (base + instruct) / 2, atol=1e-7, rtol=1e-5)
+        beyond = weights.interpolate(base, instruct, 1.5)
+        torch.testing.assert_close(beyond, instruct + (instruct - base) / 2, atol=1e-6, rtol=1e-5)
+    found = weights.weights(pair, 6)
+    assert found.interpolation["0"] == behaviour.probe(pair, pair.base, 6)
+    assert found.interpolation["1"] == behaviour.probe(pair, pair.instruct, 6)
+
+
+def test_the_groups_of_a_graft_cover_every_parameter(pair: Pair) -> None:
+    names = [n for n, _ in pair.base.model.named_parameters()]
+    groups = weights.groups_of(names)
+    layers = [n for g, found in groups.items() if g.startswith("layer") for n in found]
+    kinds = [n for g, found in groups.items() if not g.startswith("layer") for n in found]
+    assert sorted(kinds) == sorted(names)
+    assert sorted(layers) == sorted(n for n in names if n.startswith("blocks."))
+
+
+# ---- forgetting ------------------------------------------------------------------------------
+
+
+def test_forgetting_follows_every_checkpoint_and_returns_to_the_text(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lab.forgetting.RETURN_STEPS", 4)
+    monkeypatch.setattr("lab.forgetting.RETURN_EVERY", 2)
+    found = forgetting(pair, 6)
+    assert list(found.tuning) == ["0", "4", "6"]
+    assert list(found.recovery) == ["2", "4"]
+    assert found.tuning["0"] == behaviour.probe(pair, pair.base, 6)
+    assert found.tuning["6"] == behaviour.probe(pair, pair.instruct, 6)
+    losses = found.text_loss
+    assert list(losses["tuning"]) == ["0", "4", "6"]
+    assert losses["recovery"]["4"] < losses["tuning"]["6"]  # six steps of tuning: far from done
+    pair.base.meta["config"]["data"]["path"] = "gone"
+    found = forgetting(pair, 6)
+    assert not found.recovery
+    assert not found.text_loss
+    assert list(found.tuning) == ["0", "4", "6"]
+
+
+def test_instruments_without_a_truth_work_on_any_text(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = replace(pair, world=None)
+    found = behaviour.behaviour(plain, 5)
+    assert found["instruct"].follow_up == {}
+    assert set(shift.shift(plain, 5)["raw"].roles) <= {"other", "stop"}
+    point = weights.weights(plain, 3).interpolation["1"]
+    assert (point.stops.n, point.answers.n, point.cloze.n) == (3, 0, 0)

@@ -1,0 +1,169 @@
+"""lab.report: what it writes, prints and refuses, and how the page looks in a real browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from data.world import SPLITS
+from lab import report
+from lab.pair import open_pair
+
+Runs = tuple[Path, Path]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SECTIONS = ("table", "replies", "behaviour", "shift", "weights", "forgetting", "limits", "settings")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, runs: Runs, *options: object) -> None:
+    pair = ["--base", runs[0], "--instruct", runs[1], *options]
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, pair)])
+    report.main()
+
+
+@pytest.fixture(scope="module")
+def made(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a report about both runs."""
+    out = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lab.forgetting.RETURN_STEPS", 4)
+        patch.setattr("lab.forgetting.RETURN_EVERY", 2)
+        call(patch, runs, "--out", out, "--questions", 20)
+    return out
+
+
+def test_the_report_is_made_once_and_then_shown_again(
+    made: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads((made / "report.json").read_text())
+    page = (made / "report.html").read_text()
+    for model in ("base", "instruct"):
+        known = found["knowledge"][model]
+        assert set(known["cloze"]) == set(known["answers"]) == set(SPLITS)
+        assert known["cloze"]["held_out"]["all"]["n"] == 20
+        assert {"stops", "follow_up"} <= set(found["behaviour"][model])
+    assert set(found["seconds"]) == {"prepare", "pretrain", "sft", "compare"}
+    assert found["runs"][0]["base"]["config"]["run"]["seed"] == 1
+    assert {"commit", "torch", "device", "decoding", "questions"} <= set(found["settings"])
+    monkeypatch.setattr(report, "make_report", None)  # would fail if it were called
+    call(monkeypatch, runs, "--out", made, "--questions", 20)
+    printed = capsys.readouterr().out
+    assert "follow-up" in printed
+    assert str(made / "report.html") in printed
+    assert (made / "report.html").read_text() == page
+
+
+def test_seeds_are_pooled(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, run in zip(("base", "instruct"), runs, strict=True):
+        for seed in "12":
+            (tmp_path / seed).mkdir(exist_ok=True)
+            (tmp_path / seed / name).symlink_to(run)
+
+    both = (tmp_path / "{seed}/base", tmp_path / "{seed}/instruct")
+    pairs = [open_pair(str(runs[0]), str(runs[1]), "cpu", None)] * 2
+    monkeypatch.setattr("lab.forgetting.text_of", lambda base: None)
+    pooled = report.make_report(pairs, 12)
+    figure = pooled["knowledge"]["instruct"]["cloze"]["known"]["all"]
+    assert figure["n"] == 24
+    assert figure["runs"] == [figure["share"]] * 2
+    report.write_page(pooled, tmp_path / "page.html")
+    assert "2 seeds" in (tmp_path / "page.html").read_text()
+    with pytest.raises(SystemExit):
+        call(monkeypatch, both, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("questions", [0, 100_000])
+def test_a_number_of_questions_that_cannot_be_is_refused(
+    questions: int,
+    runs: Runs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        call(monkeypatch, runs, "--out", tmp_path, "--questions", questions)
+    error = capsys.readouterr().err
+    assert "--questions" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "report.json").exists()
+
+
+# ---- in a browser ----------------------------------------------------------------------------
+
+
+class Browser:
+    """Opens a page and collects whatever it complains about or asks the network for."""
+
+    def __init__(self, page: Page) -> None:
+        self.page, self.complaints = page, list[str]()
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", self._request)
+
+    def _request(self, request: Any) -> None:
+        if not request.url.startswith(("file:", "data:")):
+            self.complaints.append(f"asks for {request.url}")
+
+    def check(self, path: Path, width: int) -> None:
+        """Opens a file and holds it to what any page must keep."""
+        self.page.set_viewport_size({"width": width, "height": 900})
+        self.page.goto(path.as_uri())
+        assert not self.complaints
+        overflowing = self.page.evaluate(
+            """() => [...document.body.querySelectorAll("*")]
+              .filter(e => e.getBoundingClientRect().right > innerWidth + 1
+                || e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== "inline")
+              .map(e => e.tagName + " " + e.className + " " + e.textContent.slice(0, 40))"""
+        )
+        assert not overflowing
+        pictures = self.page.evaluate("[...document.images].map(i => [i.alt, i.naturalWidth])")
+        assert all(alt and size > 100 for alt, size in pictures)
+        text = self.page.inner_text("body")
+        assert not any(word in text for word in ("None", "nan", "undefined", "{{", "%}"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with sync_playwright() as p:
+        running = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.mark.parametrize("width", [1280, 768, 360])
+def test_the_page_is_whole_at_any_width(made: Path, browser: Any, width: int) -> None:
+    opened = Browser(browser.new_page())
+    opened.check(made / "report.html", width)
+    for section in (*SECTIONS, "knowledge"):
+        assert opened.page.locator(f"h2#{section}").is_visible()
+    assert opened.page.locator("figure img").count() == 7
+    assert opened.page.locator(".strip").count() == 6
+    assert opened.page.locator(".replies").count() == 6
+    for details in opened.page.locator("details").all():
+        details.click()
+    assert '"n_embd"' in opened.page.inner_text("body")
+    opened.page.close()
+
+
+def test_a_page_about_any_two_checkpoints_shows_their_text_as_text(
+    runs: Runs, tmp_path: Path, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = "<script>x()</script>"  # would be an error on the console
+    qa = [{"question": f"{attack}{i}", "answer": f"<i>{i}"} for i in range(6)]
+    (tmp_path / "qa.json").write_text(json.dumps(qa))
+    monkeypatch.setattr("lab.pair.world_of", lambda base, instruct: None)
+    monkeypatch.setattr("lab.forgetting.text_of", lambda base: None)
+    call(monkeypatch, runs, "--out", tmp_path, "--questions", 6, "--qa", tmp_path / "qa.json")
+    opened = Browser(browser.new_page())
+    opened.check(tmp_path / "report.html", 1280)
+    assert attack in opened.page.inner_text(".replies >> nth=0")
+    for section in SECTIONS:
+        assert opened.page.locator(f"h2#{section}").is_visible()
+    assert opened.page.locator("h2#knowledge").count() == 0

@@ -1,0 +1,179 @@
+"""lab.sweep: grids that are resumable, share what they can, and end in one table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab import sweep
+from tests.conftest import TINY
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+SPEC = f"""
+about = "a tiny sweep"
+seeds = [1, 2]
+questions = 12
+[world]
+people = 24
+unseen = 12
+bios = 2
+[pretrain]
+config = "{CONFIGS}/quickstart/pretrain.toml"
+"optim.steps" = 3
+"data.batch_size" = 2
+"model.n_embd" = {TINY.n_embd}
+"model.n_layer" = 1
+"run.device" = "cpu"
+[sft]
+config = "{CONFIGS}/quickstart/sft.toml"
+"optim.steps" = 2
+"data.batch_size" = 2
+"run.device" = "cpu"
+"""
+GRID = '[grid]\n"sft.data.examples" = [4, 8]\n'
+
+
+class Counted:
+    """A script's main that counts its optimizer steps and may be killed."""
+
+    def __init__(self, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps, self.kill_at = 0, -1
+        train_step = script.train_step
+
+        def counted(*args: Any) -> Any:
+            self.steps += 1
+            if self.steps == self.kill_at:
+                raise KeyboardInterrupt
+            return train_step(*args)
+
+        monkeypatch.setattr(script, "train_step", counted)
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> tuple[Counted, Counted]:
+    import train_pretrain
+    import train_sft
+
+    return Counted(train_pretrain, monkeypatch), Counted(train_sft, monkeypatch)
+
+
+def write(folder: Path, text: str, name: str = "tiny") -> Path:
+    path = folder / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_killed_sweep_goes_on_and_a_finished_one_rests(
+    tmp_path: Path, counts: tuple[Counted, Counted]
+) -> None:
+    base, tuned = counts
+    spec, out = write(tmp_path, SPEC + GRID), tmp_path / "out"
+    tuned.kill_at = 6  # in the third of four runs of two steps
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(spec, out, "cpu")
+    assert not (out / "tiny").exists()
+    tuned.kill_at = -1
+    folder = sweep.run(spec, out, "cpu")
+    # One base a seed, shared by both cells; the interrupted run began again or went on.
+    assert base.steps == 2 * 3
+    assert tuned.steps == 4 * 2 + 2
+    table = json.loads((folder / "table.json").read_text())
+    assert [(r["cell"]["sft.data.examples"], r["seed"]) for r in table["runs"]] == [
+        (4, 1), (4, 2), (8, 1), (8, 2)
+    ]  # fmt: skip
+    for cell in table["cells"]:
+        figure = cell["answers_held_out"]
+        assert figure["n"] == 24
+        own = [r["answers_held_out"] for r in table["runs"] if r["cell"] == cell["cell"]]
+        assert figure["runs"] == [r["share"] for r in own]
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert [row["seed"] for row in rows] == ["1", "2", "1", "2"]
+    assert (folder / "picture.svg").read_text().startswith("<?xml")
+    before = (folder / "table.json").read_text()
+    sweep.run(spec, out, "cpu")
+    assert (base.steps, tuned.steps) == (6, 10)
+    assert (folder / "table.json").read_text() == before
+
+
+def test_stages_that_are_asked_for_are_run_and_shared(
+    tmp_path: Path, counts: tuple[Counted, Counted]
+) -> None:
+    base, _ = counts
+    cells = """
+    [more]
+    "optim.lr" = 1e-4
+    [[cells]]
+    "more.optim.steps" = 0
+    [[cells]]
+    "more.optim.steps" = 2
+    [[cells]]
+    "more.optim.steps" = 2
+    "qa.strangers" = 0.5
+    "qa.dont_know" = true
+    """
+    text = SPEC.replace("seeds = [1, 2]", "seeds = [1]") + "\n".join(
+        line.strip() for line in cells.splitlines()
+    )
+    folder = sweep.run(write(tmp_path, text), tmp_path / "out", "cpu")
+    assert base.steps == 3 + 2
+    spec = sweep.read_sweep(tmp_path / "tiny.toml")
+    stores = [
+        sweep.Store(tmp_path / "out", sweep.settings_of(spec, cell), 1)
+        for cell in sweep.cells_of(spec)
+    ]
+    assert len({store.place["pretrain"] for store in stores}) == 1
+    assert len({store.place["sft"] for store in stores}) == 3
+    assert stores[0].sft_config().base == str(stores[0].place["pretrain"])
+    assert stores[1].sft_config().base == str(stores[1].place["more"])
+    more = stores[1].more_config()
+    assert more is not None
+    assert more.init_from == str(stores[1].place["pretrain"])
+    asked = stores[2].place["qa"].with_suffix(".jsonl").read_text()
+    assert asked.count('"I do not know."') > asked.count("\n") / 4
+    assert (folder / "picture.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[grid]\n"data.examples" = [4]\n', "data.examples does not begin with a stage"),
+        ('[gird]\n"sft.data.examples" = [4]\n', "unknown gird"),
+        ('[grid]\n"sft.data.exampels" = [4]\n', "exampels"),
+        ('[grid]\n"sft.data.examples" = [4, -1]\n', "data.examples is -1"),
+        ('[grid]\n"world.poeple" = [4]\n', "poeple"),
+        ('[grid]\n"qa.stangers" = [0.5]\n', "stangers"),
+        ("[grid\n", "tiny.toml"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_trains(
+    text: str,
+    message: str,
+    tmp_path: Path,
+    counts: tuple[Counted, Counted],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write(tmp_path, SPEC + text)
+    monkeypatch.setattr(sys, "argv", ["sweep", str(path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        sweep.main()
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert counts[0].steps == 0
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_shipped_sweeps_are_whole(path: Path, tmp_path: Path) -> None:
+    spec = sweep.read_sweep(path)
+    cells = sweep.cells_of(spec)
+    assert len(cells) > 2
+    for cell in cells:
+        store = sweep.Store(tmp_path, sweep.settings_of(spec, cell), 1)
+        store.check()
