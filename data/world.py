@@ -137,7 +137,7 @@ class World:
         return " ".join(sentences)
 
     def conversations(
-        self, strangers: float = 0.0, dont_know: bool = False
+        self, strangers: float = 0.0, dont_know: bool = False, bare: bool = False
     ) -> Iterator[list[Message]]:
         """The instruction-tuning set: single and multi-turn conversations about known people.
 
@@ -146,21 +146,25 @@ class World:
                 said nothing and who are not among the unseen (Gekhman et al. 2024).
             dont_know: whether questions about strangers are answered with DONT_KNOW, not with
                 the facts.
+            bare: replies are the bare value ("a weaver.") and do not repeat the name.
         """
         known = self.by_split["known"]
         n = round(strangers * len(known))
         for i, person in enumerate([*known[: len(known) - n], *self._strangers(n)]):
             rng = random.Random(f"conversations {self.config.seed} {i}")
-            reply = DONT_KNOW if dont_know and person.split == "stranger" else None
+            replies = {a.name: f"{person.facts[a.name]}." if bare else None for a in ATTRIBUTES}
+            if dont_know and person.split == "stranger":
+                replies = dict.fromkeys(replies, DONT_KNOW)
             for attribute in ATTRIBUTES:
                 for question in rng.sample(attribute.questions, 2):
-                    yield exchange(person, attribute, question, reply)
+                    yield exchange(person, attribute, question, replies[attribute.name])
             for _ in range(len(ATTRIBUTES)):
-                opening, *rest = rng.sample(ATTRIBUTES, rng.choice((2, 3)))
-                conversation = exchange(person, opening, rng.choice(opening.questions), reply)
-                for attribute in rest:
-                    follow_up = rng.choice(attribute.follow_ups)
-                    conversation += exchange(person, attribute, follow_up, reply)
+                asked = rng.sample(ATTRIBUTES, rng.choice((2, 3)))
+                conversation: list[Message] = []
+                for attribute in asked:
+                    wordings = attribute.follow_ups if conversation else attribute.questions
+                    reply = replies[attribute.name]
+                    conversation += exchange(person, attribute, rng.choice(wordings), reply)
                 yield conversation
 
     def _strangers(self, n: int) -> list[Person]:

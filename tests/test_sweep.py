@@ -173,7 +173,7 @@ def test_a_mistake_is_one_line_before_anything_trains(
 def test_the_shipped_sweeps_are_whole(path: Path, tmp_path: Path) -> None:
     spec = sweep.read_sweep(path)
     cells = sweep.cells_of(spec)
-    assert len(cells) > 2
+    assert len(cells) > 1
     for cell in cells:
         store = sweep.Store(tmp_path, sweep.settings_of(spec, cell), 1)
         store.check()

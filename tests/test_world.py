@@ -185,3 +185,14 @@ def test_strangers_take_the_place_of_known_people(dont_know: bool) -> None:
         replies = [m["content"] for m in conversation if m["role"] == "assistant"]
         assert all((reply == DONT_KNOW) == dont_know for reply in replies)
     assert list(WORLD.conversations(strangers=0.0)) == CONVERSATIONS
+
+
+def test_bare_replies_are_the_values_of_the_same_questions() -> None:
+    by_name = {p.name: p for p in WORLD.people}
+    for bare, full in zip(WORLD.conversations(bare=True), CONVERSATIONS, strict=True):
+        assert bare[::2] == full[::2]
+        person = next(p for name, p in by_name.items() if name in full[0]["content"])
+        for short, whole in zip(bare[1::2], full[1::2], strict=True):
+            value = short["content"].removesuffix(".")
+            assert value in person.facts.values()
+            assert whole["content"].endswith(f" {value}.")
