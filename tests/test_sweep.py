@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,29 @@ def test_a_killed_sweep_goes_on_and_a_finished_one_rests(
     sweep.run(spec, out, "cpu")
     assert (base.steps, tuned.steps) == (6, 10)
     assert (folder / "table.json").read_text() == before
+
+
+def test_ctrl_c_in_a_run_saves_it_and_stops_the_sweep(
+    tmp_path: Path, counts: tuple[Counted, Counted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_pretrain
+
+    script: Any = train_pretrain
+    counted = script.train_step
+
+    def interrupted(*args: Any) -> Any:
+        if counts[0].steps == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return counted(*args)
+
+    monkeypatch.setattr(script, "train_step", interrupted)
+    spec = write(tmp_path, SPEC + GRID)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(spec, tmp_path / "out", "cpu")
+    assert (counts[0].steps, counts[1].steps) == (2, 0)
+    assert len(list((tmp_path / "out").rglob("step_000002"))) == 1
+    sweep.run(spec, tmp_path / "out", "cpu")
+    assert counts[0].steps == 2 * 3  # not one step was taken twice
 
 
 def test_stages_that_are_asked_for_are_run_and_shared(
