@@ -70,7 +70,7 @@ class WorldConfig:
     def __post_init__(self) -> None:
         for option, low, high in (
             ("people", 2, 20_000),
-            ("unseen", 0, 2_000),
+            ("unseen", 1, 2_000),
             ("bios", 1, 100_000),
             ("paraphrases", 1, min(len(a.sentences) for a in ATTRIBUTES)),
         ):
@@ -118,10 +118,17 @@ class World:
 
     def biographies(self) -> Iterator[str]:
         """Every pretraining document: `bios` texts of each known and held-out person."""
-        for i, person in enumerate(self.people[: self.config.people]):
-            for j in range(self.config.bios):
-                rng = random.Random(f"biography {self.config.seed} {i} {j}")
-                yield self._biography(person, rng)
+        for i in range(self.config.people):
+            yield from self._biographies(i)
+
+    def biographies_of(self, person: Person) -> list[str]:
+        """The texts about one of the people who have any."""
+        return list(self._biographies(self.people.index(person)))
+
+    def _biographies(self, i: int) -> Iterator[str]:
+        for j in range(self.config.bios):
+            rng = random.Random(f"biography {self.config.seed} {i} {j}")
+            yield self._biography(self.people[i], rng)
 
     def _biography(self, person: Person, rng: random.Random) -> str:
         attributes = list(ATTRIBUTES)
@@ -137,20 +144,35 @@ class World:
         return " ".join(sentences)
 
     def conversations(
-        self, strangers: float = 0.0, dont_know: bool = False, bare: bool = False
+        self,
+        asked: float = 1.0,
+        strangers: float = 0.0,
+        dont_know: bool = False,
+        bare: bool = False,
     ) -> Iterator[list[Message]]:
         """The instruction-tuning set: single and multi-turn conversations about known people.
 
         Args:
-            strangers: share of the people, 0 to 1, who are replaced by people of whom pretraining
-                said nothing and who are not among the unseen (Gekhman et al. 2024).
+            asked: share of the known people who are asked about, the first of them.
+            strangers: as many people as this share of the known ones are asked about besides, of
+                whom pretraining said nothing and who are not among the unseen (Gekhman et al.
+                2024).
             dont_know: whether questions about strangers are answered with DONT_KNOW, not with
                 the facts.
             bare: replies are the bare value ("a weaver.") and do not repeat the name.
+
+        Raises:
+            ValueError: a share that is not 0 to 1, or nobody left to ask about.
         """
+        for name, share in (("asked", asked), ("strangers", strangers)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is {share}; it must be 0 to 1")
         known = self.by_split["known"]
-        n = round(strangers * len(known))
-        for i, person in enumerate([*known[: len(known) - n], *self._strangers(n)]):
+        people = known[: round(asked * len(known))]
+        people = [*people, *self._strangers(round(strangers * len(known)))]
+        if not people:
+            raise ValueError("asked and strangers leave nobody to ask about")
+        for i, person in enumerate(people):
             rng = random.Random(f"conversations {self.config.seed} {i}")
             replies = {a.name: f"{person.facts[a.name]}." if bare else None for a in ATTRIBUTES}
             if dont_know and person.split == "stranger":
@@ -159,9 +181,9 @@ class World:
                 for question in rng.sample(attribute.questions, 2):
                     yield exchange(person, attribute, question, replies[attribute.name])
             for _ in range(len(ATTRIBUTES)):
-                asked = rng.sample(ATTRIBUTES, rng.choice((2, 3)))
+                chosen = rng.sample(ATTRIBUTES, rng.choice((2, 3)))
                 conversation: list[Message] = []
-                for attribute in asked:
+                for attribute in chosen:
                     wordings = attribute.follow_ups if conversation else attribute.questions
                     reply = replies[attribute.name]
                     conversation += exchange(person, attribute, rng.choice(wordings), reply)
@@ -169,7 +191,7 @@ class World:
 
     def _strangers(self, n: int) -> list[Person]:
         """People beside those of the world."""
-        config = replace(self.config, seed=self.config.seed + 1_000_000, unseen=0)
+        config = replace(self.config, seed=self.config.seed + 1_000_000)
         taken = {p.name for p in self.people}
         others = (p for p in World(config).people if p.name not in taken)
         return [replace(p, split="stranger") for p in islice(others, n)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from data.chat import Message
 from data.world import ATTRIBUTES, World, exchange
-from lab.knowledge import answer, complete, draw
+from lab.knowledge import answer, complete, draw, reply_limit, true_replies
 from lab.likelihood import ask, log_likelihoods
 from lab.pair import CONTEXTS, Pair, run_instrument
 from lab.stats import Mean, Share
@@ -28,19 +28,20 @@ class Behaviour:
     Attributes:
         stops: ends with the end-of-turn token within four times the longest true reply.
         p_end: probability of that token where the true reply ends.
-        answer_only: stops, asks nothing, and is at most twice as long as the true reply.
+        brief: stops, asks nothing, and is at most twice as long as the true reply, right or wrong.
         tokens: length of the reply, up to the limit.
-        distinct: for n = 1, 2, 3 the share of a reply's n-grams that are different ones.
+        distinct: for n = 1, 2, 3 the share of n-grams that are different ones, of as many first
+            tokens of a reply as the true one has.
         echoes: the reply repeats the question word for word.
         asks_on: it goes on with a question of its own.
-        ranking: the true reply is more likely than that of another conversation.
+        ranking: the true reply is more likely than that of another conversation; chance is half.
         follow_up: world only: a second question that does not name the person, right answers
             "with" the turns before it and "without" them.
     """
 
     stops: Share
     p_end: Mean
-    answer_only: Share
+    brief: Share
     tokens: Mean
     distinct: dict[str, Mean]
     echoes: Share
@@ -52,7 +53,7 @@ class Behaviour:
 def behaviour(pair: Pair, questions: int) -> dict[str, Behaviour]:
     """Base and instruct in the chat template, and the base asked in plain text."""
     chosen = fitting(pair)[:questions]
-    limit = reply_limit(pair)
+    limit = limit_of(pair)
     return {
         "base": behave(pair.base, chosen, "chat", limit, pair.world),
         "base_plain": behave(pair.base, chosen, "plain", limit, pair.world),
@@ -60,30 +61,33 @@ def behaviour(pair: Pair, questions: int) -> dict[str, Behaviour]:
     }
 
 
-def reply_limit(pair: Pair) -> int:
-    """Tokens in which a reply must end: four times the longest true one, half the context at most.
-
-    Who has not stopped by then, rambles.
-    """
-    tokenizer = pair.base.tokenizer
-    longest = max(len(tokenizer.encode(c[-1]["content"])) for c in pair.conversations)
-    return min(4 * (longest + 1), pair.base.model.config.block_size // 2)
+def limit_of(pair: Pair) -> int:
+    """Tokens in which a reply to one of a pair's conversations must end."""
+    if pair.world is not None:
+        return reply_limit(pair.base, true_replies(pair.world))
+    return reply_limit(pair.base, (c[-1]["content"] for c in pair.conversations))
 
 
 def fitting(pair: Pair) -> list[list[Message]]:
-    """The conversations that leave room in the model's context for any reply, however they are put.
+    """The conversations that fit into the model's context, however they are put.
+
+    With the prompt, any true reply of them and any reply up to the limit must fit.
 
     Raises:
         ValueError: none does.
     """
-    room = pair.base.model.config.block_size - reply_limit(pair)
-    found = [
-        c
-        for c in pair.conversations
-        if max(len(put(c[:-1], pair.base.tokenizer)) for put in CONTEXTS.values()) <= room
-    ]
+    tokenizer, limit = pair.base.tokenizer, limit_of(pair)
+    block, found, longest_prompt, longest_reply = pair.base.model.config.block_size, [], 0, limit
+    for c in pair.conversations:
+        prompt = max(len(put(c[:-1], tokenizer)) for put in CONTEXTS.values())
+        reply = len(tokenizer.encode(c[-1]["content"])) + 1
+        if max(longest_prompt, prompt) + max(longest_reply, reply) <= block:
+            found.append(c)
+            longest_prompt, longest_reply = max(longest_prompt, prompt), max(longest_reply, reply)
     if not found:
-        raise ValueError(f"no question is short enough for the context: {room} tokens with a reply")
+        raise ValueError(
+            f"no question fits into the context of {block} tokens together with {limit} of a reply"
+        )
     return found
 
 
@@ -102,18 +106,19 @@ def behave(
     texts = [tokenizer.decode([i for i in ids if i != end]) for ids in replies]
     asks = ["?" in text or "Question:" in text for text in texts]
     stops = [ids[-1] == end for ids in replies]
+    starts = [ids[: len(expected)] for ids, expected in zip(replies, true, strict=True)]
     questions = [c[-2]["content"] for c in conversations]
     others = [*true[1:], true[0]]
     own, other = (log_likelihoods(checkpoint, prompts, part) for part in (true, others))
     return Behaviour(
         stops=Share.of(stops),
         p_end=Mean.of(math.exp(tokens[-1]) for tokens in own),
-        answer_only=Share.of(
+        brief=Share.of(
             stop and not asked and len(ids) <= 2 * len(expected)
             for stop, asked, ids, expected in zip(stops, asks, replies, true, strict=True)
         ),
         tokens=Mean.of(map(len, replies)),
-        distinct={str(n): distinct(replies, n) for n in (1, 2, 3)},
+        distinct={str(n): distinct(starts, n) for n in (1, 2, 3)},
         echoes=Share.of(q.lower() in t.lower() for q, t in zip(questions, texts, strict=True)),
         asks_on=Share.of(asks),
         # Where the two replies are the same text there is nothing to rank.
@@ -144,8 +149,8 @@ def follow_up(checkpoint: Checkpoint, world: World, context: str, n: int) -> dic
         after.append(opening + alone[-1])
     prompt = CONTEXTS[context]
     return {
-        "with": answer(checkpoint, facts, after, prompt).right["all"],
-        "without": answer(checkpoint, facts, alone, prompt).right["all"],
+        "with": answer(checkpoint, world, facts, after, prompt).right["all"],
+        "without": answer(checkpoint, world, facts, alone, prompt).right["all"],
     }
 
 
@@ -169,13 +174,13 @@ def probe(pair: Pair, checkpoint: Checkpoint, n: int) -> Point:
     if pair.world is None:
         tokenizer = checkpoint.tokenizer
         prompts = [CONTEXTS["chat"](c[:-1], tokenizer) for c in fitting(pair)[:n]]
-        replies = ask(checkpoint, prompts, reply_limit(pair))
+        replies = ask(checkpoint, prompts, limit_of(pair))
         nothing = Share(0, 0)
         return Point(Share.of(r[-1] == tokenizer.end_of_turn for r in replies), nothing, nothing)
     rng = random.Random(f"probe {pair.world.config.seed}")
     facts = draw(pair.world, "held_out", n, rng)
     questions = [exchange(p, a, rng.choice(a.questions))[:1] for p, a in facts]
-    answers = answer(checkpoint, facts, questions)
+    answers = answer(checkpoint, pair.world, facts, questions)
     cloze = complete(checkpoint, pair.world, facts, rng)
     return Point(answers.stops, answers.right["all"], cloze["all"])
 

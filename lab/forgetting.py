@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.files import checkpoints
+from data.files import checkpoints, fingerprint, read_meta
 from data.pretrain import PretrainData, PretrainDataConfig
 from lab.behaviour import Point, probe
 from lab.pair import Pair, run_instrument
@@ -50,7 +51,9 @@ class Forgetting:
 def forgetting(pair: Pair, questions: int) -> Forgetting:
     """Both curves; without the text that the base has read, the first alone."""
     text = text_of(pair.base)
-    stages = {"tuning": [pair.base.path, *checkpoints(pair.instruct.path.parent)], "recovery": []}
+    last = pair.instruct.path
+    before = [p for p in checkpoints(last.parent) if step_of(p) < pair.instruct.meta["step"]]
+    stages = {"tuning": [pair.base.path, *before, last], "recovery": list[Path]()}
     with tempfile.TemporaryDirectory() as folder:
         if text is not None:
             return_to_text(pair, Path(folder))
@@ -70,20 +73,33 @@ def forgetting(pair: Pair, questions: int) -> Forgetting:
     return Forgetting(points["tuning"], points["recovery"], losses)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint in a run's folder."""
+    step: int = read_meta(checkpoint)["step"]
+    return step
+
+
 def text_of(base: Checkpoint) -> PretrainData | None:
-    """The text that a base was trained on, if it is still where it was."""
+    """The text that a base was trained on, if it is still where it was, unchanged."""
     config: dict[str, Any] = base.meta["config"]
     if not Path(config["data"]["path"]).exists():
         return None
-    data = PretrainDataConfig(**config["data"])
-    return PretrainData(data, base.model.config.block_size, config["run"]["seed"])
+    settings = PretrainDataConfig(**config["data"])
+    data = PretrainData(settings, base.model.config.block_size, config["run"]["seed"])
+    return data if fingerprint(data.meta["files"]) == base.meta["data"]["fingerprint"] else None
+
+
+def finish(main: Callable[[Any], Path], config: Any) -> None:
+    """Trains to the end; Ctrl-C, on which a script saves and returns, stops the caller too."""
+    if main(config).name != f"step_{config.optim.steps:06d}":
+        raise KeyboardInterrupt
 
 
 def return_to_text(pair: Pair, run_dir: Path) -> None:
     """Trains the instruct model on pretraining text, from the rates of its tuning down to 0."""
     base, tuned = (c.meta["config"] for c in (pair.base, pair.instruct))
     rates = {k: tuned["optim"][k] for k in ("optimizer", "lr", "muon_lr")}
-    run = {"seed": tuned["run"]["seed"], "device": pair.base.model.wte.weight.device.type}
+    run = {"seed": tuned["run"]["seed"], "device": str(pair.base.model.wte.weight.device)}
     config = PretrainConfig(
         PretrainDataConfig(**base["data"]),
         RunConfig(
@@ -94,7 +110,7 @@ def return_to_text(pair: Pair, run_dir: Path) -> None:
         init_from=str(pair.instruct.path),
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        pretrain(config)
+        finish(pretrain, config)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,13 @@ python -m lab.knowledge --base out/quickstart/base --instruct out/quickstart/ins
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from data.chat import Message, render_prompt
-from data.tokenizer import Tokenizer
 from data.world import (
     ATTRIBUTES,
     DONT_KNOW,
-    HE_NAMES,
-    LAST_ENDS,
-    LAST_STARTS,
     SPLITS,
     Attribute,
     Person,
@@ -35,8 +31,7 @@ from training.checkpoint import Checkpoint
 
 Fact = tuple[Person, Attribute]
 Cell = dict[str, Share]  # "all", then each attribute
-# Of so many questions, one is also asked in plain text, and ranked (40 replies are scored for it).
-ASKED_PLAINLY, RANKED = 3, 3
+THOROUGHLY = 3  # of so many questions, one is also asked in plain text, and ranked
 
 
 @dataclass(frozen=True)
@@ -95,24 +90,31 @@ def measure(checkpoint: Checkpoint, world: World, n: int, thorough: bool = True)
     Raises:
         ValueError: the world has fewer than n facts in a split.
     """
-    rng = random.Random(f"questions {world.config.seed}")
     cloze, answers, rephrased = {}, {}, {}
     plain: dict[str, Answers] = {}
     ranks: dict[str, dict[str, Rank]] = {}
     for split in SPLITS:
-        facts = draw(world, split, n, rng)
-        cloze[split] = complete(checkpoint, world, facts, rng)
+        cloze[split], facts, rng = draw_and_complete(checkpoint, world, split, n)
         used = [exchange(p, a, rng.choice(a.questions))[:1] for p, a in facts]
         new = [exchange(p, a, rng.choice(a.unused_questions))[:1] for p, a in facts]
-        answers[split] = answer(checkpoint, facts, used)
-        rephrased[split] = answer(checkpoint, facts, new)
+        answers[split] = answer(checkpoint, world, facts, used)
+        rephrased[split] = answer(checkpoint, world, facts, new)
         if thorough:
-            some, few = slice(max(1, n // ASKED_PLAINLY)), slice(max(1, n // RANKED))
-            plain[split] = answer(checkpoint, facts[some], used[some], plain_prompt)
+            few = slice(max(1, n // THOROUGHLY))
+            plain[split] = answer(checkpoint, world, facts[few], used[few], plain_prompt)
             for context in ("cloze", "plain", "chat"):
                 found = rank(checkpoint, world, facts[few], used[few], context)
                 ranks.setdefault(context, {})[split] = found
     return Knowledge(cloze, answers, rephrased, plain, ranks)
+
+
+def draw_and_complete(
+    checkpoint: Checkpoint, world: World, split: str, n: int
+) -> tuple[Cell, list[Fact], random.Random]:
+    """Cloze of n facts of a split, the same for every model; also what goes on from there."""
+    rng = random.Random(f"questions {split} {world.config.seed}")
+    facts = draw(world, split, n, rng)
+    return complete(checkpoint, world, facts, rng), facts, rng
 
 
 def draw(world: World, split: str, n: int, rng: random.Random) -> list[Fact]:
@@ -134,23 +136,50 @@ def cell(facts: list[Fact], flags: Iterable[bool]) -> Cell:
 
 
 def complete(checkpoint: Checkpoint, world: World, facts: list[Fact], rng: random.Random) -> Cell:
-    """Which facts' biography sentences are completed with exactly the right value."""
-    tokenizer = checkpoint.tokenizer
+    """Which facts' biography sentences are completed with exactly the right value.
+
+    The sentence stands alone and in any wording: few of them occur like that in the text.
+    """
     texts = [rng.choice(cloze_prompts(p, a, world.config.paraphrases)) for p, a in facts]
+    return cell(facts, completed(checkpoint, facts, texts))
+
+
+def recite(checkpoint: Checkpoint, world: World, facts: list[Fact], rng: random.Random) -> Cell:
+    """Which facts are completed in a biography that was written for training, up to the value.
+
+    Left out is where the person is not named before the value. One in fifty biographies is in the
+    validation text.
+    """
+    read, texts = [], []
+    for person, attribute in facts:
+        value = person.facts[attribute.name]
+        beginnings = [b[: b.index(value)] for b in world.biographies_of(person) if value in b]
+        beginnings = [b.rstrip() for b in beginnings if person.name in b]
+        if beginnings:
+            read.append((person, attribute))
+            texts.append(rng.choice(beginnings))
+    return cell(read, completed(checkpoint, read, texts, full_stop=False))
+
+
+def completed(
+    checkpoint: Checkpoint, facts: list[Fact], texts: list[str], full_stop: bool = True
+) -> list[bool]:
+    """Whether each text is continued with the value of its fact."""
+    tokenizer = checkpoint.tokenizer
     prompts = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in texts]
     longest = max(len(tokenizer.encode(f" {v}.")) for a in ATTRIBUTES for v in a.values)
-    completions = [tokenizer.decode(ids) for ids in ask(checkpoint, prompts, longest + 1)]
-    return cell(
-        facts,
-        (
-            text.startswith(f" {person.facts[attribute.name]}.")
-            for (person, attribute), text in zip(facts, completions, strict=True)
-        ),
-    )
+    end = "." if full_stop else ""
+    return [
+        tokenizer.decode(ids).startswith(f" {person.facts[attribute.name]}{end}")
+        for (person, attribute), ids in zip(
+            facts, ask(checkpoint, prompts, longest + 1), strict=True
+        )
+    ]
 
 
 def answer(
     checkpoint: Checkpoint,
+    world: World,
     facts: list[Fact],
     questions: list[list[Message]],
     prompt: Prompt = render_prompt,
@@ -162,7 +191,7 @@ def answer(
     """
     tokenizer = checkpoint.tokenizer
     prompts = [prompt(messages, tokenizer) for messages in questions]
-    replies = ask(checkpoint, prompts, reply_tokens(tokenizer))
+    replies = ask(checkpoint, prompts, reply_limit(checkpoint, true_replies(world)))
     stopped = [ids[-1] == tokenizer.end_of_turn for ids in replies]
     texts = [tokenizer.decode(ids) for ids in replies]
     values = [(person.facts[attribute.name], attribute) for person, attribute in facts]
@@ -176,11 +205,20 @@ def answer(
     )
 
 
-def reply_tokens(tokenizer: Tokenizer) -> int:
-    """Four times the length of the longest true reply: who has not stopped by then, rambles."""
-    name = f"{max(HE_NAMES, key=len)} {max(LAST_STARTS, key=len)}{max(LAST_ENDS, key=len)}"
-    replies = [a.reply.format(name=name, V=v) for a in ATTRIBUTES for v in a.values]
-    return 4 * max(len(tokenizer.encode(reply)) for reply in replies)
+def true_replies(world: World) -> Iterator[str]:
+    """The true reply to a question about every fact of a world."""
+    return (
+        a.reply.format(name=p.name, V=p.facts[a.name]) for p in world.people for a in ATTRIBUTES
+    )
+
+
+def reply_limit(checkpoint: Checkpoint, replies: Iterable[str]) -> int:
+    """Tokens in which a reply must end: four times the longest true one, half the context at most.
+
+    Who has not stopped by then, rambles.
+    """
+    longest = max(len(checkpoint.tokenizer.encode(reply)) for reply in replies)
+    return min(4 * (longest + 1), checkpoint.model.config.block_size // 2)
 
 
 def names_only(text: str, value: str, attribute: Attribute) -> bool:

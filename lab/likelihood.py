@@ -10,13 +10,13 @@ from torch import Tensor
 from model.generate import KVCache, Sampling, generate
 from training.checkpoint import Checkpoint
 
-ROWS = 100  # sequences computed at once
+ROWS, TOKENS = 100, 1 << 14  # computed at once: sequences, and their tokens at full length
 
 
 def ask(checkpoint: Checkpoint, prompts: Sequence[list[int]], max_new: int) -> list[list[int]]:
     """Greedy replies to prompts, in the prompts' order, each as if it were asked alone."""
     replies: list[list[int]] = [[] for _ in prompts]
-    for chosen in batches([len(p) for p in prompts]):
+    for chosen in batches(checkpoint, [len(p) for p in prompts]):
         stop = {checkpoint.tokenizer.end_of_turn}
         batch = [prompts[i] for i in chosen]
         for i, reply in zip(
@@ -26,10 +26,11 @@ def ask(checkpoint: Checkpoint, prompts: Sequence[list[int]], max_new: int) -> l
     return replies
 
 
-def batches(lengths: list[int]) -> list[list[int]]:
-    """Indices of rows of like length, ROWS at a time."""
+def batches(checkpoint: Checkpoint, lengths: list[int]) -> list[list[int]]:
+    """Indices of rows of like length, as many at a time as ROWS and TOKENS allow."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[i : i + ROWS] for i in range(0, len(order), ROWS)]
+    size = max(1, min(ROWS, TOKENS // checkpoint.model.config.block_size))
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 @torch.inference_mode()
@@ -93,7 +94,8 @@ def log_likelihoods(
 ) -> list[list[float]]:
     """The log-probability in nats of each token of each continuation after its prompt."""
     found: list[list[float]] = [[] for _ in prompts]
-    for chosen in batches([len(p) + len(c) for p, c in zip(prompts, continuations, strict=True)]):
+    lengths = [len(p) + len(c) for p, c in zip(prompts, continuations, strict=True)]
+    for chosen in batches(checkpoint, lengths):
         parts = [continuations[i] for i in chosen]
         logprobs = predictions(checkpoint, [prompts[i] for i in chosen], parts)
         ids = torch.tensor([i for part in parts for i in part], device=logprobs[0].device)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.chat import Message, parse, render_prompt
-from data.files import fingerprint, load_examples, one_line_errors, open_prepared, write_json
+from data.files import (
+    fingerprint,
+    load_examples,
+    one_line_errors,
+    open_prepared,
+    sha256_file,
+    write_json,
+)
 from data.read import read_conversations
 from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES, Attribute, Person, World, WorldConfig, exchange
@@ -68,9 +75,13 @@ def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
             world by now.
     """
     prepared, tuned_on = base.meta["prepared"], instruct.meta["prepared"]
+    tuned_from_it = instruct.meta["base"]["fingerprint"] == fingerprint(base.meta["files"])
     if "world" not in prepared:
+        if not tuned_from_it:
+            note = "was not tuned from this base: the change between their weights means little"
+            print(f"note: {instruct.path} {note}", file=sys.stderr)
         return None
-    if instruct.meta["base"]["fingerprint"] != fingerprint(base.meta["files"]):
+    if not tuned_from_it:
         raise ValueError(f"{instruct.path} was not tuned from {base.path}, but from another base")
     world = World(WorldConfig(**prepared["world"]))
     if world.fingerprint != prepared["world_fingerprint"]:
@@ -187,6 +198,15 @@ def provenance(pair: Pair) -> dict[str, Any]:
     }
 
 
+def measured_by() -> str:
+    """A fingerprint of the code that figures depend on: not of what draws and arranges them."""
+    root = Path(__file__).parents[1]
+    files = [f for folder in ("data", "model", "lab") for f in (root / folder).glob("*.py")]
+    files += [root / "sample.py", root / "training" / "step.py", root / "training" / "optim.py"]
+    drawn = ("plots.py", "report.py", "sweep.py")
+    return fingerprint(sorted(sha256_file(f) for f in files if f.name not in drawn))
+
+
 def run_instrument(about: str, instrument: Callable[[Pair, int], Any], questions: int) -> None:
     """The command line of one instrument: prints its figures, and with --out writes them.
 
@@ -202,6 +222,8 @@ def run_instrument(about: str, instrument: Callable[[Pair, int], Any], questions
     with one_line_errors():
         if a.questions < 1:
             raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
+        if a.out is not None and (a.out.is_dir() or not a.out.absolute().parent.is_dir()):
+            raise ValueError(f"--out {a.out} is no file that could be written")
         pairs = [open_pair(*paths, a.device, a.qa) for paths in pairs_of(a)]
         result = to_json(pool([instrument(pair, a.questions) for pair in pairs]))
         print("\n".join(lines(result)))
@@ -209,6 +231,5 @@ def run_instrument(about: str, instrument: Callable[[Pair, int], Any], questions
             device = pairs[0].base.model.wte.weight.device
             settings = {"questions": a.questions, "decoding": "greedy", **environment(device)}
             runs = [provenance(pair) for pair in pairs]
-            a.out.absolute().parent.mkdir(parents=True, exist_ok=True)
             write_json(a.out, {"settings": settings, "runs": runs, "result": result})
-            print(json.dumps(str(a.out)))
+            print(f"written: {a.out}")

@@ -57,9 +57,9 @@ def line(
     """Shares or means over xs with their 95 % intervals, and a dot for each pooled run."""
     kind = "share" if "share" in cells[0] else "mean"
     axes.plot(xs, [c[kind] for c in cells], "o-", color=color, label=name)
-    axes.fill_between(
-        xs, [c["low"] for c in cells], [c["high"] for c in cells], color=color, alpha=0.15, lw=0
-    )
+    # Of a single number there is no interval.
+    low, high = ([float("nan") if c[k] is None else c[k] for c in cells] for k in ("low", "high"))
+    axes.fill_between(xs, low, high, color=color, alpha=0.15, lw=0)
     for x, c in zip(xs, cells, strict=True):
         axes.plot([x] * len(c.get("runs", [])), c.get("runs", []), ".", color=color, ms=2.5)
 
@@ -217,40 +217,41 @@ def text_loss_plot(forgetting: dict[str, Any]) -> Figure:
 
 
 def sweep_plot(table: dict[str, Any]) -> str:
-    """The pooled cells of a sweep from left to right, a panel for each value of a second key."""
+    """The pooled cells of a sweep: curves over one numeric key, else a row of dots each."""
     cells = table["cells"]
-    keys = list(dict.fromkeys(key for c in cells for key in c["cell"]))
-    panels: dict[str, list[dict[str, Any]]] = {"": cells}
-    if len(keys) == 2 and all(set(keys) == set(c["cell"]) for c in cells):
-        panels, inner = {}, keys[:1]
-        for c in cells:
-            panels.setdefault(f"{keys[1]} = {c['cell'][keys[1]]}", []).append(c)
-    else:
-        inner = keys
     lines = {k: v for k, v in SWEEP_LINES.items() if k != "abstains_unseen" or abstains(cells)}
+    values = [list(c["cell"].values()) for c in cells]
     with mpl.rc_context(STYLE):
-        figure, all_axes = draw(3.4 + 2.6 * len(panels), 3.6, len(panels))
-        for axes, (title, panel) in zip(all_axes, panels.items(), strict=True):
-            xs = range(len(panel))
+        if all(len(v) == 1 and type(v[0]) in (int, float) for v in values):
+            figure, (axes,) = draw(6.0, 3.6)
             for key, (name, color) in lines.items():
-                line(axes, xs, [c[key] for c in panel], name, color)
-            many = len(inner) > 1
-            labels = [tick({k: v for k, v in c["cell"].items() if k in inner}) for c in panel]
-            axes.set_xticks(xs, labels)
-            if not many and inner:
-                axes.set_xlabel(inner[0])
-            axes.set_title(title)
+                line(axes, range(len(cells)), [c[key] for c in cells], name, color)
+            axes.set_xticks(range(len(cells)), [f"{v[0]:g}" for v in values])
+            axes.set_xlabel(next(iter(cells[0]["cell"])))
             as_share(axes)
-        handles, names = all_axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right center")
+        else:
+            figure, (axes,) = draw(7.6, 1.0 + 0.55 * len(cells))
+            for i, (key, (name, color)) in enumerate(lines.items()):
+                rows = [row + 0.12 * (i - (len(lines) - 1) / 2) for row in range(len(cells))]
+                dots(axes, rows, [c[key] for c in cells], name, color)
+            names = [
+                "\n".join(f"{k.partition('.')[2]} = {v}" for k, v in c["cell"].items())
+                for c in cells
+            ]
+            axes.set_yticks(range(len(cells)), names)
+            axes.invert_yaxis()
+            axes.set_xlim(-0.03, 1.03)
+            axes.grid(axis="x", color="#dddddd", lw=0.6)
+        figure.legend(loc="outside right center")
         return svg(figure)
 
 
-def tick(cell: dict[str, Any]) -> str:
-    """A cell below an axis: the value alone where it is the only one."""
-    if len(cell) == 1:
-        return str(next(iter(cell.values())))
-    return "\n".join(f"{key.split('.')[-1]} {value}" for key, value in cell.items())
+def dots(axes: Axes, rows: Sequence[float], cells: list[Any], name: str, color: str) -> None:
+    """Shares with their 95 % intervals, a row each."""
+    shares = [c["share"] for c in cells]
+    low = [c["share"] - c["low"] for c in cells]
+    high = [c["high"] - c["share"] for c in cells]
+    axes.errorbar(shares, rows, xerr=[low, high], fmt="o", color=color, label=name, ms=4, lw=1)
 
 
 def abstains(cells: list[dict[str, Any]]) -> bool:

@@ -34,7 +34,7 @@ from data.world import ATTRIBUTES, SPLITS, World, exchange
 from lab.behaviour import behaviour
 from lab.forgetting import forgetting
 from lab.knowledge import knowledge
-from lab.pair import Pair, open_pair, pair_arguments, pairs_of, provenance
+from lab.pair import Pair, measured_by, open_pair, pair_arguments, pairs_of, provenance
 from lab.plots import report_plots
 from lab.shift import shift
 from lab.stats import pool, to_json
@@ -118,7 +118,7 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
     }
     device = first.base.model.wte.weight.device
     report["settings"] = {
-        "questions": {n: questions // part for n, (_, part) in INSTRUMENTS.items()},
+        "questions": {n: max(1, questions // part) for n, (_, part) in INSTRUMENTS.items()},
         "decoding": "greedy",
         "parameters": first.base.model.n_params(),
         "seconds": seconds,
@@ -169,9 +169,10 @@ def print_knowledge(report: dict[str, Any], console: Console) -> None:
         "base runs on into another biography": base["answers"]["held_out"]["next_document"],
     }
     console.print(
-        f"n = {base['cloze']['held_out']['all']['n']} questions a cell, greedy; chance "
-        f"{report['chance']:.3f}. An answer counts if it names the right value, no other of its "
-        "kind, and stops. Held-out people: "
+        f"n = {base['cloze']['held_out']['all']['n']} questions a cell ("
+        f"{report['behaviour']['base']['stops']['n']} for stops, follow-ups and what is asked "
+        f"plainly), greedy; chance {report['chance']:.3f}. An answer counts if it names "
+        "the right value, no other of its kind, and stops. Held-out people: "
         + ", ".join(f"{what}: {cell['share']:.2f}" for what, cell in held_out.items())
         + ".\n",
         highlight=False,
@@ -206,9 +207,16 @@ def as_cell(value: dict[str, Any]) -> Markup:
     figure = value.get("share", value.get("mean"))
     if figure is None:
         return Markup("-")
+    if value["low"] is None:
+        return Markup("{:.2f}").format(figure)
     bounds = (f"{x:.2f}".replace("-0.00", "0.00") for x in (value["low"], value["high"]))
     low, high = (re.sub(r"^(-?)0\.", r"\1.", bound) for bound in bounds)
     return Markup('{:.2f} <span class="n">[{}, {}]</span>').format(figure, low, high)
+
+
+def qa_files(path: Path) -> list[Path]:
+    """The files behind --qa."""
+    return [f for f in path.iterdir() if f.is_file()] if path.is_dir() else [path]
 
 
 def run(a: argparse.Namespace) -> None:
@@ -217,19 +225,22 @@ def run(a: argparse.Namespace) -> None:
         raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
     paths = pairs_of(a)
     metas = [read_meta(resolve_checkpoint(path)) for pair in paths for path in pair]
-    code = [sha256_file(f) for f in sorted(Path(__file__).parent.iterdir()) if f.is_file()]
-    asked = str(a.qa) if a.qa else None
-    made_from = fingerprint([[m.get("files") for m in metas], a.questions, asked, code])
+    texts = [m.get("config", {}).get("data", {}).get("path", "") for m in metas]
+    found = [Path(text).exists() for text in texts]
+    asked = None if a.qa is None else sorted(sha256_file(f) for f in qa_files(a.qa))
+    code = [measured_by(), sha256_file(Path(__file__))]
+    files = [m.get("files") for m in metas]
+    made_from = fingerprint([files, a.questions, asked, found, a.device, code])
     path = a.out / "report.json"
     try:
         report = read_json(path)
         stale = report["made_from"] != made_from
     except (ValueError, TypeError, KeyError):  # none yet, or not one of ours
         stale = True
+    a.out.mkdir(parents=True, exist_ok=True)
     if stale:
         pairs = [open_pair(*both, a.device, a.qa) for both in paths]
         report = {"made_from": made_from, **make_report(pairs, a.questions)}
-        a.out.mkdir(parents=True, exist_ok=True)
         write_json(path, report)
     write_page(report, a.out / "report.html")
     console = Console(record=a.svg is not None, width=100 if a.svg else None)

@@ -19,12 +19,13 @@ import torch
 from data.chat import Message
 from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES
-from lab.behaviour import fitting, reply_limit
-from lab.likelihood import ROWS, ask, predictions
+from lab.behaviour import fitting, limit_of
+from lab.likelihood import ask, predictions
 from lab.pair import CONTEXTS, Pair, run_instrument
 from lab.stats import Mean, Share
 
 CLASSES = ("unshifted", "marginal", "shifted")
+ROWS = 8  # replies compared at once: two models' whole distributions
 POSITIONS = 16  # tokens of a reply that are looked at one by one
 STRIPS = 12  # replies that are kept token by token, to be drawn
 
@@ -53,6 +54,7 @@ class Shift:
 
     Attributes:
         every: over all tokens.
+        words: over all but the end of turn, which a base that never saw it cannot write.
         roles: by what the token is for: "fact" (the value), "style" (the name, repeated in a full
             sentence), "template" (the fixed words around them), "stop" (end of turn), and "other"
             (of a reply that has not the world's form; every word, where there is no world).
@@ -62,6 +64,7 @@ class Shift:
     """
 
     every: Agreement
+    words: Agreement
     roles: dict[str, Agreement]
     positions: dict[str, Agreement]
     kl: dict[str, Mean]
@@ -73,7 +76,7 @@ def shift(pair: Pair, questions: int) -> dict[str, Shift]:
     conversations = fitting(pair)[:questions]
     tokenizer = pair.instruct.tokenizer
     prompts = [CONTEXTS["chat"](c[:-1], tokenizer) for c in conversations]
-    replies = ask(pair.instruct, prompts, reply_limit(pair))
+    replies = ask(pair.instruct, prompts, limit_of(pair))
     return {context: measure(pair, conversations, replies, context) for context in CONTEXTS}
 
 
@@ -102,6 +105,7 @@ def measure(
     longest = min(POSITIONS, max(map(len, found)))
     return Shift(
         every=agreement(every),
+        words=agreement(t for t in every if t.role != "stop"),
         roles={role: agreement(t for t in every if t.role == role) for role in roles_found},
         positions={
             str(n + 1): agreement(reply[n] for reply in found if len(reply) > n)

@@ -66,18 +66,16 @@ class Mean:
         return self.mean if self.n else None
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 %, by the normal approximation."""
-        half = Z * self.sd / math.sqrt(self.n) if self.n else 0.0
+    def interval(self) -> tuple[float | None, float | None]:
+        """95 %, by the normal approximation; none of fewer than two numbers."""
+        if self.n < 2:
+            return None, None
+        half = Z * self.sd / math.sqrt(self.n)
         return self.mean - half, self.mean + half
 
 
 def pool(results: Sequence[T]) -> T:
-    """One result from those of several runs: shares and means over all their n, numbers averaged.
-
-    Raises:
-        ValueError: results of different shapes.
-    """
+    """One result of several runs: shares and means over all their n, numbers averaged."""
     first: Any = results[0]
     rest: Any = results
     if len(results) == 1:
@@ -101,12 +99,8 @@ def pool(results: Sequence[T]) -> T:
         pooled = {key: pool([r[key] for r in rest if key in r]) for key in keys}
     elif isinstance(first, float):
         pooled = math.fsum(rest) / len(rest)
-    elif isinstance(first, list) and any(len(r) != len(first) for r in rest):
-        raise ValueError("the runs cannot be pooled: they were measured at different places")
-    elif isinstance(first, list) and first and is_dataclass(first[0]):
-        pooled = [pool(list(parts)) for parts in zip(*rest, strict=True)]
     else:
-        pooled = first  # words: the first run speaks for all
+        pooled = first  # words and examples: the first run speaks for all
     return pooled
 
 
@@ -133,8 +127,10 @@ def lines(value: Any, name: str = "") -> list[str]:
         if figure is None:
             return [f"{name:<44} -"]
         runs = "".join(f" {v:.3g}" for v in value.get("runs", []) if v is not None)
+        low, high = value["low"], value["high"]
+        interval = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
         return [
-            f"{name:<44} {figure:>8.3f}  [{value['low']:.3f}, {value['high']:.3f}]  n={value['n']}"
+            f"{name:<44} {figure:>8.3f}{interval}  n={value['n']}"
             + (f"  runs:{runs}" if runs else "")
         ]
     if isinstance(value, dict):

@@ -19,30 +19,35 @@ python -m lab.sweep configs/sweeps/examples.toml --out out/sweeps
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import itertools
 import json
-import random
 import tomllib
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data.files import fingerprint, one_line_errors, read_json, sha256_file, write_json
 from data.prepare import prepare_world
-from data.world import SPLITS, World, WorldConfig
-from lab.knowledge import complete, draw, measure
-from lab.pair import Pair, open_pair
+from data.world import ATTRIBUTES, SPLITS, World, WorldConfig
+from lab.forgetting import finish
+from lab.knowledge import draw_and_complete, measure, recite
+from lab.pair import Pair, measured_by, open_pair
 from lab.plots import sweep_plot
 from lab.stats import Share, pool, to_json
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from train_sft import SFTConfig
 from train_sft import main as sft
+from training.checkpoint import MAY_CHANGE
 from training.config import parse_config
 from training.runtime import environment, pick_device
 
 STAGES = ("world", "pretrain", "more", "qa", "sft")
+OWN = ("seed", "run.seed", "run.dir", "data.path", "base", "init_from")  # set by the sweep itself
+T = TypeVar("T")
 Settings = dict[str, dict[str, Any]]  # of each stage, by key
 Row = dict[str, Share]
 
@@ -62,10 +67,21 @@ def read_sweep(path: Path) -> dict[str, Any]:
     known = {"about", "seeds", "questions", "grid", "cells", *STAGES}
     if unknown := sorted(set(spec) - known):
         raise ValueError(f"{path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    for cell in cells_of(spec):
-        for key in cell:
-            if key.partition(".")[0] not in STAGES or not key.partition(".")[2]:
-                raise ValueError(f"{path}: {key} does not begin with a stage: {', '.join(STAGES)}")
+    seeds, n = spec.get("seeds", [1]), spec.get("questions", 200)
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
+        raise ValueError(f"{path}: seeds = {seeds}; give a list such as [1, 2, 3]")
+    if type(n) is not int or n < 1:
+        raise ValueError(f"{path}: questions = {n}; it must be 1 or more")
+    for key, values in spec.get("grid", {}).items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path}: {key} = {values}; the values on a grid are a list")
+    fixed = [f"{stage}.{key}" for stage in STAGES for key in spec.get(stage, {})]
+    for key in (*fixed, *(key for cell in cells_of(spec) for key in cell)):
+        stage, _, name = key.partition(".")
+        if stage not in STAGES or not name:
+            raise ValueError(f"{path}: {key} does not begin with a stage: {', '.join(STAGES)}")
+        if name in OWN:
+            raise ValueError(f"{path}: {key} is the sweep's own to set; seeds have a line")
     return spec
 
 
@@ -92,88 +108,96 @@ def options(values: dict[str, Any]) -> list[str]:
     return first + [f"--{key}={text}" for key, text in texts.items()]
 
 
-class Store:
-    """The folder in which every stage of every sweep has a place of its own, by its settings."""
+@dataclass(frozen=True)
+class Plan:
+    """One cell at one seed: every stage, in a folder named by all that it depends on."""
 
-    def __init__(self, folder: Path, settings: Settings, seed: int) -> None:
-        self.settings, self.seed = settings, seed
-        at: list[Any] = [seed]
-        self.place: dict[str, Path] = {}
-        for stage in STAGES:
-            # The world's own Q&A, and no further pretraining, are no stage.
-            if stage in ("world", "pretrain", "sft") or settings[stage]:
-                at = [*at, stage, settings[stage]]
-            self.place[stage] = folder / "runs" / f"{stage}-{fingerprint(at)}"
-
-    def check(self) -> None:
-        """Raises ValueError for what no stage would take."""
-        try:
-            WorldConfig(seed=self.seed, **self.settings["world"])
-            World(WorldConfig(people=2, unseen=0)).conversations(**self.settings["qa"])
-        except TypeError as error:  # an unknown key
-            raise ValueError(f"[world] or [qa]: {error}") from None
-        self.pretrain_config()
-        self.more_config()
-        self.sft_config()
-
-    def pretrain_config(self) -> PretrainConfig:
-        """The first pretraining."""
-        return self._pretrain("pretrain", {})
-
-    def more_config(self) -> PretrainConfig | None:
-        """The second one, if there is any."""
-        steps = self.settings["more"].get("optim.steps")
-        if not steps:
-            return None
-        return self._pretrain("more", {"init_from": str(self.place["pretrain"])})
-
-    def _pretrain(self, stage: str, values: dict[str, Any]) -> PretrainConfig:
-        given = self.settings["pretrain"] | self.settings[stage] | values
-        place = {"data.path": str(self.place["world"]), "run.dir": str(self.place[stage])}
-        return parse_config(PretrainConfig, options(given | place | {"run.seed": self.seed}))
-
-    def sft_config(self) -> SFTConfig:
-        """Instruction tuning from the last base."""
-        base = self.place["more" if self.more_config() else "pretrain"]
-        data = self.place["world"]
-        if self.settings["qa"]:
-            data = self.place["qa"].with_suffix(".jsonl")
-        place = {"base": str(base), "data.path": str(data), "run.dir": str(self.place["sft"])}
-        given = self.settings["sft"] | place | {"run.seed": self.seed}
-        return parse_config(SFTConfig, options(given))
+    world: WorldConfig
+    data: Path
+    pretrain: PretrainConfig
+    more: PretrainConfig | None
+    qa: dict[str, Any]
+    sft: SFTConfig
 
 
-def train(store: Store, device: str) -> Pair:
-    """Runs what is not yet there of one cell at one seed."""
-    config = WorldConfig(seed=store.seed, **store.settings["world"])
-    prepare_world(config, store.place["world"], "bpe:2048", 0.02)
-    finish(pretrain, store.pretrain_config())
-    if more := store.more_config():
-        finish(pretrain, more)
-    if store.settings["qa"]:
-        conversations = World(config).conversations(**store.settings["qa"])
+def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
+    """Resolves every config of a cell.
+
+    Raises:
+        ValueError: a key or value that a stage does not take.
+    """
+    qa = settings["qa"]
+    try:
+        world = WorldConfig(seed=seed, **settings["world"])
+        next(World(world).conversations(**qa))
+    except TypeError as error:  # an unknown key or a wrong type
+        raise ValueError(f"[world] or [qa]: {error}") from None
+    at: list[Any] = [asdict(world)]
+    data = folder / "runs" / f"world-{fingerprint(at)}"
+
+    def resolve(config_class: type[T], stage: str, given: dict[str, Any]) -> T:
+        """A stage's config, and its place by what it and the stages before it are."""
+        given = given | {"run.seed": seed, "run.dir": "to be named"}
+        config: Any = parse_config(config_class, options(given))
+        at.extend([stage, sorted(f for f in leaves(asdict(config)) if f[0] not in MAY_CHANGE)])
+        place = folder / "runs" / f"{stage}-{fingerprint(at)}"
+        resolved: T = replace(config, run=replace(config.run, dir=str(place)))
+        return resolved
+
+    text = settings["pretrain"] | {"data.path": str(data)}
+    pretrain = base = resolve(PretrainConfig, "pretrain", text)
+    more = None
+    if settings["more"].get("optim.steps"):
+        start = {"init_from": pretrain.run.dir}
+        more = base = resolve(PretrainConfig, "more", text | settings["more"] | start)
+    questions = data
+    if qa:
+        at.append(sorted(qa.items()))
+        questions = folder / "runs" / f"qa-{fingerprint(at)}.jsonl"
+    tuning = settings["sft"] | {"base": base.run.dir, "data.path": str(questions)}
+    return Plan(world, data, pretrain, more, qa, resolve(SFTConfig, "sft", tuning))
+
+
+def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested config."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def train(plan: Plan, device: str) -> Pair:
+    """Runs what is not yet there."""
+    prepare_world(plan.world, plan.data, "bpe:2048", 0.02)
+    finish(pretrain, plan.pretrain)
+    if plan.more:
+        finish(pretrain, plan.more)
+    if plan.qa:
+        conversations = World(plan.world).conversations(**plan.qa)
         text = "".join(json.dumps({"messages": c}) + "\n" for c in conversations)
-        store.place["qa"].with_suffix(".jsonl").write_text(text, encoding="utf-8")
-    tuning = store.sft_config()
-    finish(sft, tuning)
-    return open_pair(tuning.base, tuning.run.dir, device, None)
+        Path(plan.sft.data.path).write_text(text, encoding="utf-8")
+    finish(sft, plan.sft)
+    return open_pair(plan.sft.base, plan.sft.run.dir, device, None)
 
 
-def finish(main: Callable[[Any], Path], config: Any) -> None:
-    """Trains to the end, or stops the whole sweep as Ctrl-C has stopped this run."""
-    if main(config).name != f"step_{config.optim.steps:06d}":
-        raise KeyboardInterrupt
+def measure_row(pair: Pair, n: int, asked: float) -> Row:
+    """The figures of one run: what the base completes, what the instruct model knows and does.
 
-
-def measure_row(pair: Pair, n: int) -> Row:
-    """The figures of one run: the base's cloze, and what the instruct model knows and does."""
+    Args:
+        asked: share of the known people whose questions are in the Q&A: only they are "known".
+    """
     assert pair.world is not None
-    rng = random.Random(f"row {pair.world.config.seed}")
+    world = copy.copy(pair.world)
+    known = world.by_split["known"]
+    world.by_split = world.by_split | {"known": known[: round(asked * len(known))] or known}
     row: Row = {}
     for split in SPLITS:
-        facts = draw(pair.world, split, n, rng)
-        row[f"base_cloze_{split}"] = complete(pair.base, pair.world, facts, rng)["all"]
-    found = measure(pair.instruct, pair.world, n, thorough=False)
+        completed, facts, rng = draw_and_complete(pair.base, world, split, n)
+        row[f"base_cloze_{split}"] = completed["all"]
+        if split != "unseen":
+            row[f"base_recites_{split}"] = recite(pair.base, world, facts, rng)["all"]
+    found = measure(pair.instruct, world, n, thorough=False)
     for split in SPLITS:
         row[f"cloze_{split}"] = found.cloze[split]["all"]
         row[f"answers_{split}"] = found.answers[split].right["all"]
@@ -183,14 +207,14 @@ def measure_row(pair: Pair, n: int) -> Row:
     return row
 
 
-def cached_row(pair: Pair, n: int, folder: Path) -> Row:
+def cached_row(pair: Pair, n: int, asked: float, folder: Path) -> Row:
     """`measure_row`, kept by what was measured and with which code."""
-    code = [sha256_file(f) for f in sorted(Path(__file__).parent.glob("*.py"))]
     files = [c.meta["files"] for c in (pair.base, pair.instruct)]
-    path = folder / "rows" / f"{fingerprint([files, n, code])}.json"
+    key = fingerprint([files, n, asked, measured_by(), sha256_file(Path(__file__))])
+    path = folder / "rows" / f"{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {k: [s.hits, s.n] for k, s in measure_row(pair, n).items()})
+        write_json(path, {k: [s.hits, s.n] for k, s in measure_row(pair, n, asked).items()})
     return {k: Share(*counts) for k, counts in read_json(path).items()}
 
 
@@ -198,15 +222,23 @@ def run(path: Path, out: Path, device: str) -> Path:
     """Runs a sweep; returns the folder of its table.json, table.csv and picture.svg."""
     spec = read_sweep(path)
     cells, seeds, n = cells_of(spec), spec.get("seeds", [1]), spec.get("questions", 200)
-    plan = [
-        (cell, seed, Store(out, settings_of(spec, cell), seed)) for cell in cells for seed in seeds
+    # All at once, so that a mistake in the last cell shows before the first one trains.
+    plans = [
+        (cell, seed, make_plan(out, settings_of(spec, cell), seed))
+        for cell in cells
+        for seed in seeds
     ]
-    for _, _, store in plan:  # a mistake in the last cell shows before the first one trains
-        store.check()
+    for cell, _, plan in plans:
+        fewest = min(plan.world.people // 2, plan.world.unseen) * len(ATTRIBUTES)
+        if n > fewest:
+            raise ValueError(
+                f"{path}: questions = {n}, but {label(cell)} has {fewest} facts a split"
+            )
     rows: list[tuple[dict[str, Any], int, Row]] = []
-    for i, (cell, seed, store) in enumerate(plan):
-        print(f"== run {i + 1} of {len(plan)}: seed {seed}, {label(cell) or 'no key varied'}")
-        rows.append((cell, seed, cached_row(train(store, device), n, out)))
+    for i, (cell, seed, plan) in enumerate(plans):
+        print(f"== run {i + 1} of {len(plans)}: seed {seed}, {label(cell) or 'no key varied'}")
+        pair = train(plan, device)
+        rows.append((cell, seed, cached_row(pair, n, plan.qa.get("asked", 1.0), out)))
     folder = out / path.stem
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(folder, spec, cells, rows, device)

@@ -121,18 +121,18 @@ def groups_of(names: list[str]) -> dict[str, list[str]]:
 
 def change(base: Tensor, instruct: Tensor) -> Change:
     """The change of one matrix; all zeros if there is none."""
-    delta = (instruct - base).double()
+    base, delta = base.cpu().double(), (instruct.cpu() - base.cpu()).double()
     full = float(min(delta.shape))
     if not delta.any():
         return Change(0.0, 0.0, 0.0, full, 0.0, 0.0)
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
     energy = S.square().cumsum(0) / S.square().sum()
-    U_base, _, Vh_base = torch.linalg.svd(base.double(), full_matrices=False)
+    U_base, _, Vh_base = torch.linalg.svd(base, full_matrices=False)
     k = min(TOP, min(delta.shape))
     left = (U_base[:, :k].T @ U[:, :k]).square().sum() / k
     right = (Vh_base[:k] @ Vh[:k].T).square().sum() / k
     return Change(
-        relative=float(delta.norm() / base.double().norm().clamp_min(1e-30)),
+        relative=float(delta.norm() / base.norm().clamp_min(1e-30)),
         stable_rank=float(S.square().sum() / S[0].square()),
         energy_rank=float((energy < ENERGY).sum() + 1),
         full_rank=full,
@@ -144,7 +144,8 @@ def change(base: Tensor, instruct: Tensor) -> Change:
 def rows(pair: Pair, base: Tensor, instruct: Tensor) -> dict[str, float]:
     """||D|| / ||W|| over the rows of the template's tokens, and over all other rows."""
     tokenizer = pair.base.tokenizer
-    template = torch.zeros(len(base), dtype=torch.bool)
+    base, instruct = base[: tokenizer.n_vocab], instruct[: tokenizer.n_vocab]  # not the padding
+    template = torch.zeros(len(base), dtype=torch.bool, device=base.device)
     template[[tokenizer.control(t) for t in CONTROL_TOKENS]] = True
     template[tokenizer.end_of_text] = False  # the base knows that one
     delta = instruct - base
@@ -157,7 +158,9 @@ def rows(pair: Pair, base: Tensor, instruct: Tensor) -> dict[str, float]:
 def mixed(instruct: Checkpoint, state: State) -> Checkpoint:
     """A checkpoint in memory with other weights."""
     model = copy.deepcopy(instruct.model)
-    model.load_state_dict(state, strict=False)  # a tied head is not in it
+    missing, unknown = model.load_state_dict(state, strict=False)
+    assert not unknown
+    assert set(missing) <= {"lm_head.weight"}, "only a tied head is not in it"
     return replace(instruct, model=model)
 
 

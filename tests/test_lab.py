@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,11 +19,12 @@ import torch
 from data.chat import Message, parse, render, render_prompt
 from data.prepare import prepare_qa, prepare_world
 from data.world import ATTRIBUTES, SPLITS, World, WorldConfig, exchange
-from lab import behaviour, knowledge, shift, weights
+from lab import behaviour, knowledge, likelihood, shift, weights
 from lab.forgetting import forgetting
 from lab.likelihood import ask, log_likelihoods, score_choices
-from lab.pair import Pair, open_pair, pairs_of, read_qa
+from lab.pair import Pair, open_pair, pairs_of, read_qa, run_instrument
 from lab.stats import Mean, Share, lines, pool, to_json
+from model.gpt import ModelConfig
 from tests.conftest import pretrain_config, sft_config
 from train_pretrain import main as pretrain
 from train_sft import main as sft
@@ -85,8 +88,7 @@ def test_pooled_runs_are_as_one_run_over_all_questions() -> None:
     assert share.runs[2] is None
     assert pool([{"a": 1.0, "b": Share(1, 2)}, {"a": 2.0}]) == {"a": 1.5, "b": Share(1, 2)}
     assert pool([Share(1, 3)]) == Share(1, 3)
-    with pytest.raises(ValueError, match="cannot be pooled"):
-        pool([[1.0], [1.0, 2.0]])
+    assert pool([["a"], ["b", "c"]]) == ["a"]
 
 
 def test_every_share_is_written_with_its_n_and_interval() -> None:
@@ -95,6 +97,7 @@ def test_every_share_is_written_with_its_n_and_interval() -> None:
     assert written["x"]["n"] == 4
     assert written["x"]["low"] < 0.75 < written["x"]["high"]
     assert written["y"][0]["mean"] == 2.0
+    assert to_json(Mean.of([5.0]))["low"] is None
     assert written["z"]["share"] is None
     assert [line.split()[:2] for line in lines(written)] == [["x", "0.750"], ["z", "-"]]
 
@@ -235,10 +238,11 @@ class Scripted:
     """Stands in for `lab.likelihood.ask`: replies that are known by construction."""
 
     def __init__(self, reply: Callable[[str], str], stop: bool) -> None:
-        self.reply, self.stop = reply, stop
+        self.reply, self.stop, self.asked = reply, stop, list[str]()
 
     def __call__(self, checkpoint: Any, prompts: list[list[int]], max_new: int) -> list[list[int]]:
         tokenizer = checkpoint.tokenizer
+        self.asked += [tokenizer.decode(prompt) for prompt in prompts]
         texts = [self.reply(tokenizer.decode(prompt)) for prompt in prompts]
         end = [tokenizer.end_of_turn] if self.stop else []
         return [tokenizer.encode(text) + end for text in texts]
@@ -284,7 +288,8 @@ def test_a_model_that_knows_everything_scores_one_and_must_stop(
 ) -> None:
     world = world_of(pair)
     for stop, expected in ((True, ALL), (False, NONE)):
-        monkeypatch.setattr(knowledge, "ask", Scripted(oracle(world), stop))
+        scripted = Scripted(oracle(world), stop)
+        monkeypatch.setattr(knowledge, "ask", scripted)
         found = knowledge.measure(pair.instruct, world, 30)
         assert right(found.cloze) == ALL
         assert right(found.answers) == right(found.rephrased) == expected
@@ -292,6 +297,18 @@ def test_a_model_that_knows_everything_scores_one_and_must_stop(
         assert {s: a.mentions.value for s, a in found.answers.items()} == ALL
         assert {s: a.stops.value for s, a in found.answers.items()} == expected
         by_attribute = found.answers["held_out"].right
+        for wordings in ("questions", "unused_questions"):
+            put = {
+                q.format(name=p.name)
+                for p in world.people
+                for a in ATTRIBUTES
+                for q in getattr(a, wordings)
+            }
+            asked = [
+                t for t in scripted.asked if t.split("<|user|>")[-1].split("<|end|>")[0] in put
+            ]
+            assert len(asked) == 3 * 30
+        assert sum("Answer:" in text for text in scripted.asked) == 3 * 10
         assert sum(by_attribute[a.name].n for a in ATTRIBUTES) == by_attribute["all"].n == 30
         for context, found_ranks in found.ranks.items():
             assert context in ("cloze", "plain", "chat")
@@ -320,20 +337,24 @@ def test_the_truth_ranks_first_where_it_is_likeliest_and_last_where_it_is_not(
     questions = [exchange(p, a, a.questions[0])[:1] for p, a in facts]
     truths = {f[0].facts[f[1].name] for f in facts}
 
+    prompts: list[str] = []
+
+    def score(sign: float, c: Any, prompt: list[int], choices: list[list[int]]) -> list[float]:
+        prompts.append(tokenizer.decode(prompt))
+        person = next(x for x in world.people if x.name in prompts[-1])
+        own = [f" {person.facts[a.name]}." for a in ATTRIBUTES]
+        return [sign * any(v in tokenizer.decode(choice) for v in own) for choice in choices]
+
     for sign, expected in ((1.0, 1.0), (-1.0, 1 / 40)):
-
-        def score(c: Any, p: Any, choices: list[list[int]], sign: float = sign) -> list[float]:
-            own = [v for v in truths if v in tokenizer.decode(p)]
-            assert not own
-            person = next(x for x in world.people if x.name in tokenizer.decode(p))
-            names = [person.facts[a.name] for a in ATTRIBUTES]
-            return [sign * any(f" {v}." in tokenizer.decode(c) for v in names) for c in choices]
-
-        monkeypatch.setattr(knowledge, "score_choices", score)
+        monkeypatch.setattr(knowledge, "score_choices", partial(score, sign))
         for context in ("cloze", "plain", "chat"):
+            prompts.clear()
             found = knowledge.rank(pair.base, world, facts, questions, context)
             assert found.reciprocal.mean == pytest.approx(expected)
             assert found.first.value == float(sign > 0)
+            assert not any(v in prompt for v in truths for prompt in prompts)
+            assert {"Answer:" in prompt for prompt in prompts} == {context == "plain"}
+            assert {"<|user|>" in prompt for prompt in prompts} == {context == "chat"}
 
 
 def test_more_questions_than_facts_are_refused(pair: Pair) -> None:
@@ -344,7 +365,7 @@ def test_more_questions_than_facts_are_refused(pair: Pair) -> None:
 # ---- behaviour -------------------------------------------------------------------------------
 
 
-def behave(pair: Pair, reply: Callable[[str], str], stop: bool, **patches: Any) -> Any:
+def behave(pair: Pair, reply: Callable[[str], str], stop: bool) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(behaviour, "ask", Scripted(reply, stop))
         patch.setattr(knowledge, "ask", Scripted(reply, stop))
@@ -354,17 +375,74 @@ def behave(pair: Pair, reply: Callable[[str], str], stop: bool, **patches: Any) 
 def test_behaviour_of_scripted_models(pair: Pair) -> None:
     reply = oracle(world_of(pair))
     good = behave(pair, reply, stop=True)
-    assert good.stops == good.answer_only == Share(20, 20)
+    assert good.stops == good.brief == Share(20, 20)
     assert good.echoes == good.asks_on == Share(0, 20)
     assert good.follow_up["with"] == Share(20, 20)
     rambler = behave(pair, lambda prompt: "so it goes " * 9, stop=False)
-    assert rambler.stops == rambler.answer_only == Share(0, 20)
+    assert rambler.stops == rambler.brief == Share(0, 20)
     assert rambler.follow_up == {"with": Share(0, 20), "without": Share(0, 20)}
-    assert rambler.distinct["1"].mean < 0.3 < good.distinct["1"].mean
+    assert rambler.distinct["1"].mean < 0.6 < good.distinct["1"].mean
     assert rambler.tokens.mean == len(pair.base.tokenizer.encode("so it goes " * 9))
     parrot = behave(pair, lambda p: p.split("<|user|>")[-1].split("<|end|>")[0], stop=True)
     assert parrot.echoes == parrot.asks_on == Share(20, 20)
-    assert parrot.answer_only == Share(0, 20)
+    assert parrot.brief == Share(0, 20)
+
+
+def test_each_column_is_asked_in_its_own_way(pair: Pair) -> None:
+    scripted = Scripted(oracle(world_of(pair)), stop=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(behaviour, "ask", scripted)
+        patch.setattr(knowledge, "ask", scripted)
+        behaviour.behaviour(pair, 5)
+    first = scripted.asked[:5]
+    held_out = {p.name for p in world_of(pair).by_split["held_out"]}
+    assert all(any(name in text for name in held_out) for text in first)
+    plain = [text for text in scripted.asked if "Answer:" in text]
+    assert len(plain) == len(scripted.asked) / 3
+    assert not any("<|user|>" in text for text in plain)
+
+
+def test_a_probe_asks_about_held_out_people(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted = Scripted(oracle(world_of(pair)), stop=True)
+    monkeypatch.setattr(knowledge, "ask", scripted)
+    found = behaviour.probe(pair, pair.base, 12)
+    assert found == behaviour.Point(Share(12, 12), Share(12, 12), Share(12, 12))
+    held_out = {p.name for p in world_of(pair).by_split["held_out"]}
+    assert all(any(name in text for name in held_out) for text in scripted.asked)
+    assert len(scripted.asked) == 24
+
+
+def test_reciting_gives_the_beginning_of_a_text_that_was_read(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(pair)
+    facts = knowledge.draw(world, "held_out", 30, random.Random(1))
+
+    def memory(prompt: str) -> str:
+        begun = prompt.removeprefix("<|endoftext|>")
+        return next(b.removeprefix(begun) for b in world.biographies() if b.startswith(begun))
+
+    scripted = Scripted(memory, stop=False)
+    monkeypatch.setattr(knowledge, "ask", scripted)
+    found = knowledge.recite(pair.base, world, facts, random.Random(1))["all"]
+    assert found.hits == found.n == len(scripted.asked) > 20
+    monkeypatch.setattr(knowledge, "ask", Scripted(lambda prompt: " nothing", stop=False))
+    assert knowledge.recite(pair.base, world, facts, random.Random(1))["all"].hits == 0
+
+
+def test_what_does_not_fit_into_the_context_is_not_asked(pair: Pair) -> None:
+    block = pair.base.model.config.block_size
+    talk = [
+        [Message(role="user", content="Who?"), Message(role="assistant", content="Ada. " * n)]
+        for n in (1, 3, block, 2)
+    ]
+    few = replace(pair, world=None, conversations=talk)
+    kept = behaviour.fitting(few)
+    assert talk[2] not in kept
+    assert kept
+    behaviour.behaviour(few, 10)  # the long reply is not compared with the others either
+    with pytest.raises(ValueError, match="no question fits"):
+        behaviour.fitting(replace(few, conversations=[talk[2]]))
 
 
 def test_distinct_counts_different_n_grams() -> None:
@@ -443,6 +521,25 @@ def test_roles_follow_the_generator(pair: Pair) -> None:
     assert set(shift.roles_of(other, tokenizer)) == {"other", "stop"}
 
 
+def test_the_base_reads_each_context_in_its_own_way(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[int, list[str]] = {id(pair.base): [], id(pair.instruct): []}
+    real = likelihood.predictions
+
+    def spied(checkpoint: Any, prompts: Any, replies: Any) -> Any:
+        read[id(checkpoint)] += [checkpoint.tokenizer.decode(prompt) for prompt in prompts]
+        return real(checkpoint, prompts, replies)
+
+    monkeypatch.setattr(shift, "predictions", spied)
+    assert list(shift.shift(pair, 4)) == ["chat", "plain", "raw"]
+    mine, its = read[id(pair.instruct)], read[id(pair.base)]
+    assert mine[:4] == mine[4:8] == mine[8:] == its[:4]
+    assert all("<|user|>" in text for text in mine)
+    assert all("Answer:" in text for text in its[4:8])
+    assert not any("Answer:" in text or "<|user|>" in text for text in its[8:])
+
+
 # ---- weights ---------------------------------------------------------------------------------
 
 
@@ -494,6 +591,28 @@ def test_interpolation_meets_both_models_bit_for_bit(pair: Pair) -> None:
         torch.testing.assert_close(middle, (base + instruct) / 2, atol=1e-7, rtol=1e-5)
         beyond = weights.interpolate(base, instruct, 1.5)
         torch.testing.assert_close(beyond, instruct + (instruct - base) / 2, atol=1e-6, rtol=1e-5)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(pair: Pair, checkpoint: Any, n: int) -> behaviour.Point:
+        seen.append(dict(checkpoint.model.state_dict()))
+        return behaviour.Point(Share(0, 1), Share(0, 1), Share(0, 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "probe", look)
+        weights.weights(pair, 6)
+    points = iter(seen)
+    for scale in weights.SCALES:
+        mixture = next(points)
+        for name, base in states[0].items():
+            expected = weights.interpolate(base, states[1][name], scale)
+            assert torch.equal(mixture[name], expected)
+    for names in weights.groups_of(list(states[0])).values():
+        for inside, outside in ((1, 0), (0, 1)):  # only this change, and all but this
+            mixture = next(points)
+            for name in states[0]:
+                side = inside if name in names else outside
+                assert torch.equal(mixture[name], states[side][name])
+    assert next(points, None) is None
     found = weights.weights(pair, 6)
     assert found.interpolation["0"] == behaviour.probe(pair, pair.base, 6)
     assert found.interpolation["1"] == behaviour.probe(pair, pair.instruct, 6)
@@ -524,6 +643,13 @@ def test_forgetting_follows_every_checkpoint_and_returns_to_the_text(
     losses = found.text_loss
     assert list(losses["tuning"]) == ["0", "4", "6"]
     assert losses["recovery"]["4"] < losses["tuning"]["6"]  # six steps of tuning: far from done
+    middle = replace(pair.instruct, path=pair.instruct.path.parent / "step_000004")
+    middle.meta["step"] = 4
+    assert list(forgetting(replace(pair, instruct=middle), 6).tuning) == ["0", "4"]
+    middle.meta["step"] = 6
+    gone = {"data": {"fingerprint": "of another text"}}
+    other = replace(pair.base, meta=pair.base.meta | gone)
+    assert not forgetting(replace(pair, base=other), 6).text_loss
     pair.base.meta["config"]["data"]["path"] = "gone"
     found = forgetting(pair, 6)
     assert not found.recovery
@@ -540,3 +666,52 @@ def test_instruments_without_a_truth_work_on_any_text(
     assert set(shift.shift(plain, 5)["raw"].roles) <= {"other", "stop"}
     point = weights.weights(plain, 3).interpolation["1"]
     assert (point.stops.n, point.answers.n, point.cloze.n) == (3, 0, 0)
+
+
+def test_every_instrument_works_on_a_tied_gpt2(
+    world_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = pretrain_config(world_dir, tmp_path / "base", steps=1)
+    shape = {k: getattr(config.model, k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
+    pretrain(replace(config, model=ModelConfig(recipe="gpt2", **shape)))
+    sft(sft_config(world_dir, tmp_path / "base", tmp_path / "instruct", steps=1))
+    monkeypatch.setattr("lab.forgetting.RETURN_STEPS", 1)
+    gpt2 = open_pair(str(tmp_path / "base"), str(tmp_path / "instruct"), "cpu", None)
+    found = weights.weights(gpt2, 3)
+    assert "lm_head.weight" not in found.matrices
+    assert {"wte.weight", "wpe.weight"} <= set(found.matrices)
+    assert found.interpolation["1"] == behaviour.probe(gpt2, gpt2.instruct, 3)
+    assert shift.shift(gpt2, 3)["raw"].every.kl.n > 0
+    assert list(forgetting(gpt2, 3).recovery) == ["1"]
+
+
+def test_an_instrument_alone_prints_and_writes_its_figures(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, run in zip(("base", "instruct"), runs, strict=True):
+        for seed in "12":
+            (tmp_path / seed).mkdir(exist_ok=True)
+            (tmp_path / seed / name).symlink_to(run)
+    both = [f"--{name}={tmp_path}/{{seed}}/{name}" for name in ("base", "instruct")]
+    out = tmp_path / "shift.json"
+
+    def call(*options: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["shift", *both, "--seeds", "1", "2", *options])
+        run_instrument("", shift.shift, questions=3)
+
+    call("--out", str(out))
+    printed = capsys.readouterr().out
+    written = json.loads(out.read_text())
+    figure = written["result"]["chat"]["every"]["classes"]["unshifted"]
+    assert figure["runs"][0] == figure["runs"][1] == pytest.approx(figure["share"])
+    assert f"chat.every.classes.unshifted {figure['share']:.3f}" in " ".join(printed.split())
+    assert written["settings"]["questions"] == 3
+    assert [run["instruct"]["step"] for run in written["runs"]] == [6, 6]
+    for wrong in (
+        ["--out", str(tmp_path)],
+        ["--questions", "0"],
+        ["--out", f"{tmp_path}/no/x.json"],
+    ):
+        with pytest.raises(SystemExit):
+            call(*wrong)
+        assert capsys.readouterr().err.count("\n") == 1

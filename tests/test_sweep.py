@@ -148,18 +148,18 @@ def test_stages_that_are_asked_for_are_run_and_shared(
     folder = sweep.run(write(tmp_path, text), tmp_path / "out", "cpu")
     assert base.steps == 3 + 2
     spec = sweep.read_sweep(tmp_path / "tiny.toml")
-    stores = [
-        sweep.Store(tmp_path / "out", sweep.settings_of(spec, cell), 1)
+    plans = [
+        sweep.make_plan(tmp_path / "out", sweep.settings_of(spec, cell), 1)
         for cell in sweep.cells_of(spec)
     ]
-    assert len({store.place["pretrain"] for store in stores}) == 1
-    assert len({store.place["sft"] for store in stores}) == 3
-    assert stores[0].sft_config().base == str(stores[0].place["pretrain"])
-    assert stores[1].sft_config().base == str(stores[1].place["more"])
-    more = stores[1].more_config()
-    assert more is not None
-    assert more.init_from == str(stores[1].place["pretrain"])
-    asked = stores[2].place["qa"].with_suffix(".jsonl").read_text()
+    assert len({plan.pretrain.run.dir for plan in plans}) == 1
+    assert len({plan.sft.run.dir for plan in plans}) == 3
+    assert plans[0].more is None
+    assert plans[0].sft.base == plans[0].pretrain.run.dir
+    assert plans[1].more is not None
+    assert plans[1].more.init_from == plans[1].pretrain.run.dir
+    assert plans[1].sft.base == plans[1].more.run.dir
+    asked = Path(plans[2].sft.data.path).read_text()
     assert asked.count('"I do not know."') > asked.count("\n") / 4
     assert (folder / "picture.svg").exists()
 
@@ -173,6 +173,12 @@ def test_stages_that_are_asked_for_are_run_and_shared(
         ('[grid]\n"sft.data.examples" = [4, -1]\n', "data.examples is -1"),
         ('[grid]\n"world.poeple" = [4]\n', "poeple"),
         ('[grid]\n"qa.stangers" = [0.5]\n', "stangers"),
+        ('[grid]\n"qa.strangers" = [1.5]\n', "strangers is 1.5"),
+        ('[grid]\n"qa.asked" = [0.0]\n', "nobody to ask"),
+        ('[grid]\n"world.people" = [24, 4]\n', "questions = 12, but world.people=4 has 10 facts"),
+        ('[grid]\n"sft.data.examples" = 4\n', "the values on a grid are a list"),
+        ('[grid]\n"sft.run.seed" = [1, 2]\n', "sft.run.seed is the sweep's own to set"),
+        ('[grid]\n"more.init_from" = ["x"]\n', "more.init_from is the sweep's own to set"),
         ("[grid\n", "tiny.toml"),
     ],
 )
@@ -200,5 +206,32 @@ def test_the_shipped_sweeps_are_whole(path: Path, tmp_path: Path) -> None:
     cells = sweep.cells_of(spec)
     assert len(cells) > 1
     for cell in cells:
-        store = sweep.Store(tmp_path, sweep.settings_of(spec, cell), 1)
-        store.check()
+        sweep.make_plan(tmp_path, sweep.settings_of(spec, cell), 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("seeds = []", "seeds"), ("seeds = 1", "seeds"), ("questions = 0", "questions = 0")],
+)
+def test_seeds_and_questions_must_be_usable(line: str, message: str, tmp_path: Path) -> None:
+    key = line.split(" ")[0]
+    text = "\n".join(line if old.startswith(f"{key} =") else old for old in SPEC.splitlines())
+    with pytest.raises(ValueError, match=message):
+        sweep.read_sweep(write(tmp_path, text))
+
+
+def test_a_place_depends_on_what_a_config_says_and_not_on_its_name(tmp_path: Path) -> None:
+    plans = []
+    for name, old, new in (
+        ("a", "", ""),
+        ("b", "# nothing", "# changed"),
+        ("c", "log_every = 25", "log_every = 5"),
+    ):
+        config = (CONFIGS / "quickstart" / "sft.toml").read_text() + "# nothing\n"
+        (tmp_path / f"{name}.toml").write_text(config.replace(old, new) if old else config)
+        text = SPEC.replace(f"{CONFIGS}/quickstart/sft.toml", str(tmp_path / f"{name}.toml"))
+        spec = sweep.read_sweep(write(tmp_path, text, "spec"))
+        plans.append(sweep.make_plan(tmp_path, sweep.settings_of(spec, {}), 1))
+    assert plans[0] == plans[1]
+    assert plans[0].pretrain == plans[2].pretrain
+    assert plans[0].sft.run.dir != plans[2].sft.run.dir

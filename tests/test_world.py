@@ -172,9 +172,9 @@ def test_sizes_that_cannot_be_made_are_refused_by_name(option: str, value: int) 
 
 @pytest.mark.parametrize("dont_know", [False, True])
 def test_strangers_take_the_place_of_known_people(dont_know: bool) -> None:
-    found = list(WORLD.conversations(strangers=0.4, dont_know=dont_know))
+    found = list(WORLD.conversations(asked=0.6, strangers=0.4, dont_know=dont_know))
     known = WORLD.by_split["known"]
-    kept = [p.name for p in known[: len(known) - round(0.4 * len(known))]]
+    kept = [p.name for p in known[: round(0.6 * len(known))]]
     everyone = {p.name for p in WORLD.people}
     about_kept = [c for c in found if any(name in c[0]["content"] for name in kept)]
     strange = [c for c in found if c not in about_kept]
@@ -184,7 +184,10 @@ def test_strangers_take_the_place_of_known_people(dont_know: bool) -> None:
         assert not any(name in m["content"] for m in conversation for name in everyone)
         replies = [m["content"] for m in conversation if m["role"] == "assistant"]
         assert all((reply == DONT_KNOW) == dont_know for reply in replies)
-    assert list(WORLD.conversations(strangers=0.0)) == CONVERSATIONS
+    assert list(WORLD.conversations(asked=0.6)) == about_kept
+    for asked, strangers in ((0.0, 0.0), (-0.1, 0.5), (1.0, 1.5)):
+        with pytest.raises(ValueError, match=r"asked|strangers"):
+            list(WORLD.conversations(asked, strangers))
 
 
 def test_bare_replies_are_the_values_of_the_same_questions() -> None:
@@ -196,3 +199,8 @@ def test_bare_replies_are_the_values_of_the_same_questions() -> None:
             value = short["content"].removesuffix(".")
             assert value in person.facts.values()
             assert whole["content"].endswith(f" {value}.")
+
+
+def test_the_biographies_of_a_person_are_those_of_the_text() -> None:
+    own = [text for person in WRITTEN for text in WORLD.biographies_of(person)]
+    assert own == BIOGRAPHIES
