@@ -35,6 +35,7 @@ SWEEP_LINES = {
     "cloze_held_out": ("cloze after SFT, held-out", BASE),
     "stops_held_out": ("stops by itself", GREY),
     "abstains_unseen": ("says “I do not know”, unseen", PURPLE),
+    "abstains_held_out": ("the same, held-out", "#D55E00"),
 }
 
 
@@ -219,7 +220,7 @@ def text_loss_plot(forgetting: dict[str, Any]) -> Figure:
 def sweep_plot(table: dict[str, Any]) -> str:
     """The pooled cells of a sweep: curves over one numeric key, else a row of dots each."""
     cells = table["cells"]
-    lines = {k: v for k, v in SWEEP_LINES.items() if k != "abstains_unseen" or abstains(cells)}
+    lines = {k: v for k, v in SWEEP_LINES.items() if abstains(cells) or "abstains" not in k}
     values = [list(c["cell"].values()) for c in cells]
     with mpl.rc_context(STYLE):
         if all(len(v) == 1 and type(v[0]) in (int, float) for v in values):
