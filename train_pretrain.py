@@ -45,7 +45,7 @@ class PretrainConfig:
     """Start from the weights of this checkpoint, or run, instead of random ones."""
 
 
-def initial_weights(path: str, model: GPT, data: PretrainData) -> dict[str, Any]:
+def take_weights(path: str, model: GPT, data: PretrainData) -> dict[str, Any]:
     """Loads the weights of another run's checkpoint; returns what it was, for meta.json.
 
     Raises:
@@ -81,17 +81,19 @@ def main(config: PretrainConfig) -> Path:
     checkpoint = open_run(run_dir, asdict(config))
 
     data = PretrainData(config.data, config.model.block_size, config.run.seed)
-    device = set_up(config.run.device, config.run.seed)
-    model = GPT(config.model, data.tokenizer.n_vocab).to(device)
     made_from: dict[str, Any] = {"data": {"fingerprint": fingerprint(data.meta["files"])}}
-    if config.init_from is not None:
-        made_from["init_from"] = initial_weights(config.init_from, model, data)
     if checkpoint:
         check_origin(checkpoint, made_from)
         if is_complete(checkpoint, steps):
             print(f"{run_dir}: complete at step {steps}, nothing to do")
             return checkpoint
 
+    device = set_up(config.run.device, config.run.seed)
+    model = GPT(config.model, data.tokenizer.n_vocab).to(device)
+    if config.init_from is not None:
+        made_from["init_from"] = take_weights(config.init_from, model, data)
+        if checkpoint:
+            check_origin(checkpoint, made_from)
     optimizers = build_optimizers(model, config.optim)
     compile_model(model, config.run.compile)
     row = resume(checkpoint, model, optimizers) if checkpoint else {}

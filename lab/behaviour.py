@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from data.chat import Message
 from data.world import ATTRIBUTES, World, exchange
-from lab.knowledge import answer, complete, draw, reply_limit, true_replies
+from lab.knowledge import answer, complete, draw
 from lab.likelihood import ask, log_likelihoods
 from lab.pair import CONTEXTS, Pair, run_instrument
 from lab.stats import Mean, Share
@@ -52,43 +52,12 @@ class Behaviour:
 
 def behaviour(pair: Pair, questions: int) -> dict[str, Behaviour]:
     """Base and instruct in the chat template, and the base asked in plain text."""
-    chosen = fitting(pair)[:questions]
-    limit = limit_of(pair)
+    chosen, limit = pair.conversations[:questions], pair.limit
     return {
         "base": behave(pair.base, chosen, "chat", limit, pair.world),
         "base_plain": behave(pair.base, chosen, "plain", limit, pair.world),
         "instruct": behave(pair.instruct, chosen, "chat", limit, pair.world),
     }
-
-
-def limit_of(pair: Pair) -> int:
-    """Tokens in which a reply to one of a pair's conversations must end."""
-    if pair.world is not None:
-        return reply_limit(pair.base, true_replies(pair.world))
-    return reply_limit(pair.base, (c[-1]["content"] for c in pair.conversations))
-
-
-def fitting(pair: Pair) -> list[list[Message]]:
-    """The conversations that fit into the model's context, however they are put.
-
-    With the prompt, any true reply of them and any reply up to the limit must fit.
-
-    Raises:
-        ValueError: none does.
-    """
-    tokenizer, limit = pair.base.tokenizer, limit_of(pair)
-    block, found, longest_prompt, longest_reply = pair.base.model.config.block_size, [], 0, limit
-    for c in pair.conversations:
-        prompt = max(len(put(c[:-1], tokenizer)) for put in CONTEXTS.values())
-        reply = len(tokenizer.encode(c[-1]["content"])) + 1
-        if max(longest_prompt, prompt) + max(longest_reply, reply) <= block:
-            found.append(c)
-            longest_prompt, longest_reply = max(longest_prompt, prompt), max(longest_reply, reply)
-    if not found:
-        raise ValueError(
-            f"no question fits into the context of {block} tokens together with {limit} of a reply"
-        )
-    return found
 
 
 def behave(
@@ -173,8 +142,8 @@ def probe(pair: Pair, checkpoint: Checkpoint, n: int) -> Point:
     """Asks a model n questions, and to complete n biographies, always the same ones."""
     if pair.world is None:
         tokenizer = checkpoint.tokenizer
-        prompts = [CONTEXTS["chat"](c[:-1], tokenizer) for c in fitting(pair)[:n]]
-        replies = ask(checkpoint, prompts, limit_of(pair))
+        prompts = [CONTEXTS["chat"](c[:-1], tokenizer) for c in pair.conversations[:n]]
+        replies = ask(checkpoint, prompts, pair.limit)
         nothing = Share(0, 0)
         return Point(Share.of(r[-1] == tokenizer.end_of_turn for r in replies), nothing, nothing)
     rng = random.Random(f"probe {pair.world.config.seed}")

@@ -85,7 +85,10 @@ def text_of(base: Checkpoint) -> PretrainData | None:
     if not Path(config["data"]["path"]).exists():
         return None
     settings = PretrainDataConfig(**config["data"])
-    data = PretrainData(settings, base.model.config.block_size, config["run"]["seed"])
+    try:
+        data = PretrainData(settings, base.model.config.block_size, config["run"]["seed"])
+    except ValueError:  # damaged, or something else by now
+        return None
     return data if fingerprint(data.meta["files"]) == base.meta["data"]["fingerprint"] else None
 
 

@@ -24,7 +24,7 @@ from data.world import (
     cloze_prompts,
     exchange,
 )
-from lab.likelihood import ask, score_choices
+from lab.likelihood import ask, reply_limit, score_choices
 from lab.pair import CONTEXTS, Pair, Prompt, plain_prompt, run_instrument
 from lab.stats import Mean, Share
 from training.checkpoint import Checkpoint
@@ -43,7 +43,7 @@ class Answers:
         mentions: it names the right value at all, stopping or not.
         stops: it ends with the end-of-turn token.
         next_document: it runs into another document (end-of-text).
-        abstains: it is "I do not know."
+        abstains: it begins with "I do not know."
     """
 
     right: Cell
@@ -212,15 +212,6 @@ def true_replies(world: World) -> Iterator[str]:
     )
 
 
-def reply_limit(checkpoint: Checkpoint, replies: Iterable[str]) -> int:
-    """Tokens in which a reply must end: four times the longest true one, half the context at most.
-
-    Who has not stopped by then, rambles.
-    """
-    longest = max(len(checkpoint.tokenizer.encode(reply)) for reply in replies)
-    return min(4 * (longest + 1), checkpoint.model.config.block_size // 2)
-
-
 def names_only(text: str, value: str, attribute: Attribute) -> bool:
     """Whether a text names this value of the attribute and no other one."""
     return value in text and not any(v in text for v in attribute.values if v != value)
@@ -262,8 +253,8 @@ def knowledge(pair: Pair, questions: int) -> dict[str, Knowledge]:
     """
     if pair.world is None:
         raise ValueError(
-            "these checkpoints were not trained on a world made by `python -m data.prepare world`; "
-            "knowledge can only be measured where the truth is known"
+            "knowledge can only be measured where the truth is known: on checkpoints that were "
+            "trained on a world made by `python -m data.prepare world`, and without --qa"
         )
     world = pair.world
     return {c.meta["kind"]: measure(c, world, questions) for c in (pair.base, pair.instruct)}

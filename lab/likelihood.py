@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ def ask(checkpoint: Checkpoint, prompts: Sequence[list[int]], max_new: int) -> l
         ):
             replies[i] = reply
     return replies
+
+
+def reply_limit(checkpoint: Checkpoint, replies: Iterable[str]) -> int:
+    """Tokens in which a reply must end: four times the longest true one, half the context at most.
+
+    Who has not stopped by then, rambles.
+    """
+    longest = max(len(checkpoint.tokenizer.encode(reply)) for reply in replies)
+    return min(4 * (longest + 1), checkpoint.model.config.block_size // 2)
 
 
 def batches(checkpoint: Checkpoint, lengths: list[int]) -> list[list[int]]:

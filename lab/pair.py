@@ -21,7 +21,8 @@ from data.files import (
 )
 from data.read import read_conversations
 from data.tokenizer import Tokenizer
-from data.world import ATTRIBUTES, Attribute, Person, World, WorldConfig, exchange
+from data.world import ATTRIBUTES, World, WorldConfig, exchange
+from lab.likelihood import reply_limit
 from lab.stats import lines, pool, to_json
 from sample import load_pair
 from training.checkpoint import PREPARED_QA, Checkpoint
@@ -38,19 +39,23 @@ class Pair:
         world: the synthetic people that both were trained on; None where they were not.
         conversations: each a question with the turns before it, and its true reply at the end:
             about held-out people of the world, else from the instruct model's validation set.
+            All fit into the model's context, however they are put.
+        limit: tokens in which a reply to one of them must end.
     """
 
     base: Checkpoint
     instruct: Checkpoint
     world: World | None
     conversations: list[list[Message]]
+    limit: int
 
 
 def open_pair(base: str, instruct: str, device: str, qa: Path | None) -> Pair:
     """Loads two checkpoints and finds what to ask them.
 
     Args:
-        qa: conversations to use instead: a Q&A file, or a folder of prepared ones.
+        qa: conversations to use instead, as if there were no world: a Q&A file, or a folder of
+            prepared ones.
 
     Raises:
         ValueError: they are no pair, have different shapes, or there is nothing to ask.
@@ -61,10 +66,33 @@ def open_pair(base: str, instruct: str, device: str, qa: Path | None) -> Pair:
         raise ValueError("the two checkpoints have different model shapes; they cannot be compared")
     world = world_of(*pair)
     if qa is None and world is not None:
-        conversations = [exchange(*asked) for asked in questions_about(world, "held_out")]
+        conversations = questions_about(world)
     else:
-        conversations = read_qa(qa or qa_of(pair[1]), pair[1].tokenizer)
-    return Pair(*pair, world, conversations)
+        world, conversations = None, read_qa(qa or qa_of(pair[1]))
+    limit = reply_limit(pair[0], (c[-1]["content"] for c in conversations))
+    return Pair(*pair, world, fitting(conversations, pair[0], limit), limit)
+
+
+def fitting(
+    conversations: list[list[Message]], checkpoint: Checkpoint, limit: int
+) -> list[list[Message]]:
+    """The conversations that leave room for a reply of `limit` tokens, and whose own is no longer.
+
+    Raises:
+        ValueError: there are none.
+    """
+    tokenizer, room = checkpoint.tokenizer, checkpoint.model.config.block_size - limit
+    found = [
+        c
+        for c in conversations
+        if max(len(put(c[:-1], tokenizer)) for put in CONTEXTS.values()) <= room
+        and len(tokenizer.encode(c[-1]["content"])) < limit
+    ]
+    if not found:
+        raise ValueError(f"no question fits into {room} tokens with a reply in {limit} more")
+    if left_out := len(conversations) - len(found):
+        print(f"note: {left_out} of {len(conversations)} questions do not fit", file=sys.stderr)
+    return found
 
 
 def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
@@ -97,12 +125,12 @@ def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
     return world
 
 
-def questions_about(world: World, split: str) -> list[tuple[Person, Attribute, str]]:
-    """Every fact of a split once, in random order, with a phrasing that tuning uses."""
-    rng = random.Random(f"questions about {split} {world.config.seed}")
-    facts = [(p, a) for p in world.by_split[split] for a in ATTRIBUTES]
+def questions_about(world: World) -> list[list[Message]]:
+    """Every fact about held-out people once, in random order, as tuning would ask for it."""
+    rng = random.Random(f"questions about held-out people {world.config.seed}")
+    facts = [(p, a) for p in world.by_split["held_out"] for a in ATTRIBUTES]
     rng.shuffle(facts)
-    return [(p, a, rng.choice(a.questions)) for p, a in facts]
+    return [exchange(p, a, rng.choice(a.questions)) for p, a in facts]
 
 
 def qa_of(instruct: Checkpoint) -> Path:
@@ -116,21 +144,17 @@ def qa_of(instruct: Checkpoint) -> Path:
     return path
 
 
-def read_qa(path: Path, tokenizer: Tokenizer) -> list[list[Message]]:
+def read_qa(path: Path) -> list[list[Message]]:
     """The conversations of a Q&A file, or the validation ones of a prepared folder.
 
     Raises:
-        ValueError: not readable, or none ends with a reply.
+        ValueError: not readable.
     """
-    if path.is_dir():
-        open_prepared(str(path), "qa")
-        found = [parse(ids.tolist(), Tokenizer.load(path)) for ids, _ in load_examples(path, "val")]
-    else:
-        found = read_conversations([path], skip_bad=False)
-    found = [c for c in found if c[-1]["role"] == "assistant"]
-    if not found:
-        raise ValueError(f"{path} has no conversation that ends with a reply")
-    return found
+    if not path.is_dir():
+        return read_conversations([path], skip_bad=False)
+    open_prepared(str(path), "qa")
+    tokenizer = Tokenizer.load(path)
+    return [parse(ids.tolist(), tokenizer) for ids, _ in load_examples(path, "val")]
 
 
 def plain_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
@@ -166,7 +190,7 @@ def pair_arguments(about: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--seeds", nargs="+", help="pool several pairs: each of these for {seed} in both paths"
     )
-    p.add_argument("--qa", type=Path, help="Q&A file or folder to ask from, instead of their own")
+    p.add_argument("--qa", type=Path, help="ask from this Q&A file or folder, not about the world")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     return p
 
@@ -201,8 +225,10 @@ def provenance(pair: Pair) -> dict[str, Any]:
 def measured_by() -> str:
     """A fingerprint of the code that figures depend on: not of what draws and arranges them."""
     root = Path(__file__).parents[1]
-    files = [f for folder in ("data", "model", "lab") for f in (root / folder).glob("*.py")]
-    files += [root / "sample.py", root / "training" / "step.py", root / "training" / "optim.py"]
+    files = [
+        f for folder in ("data", "model", "training", "lab") for f in (root / folder).glob("*.py")
+    ]
+    files += [root / "sample.py", root / "train_pretrain.py"]
     drawn = ("plots.py", "report.py", "sweep.py")
     return fingerprint(sorted(sha256_file(f) for f in files if f.name not in drawn))
 

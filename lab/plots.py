@@ -223,7 +223,8 @@ def sweep_plot(table: dict[str, Any]) -> str:
     lines = {k: v for k, v in SWEEP_LINES.items() if abstains(cells) or "abstains" not in k}
     values = [list(c["cell"].values()) for c in cells]
     with mpl.rc_context(STYLE):
-        if all(len(v) == 1 and type(v[0]) in (int, float) for v in values):
+        one_key = len({tuple(c["cell"]) for c in cells}) == 1
+        if one_key and all(len(v) == 1 and type(v[0]) in (int, float) for v in values):
             figure, (axes,) = draw(6.0, 3.6)
             for key, (name, color) in lines.items():
                 line(axes, range(len(cells)), [c[key] for c in cells], name, color)

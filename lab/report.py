@@ -214,6 +214,14 @@ def as_cell(value: dict[str, Any]) -> Markup:
     return Markup('{:.2f} <span class="n">[{}, {}]</span>').format(figure, low, high)
 
 
+def text_at(path: str) -> Any:
+    """What lies where a base's text was: its files' checksums, or None."""
+    try:
+        return read_meta(path)["files"]
+    except (ValueError, KeyError):
+        return None
+
+
 def qa_files(path: Path) -> list[Path]:
     """The files behind --qa."""
     return [f for f in path.iterdir() if f.is_file()] if path.is_dir() else [path]
@@ -225,21 +233,22 @@ def run(a: argparse.Namespace) -> None:
         raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
     paths = pairs_of(a)
     metas = [read_meta(resolve_checkpoint(path)) for pair in paths for path in pair]
-    texts = [m.get("config", {}).get("data", {}).get("path", "") for m in metas]
-    found = [Path(text).exists() for text in texts]
+    texts = [text_at(m.get("config", {}).get("data", {}).get("path", "")) for m in metas]
     asked = None if a.qa is None else sorted(sha256_file(f) for f in qa_files(a.qa))
     code = [measured_by(), sha256_file(Path(__file__))]
     files = [m.get("files") for m in metas]
-    made_from = fingerprint([files, a.questions, asked, found, a.device, code])
+    made_from = fingerprint([files, a.questions, asked, texts, a.device, code])
     path = a.out / "report.json"
     try:
         report = read_json(path)
         stale = report["made_from"] != made_from
     except (ValueError, TypeError, KeyError):  # none yet, or not one of ours
         stale = True
-    a.out.mkdir(parents=True, exist_ok=True)
+    if a.svg is not None and not a.svg.absolute().parent.is_dir():
+        raise ValueError(f"--svg {a.svg}: there is no folder {a.svg.parent}")
     if stale:
         pairs = [open_pair(*both, a.device, a.qa) for both in paths]
+        a.out.mkdir(parents=True, exist_ok=True)
         report = {"made_from": made_from, **make_report(pairs, a.questions)}
         write_json(path, report)
     write_page(report, a.out / "report.html")

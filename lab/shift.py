@@ -19,7 +19,6 @@ import torch
 from data.chat import Message
 from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES
-from lab.behaviour import fitting, limit_of
 from lab.likelihood import ask, predictions
 from lab.pair import CONTEXTS, Pair, run_instrument
 from lab.stats import Mean, Share
@@ -73,10 +72,10 @@ class Shift:
 
 def shift(pair: Pair, questions: int) -> dict[str, Shift]:
     """The shift for the base in each of CONTEXTS; the instruct model is in the chat template."""
-    conversations = fitting(pair)[:questions]
+    conversations = pair.conversations[:questions]
     tokenizer = pair.instruct.tokenizer
     prompts = [CONTEXTS["chat"](c[:-1], tokenizer) for c in conversations]
-    replies = ask(pair.instruct, prompts, limit_of(pair))
+    replies = ask(pair.instruct, prompts, pair.limit)
     return {context: measure(pair, conversations, replies, context) for context in CONTEXTS}
 
 

@@ -77,28 +77,28 @@ class Mean:
 def pool(results: Sequence[T]) -> T:
     """One result of several runs: shares and means over all their n, numbers averaged."""
     first: Any = results[0]
-    rest: Any = results
+    every: Any = results
     if len(results) == 1:
         return results[0]
     if isinstance(first, Share):
         pooled: Any = Share(
-            sum(r.hits for r in rest), sum(r.n for r in rest), tuple(r.value for r in rest)
+            sum(r.hits for r in every), sum(r.n for r in every), tuple(r.value for r in every)
         )
     elif isinstance(first, Mean):
-        n = sum(r.n for r in rest)
-        mean = math.fsum(r.mean * r.n for r in rest) / n if n else 0.0
-        square = math.fsum((r.n - 1) * r.sd**2 + r.n * (r.mean - mean) ** 2 for r in rest if r.n)
+        n = sum(r.n for r in every)
+        mean = math.fsum(r.mean * r.n for r in every) / n if n else 0.0
+        square = math.fsum((r.n - 1) * r.sd**2 + r.n * (r.mean - mean) ** 2 for r in every if r.n)
         sd = math.sqrt(square / max(1, n - 1))
-        pooled = Mean(mean, sd, n, tuple(r.value for r in rest))
+        pooled = Mean(mean, sd, n, tuple(r.value for r in every))
     elif is_dataclass(first) and not isinstance(first, type):
         names = [f.name for f in fields(first)]
-        pooled = type(first)(**{name: pool([getattr(r, name) for r in rest]) for name in names})
+        pooled = type(first)(**{name: pool([getattr(r, name) for r in every]) for name in names})
     elif isinstance(first, dict):
         # What only some runs have (a role that never occurred) is pooled over those.
-        keys = dict.fromkeys(key for r in rest for key in r)
-        pooled = {key: pool([r[key] for r in rest if key in r]) for key in keys}
+        keys = dict.fromkeys(key for r in every for key in r)
+        pooled = {key: pool([r[key] for r in every if key in r]) for key in keys}
     elif isinstance(first, float):
-        pooled = math.fsum(rest) / len(rest)
+        pooled = math.fsum(every) / len(every)
     else:
         pooled = first  # words and examples: the first run speaks for all
     return pooled

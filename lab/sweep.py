@@ -1,8 +1,9 @@
 """Config keys on a grid, with seeds: one run after another, one table, one picture.
 
 A sweep is a TOML file. `[world]`, `[pretrain]`, `[more]`, `[qa]` and `[sft]` hold what is fixed,
-`[grid]` the values of each varied key (all combinations), or `[[cells]]` the combinations one by
-one. A key is that of the script behind the name of its stage: "sft.data.examples". The stages:
+`[grid]` the values of each varied key (all combinations), `[[cells]]` combinations one by one
+(each with every one of the grid, if there are both). A key is that of the script behind the name
+of its stage: "sft.data.examples". The stages:
 
     world      python -m data.prepare world
     pretrain   train_pretrain.py
@@ -64,17 +65,27 @@ def read_sweep(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    defaults: dict[str, Any] = {"about": "", "seeds": [1], "questions": 200}
+    spec = defaults | spec
     known = {"about", "seeds", "questions", "grid", "cells", *STAGES}
     if unknown := sorted(set(spec) - known):
         raise ValueError(f"{path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    seeds, n = spec.get("seeds", [1]), spec.get("questions", 200)
-    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
-        raise ValueError(f"{path}: seeds = {seeds}; give a list such as [1, 2, 3]")
-    if type(n) is not int or n < 1:
-        raise ValueError(f"{path}: questions = {n}; it must be 1 or more")
+    for name in ("grid", *STAGES):
+        if not isinstance(spec.get(name, {}), dict):
+            raise ValueError(f"{path}: {name} = {spec[name]}; it is a table: [{name}]")
+    cells = spec.get("cells", [{}])
+    if not isinstance(cells, list) or not cells:
+        raise ValueError(f"{path}: cells are a list of tables: [[cells]]")
     for key, values in spec.get("grid", {}).items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{path}: {key} = {values}; the values on a grid are a list")
+    seeds, n = spec["seeds"], spec["questions"]
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
+        raise ValueError(f"{path}: seeds = {seeds}; give a list such as [1, 2, 3]")
+    if len(set(seeds)) < len(seeds) or any(cells_of(spec).count(c) > 1 for c in cells_of(spec)):
+        raise ValueError(f"{path}: a seed or a cell stands there twice; it would count twice")
+    if type(n) is not int or n < 1:
+        raise ValueError(f"{path}: questions = {n}; it must be 1 or more")
     fixed = [f"{stage}.{key}" for stage in STAGES for key in spec.get(stage, {})]
     for key in (*fixed, *(key for cell in cells_of(spec) for key in cell)):
         stage, _, name = key.partition(".")
@@ -147,9 +158,10 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
     text = settings["pretrain"] | {"data.path": str(data)}
     pretrain = base = resolve(PretrainConfig, "pretrain", text)
     more = None
-    if settings["more"].get("optim.steps"):
-        start = {"init_from": pretrain.run.dir}
-        more = base = resolve(PretrainConfig, "more", text | settings["more"] | start)
+    if settings["more"]:
+        given = text | settings["more"] | {"init_from": pretrain.run.dir}
+        if parse_config(PretrainConfig, options(given | {"run.dir": "unused"})).optim.steps:
+            more = base = resolve(PretrainConfig, "more", given)
     questions = data
     if qa:
         at.append(sorted(qa.items()))
@@ -168,7 +180,7 @@ def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def train(plan: Plan, device: str) -> Pair:
-    """Runs what is not yet there."""
+    """Runs what is not yet there, and loads the last base and the instruct model."""
     prepare_world(plan.world, plan.data, "bpe:2048", 0.02)
     finish(pretrain, plan.pretrain)
     if plan.more:
@@ -185,12 +197,12 @@ def measure_row(pair: Pair, n: int, asked: float) -> Row:
     """The figures of one run: what the base completes, what the instruct model knows and does.
 
     Args:
-        asked: share of the known people whose questions are in the Q&A: only they are "known".
+        asked: share of the known people who may be asked about in the Q&A: only they are "known".
     """
     assert pair.world is not None
     world = copy.copy(pair.world)
     known = world.by_split["known"]
-    world.by_split = world.by_split | {"known": known[: round(asked * len(known))] or known}
+    world.by_split = world.by_split | {"known": known[: kept(len(known), asked)]}
     row: Row = {}
     for split in SPLITS:
         completed, facts, rng = draw_and_complete(pair.base, world, split, n)
@@ -207,6 +219,11 @@ def measure_row(pair: Pair, n: int, asked: float) -> Row:
     return row
 
 
+def kept(people: int, asked: float) -> int:
+    """How many of the known people are measured as known: those asked about, or all."""
+    return round(asked * people) or people
+
+
 def cached_row(pair: Pair, n: int, asked: float, folder: Path) -> Row:
     """`measure_row`, kept by what was measured and with which code."""
     files = [c.meta["files"] for c in (pair.base, pair.instruct)]
@@ -221,7 +238,7 @@ def cached_row(pair: Pair, n: int, asked: float, folder: Path) -> Row:
 def run(path: Path, out: Path, device: str) -> Path:
     """Runs a sweep; returns the folder of its table.json, table.csv and picture.svg."""
     spec = read_sweep(path)
-    cells, seeds, n = cells_of(spec), spec.get("seeds", [1]), spec.get("questions", 200)
+    cells, seeds, n = cells_of(spec), spec["seeds"], spec["questions"]
     # All at once, so that a mistake in the last cell shows before the first one trains.
     plans = [
         (cell, seed, make_plan(out, settings_of(spec, cell), seed))
@@ -229,7 +246,8 @@ def run(path: Path, out: Path, device: str) -> Path:
         for seed in seeds
     ]
     for cell, _, plan in plans:
-        fewest = min(plan.world.people // 2, plan.world.unseen) * len(ATTRIBUTES)
+        known = kept(plan.world.people // 2, plan.qa.get("asked", 1.0))
+        fewest = min(known, plan.world.unseen) * len(ATTRIBUTES)
         if n > fewest:
             raise ValueError(
                 f"{path}: questions = {n}, but {label(cell)} has {fewest} facts a split"
@@ -260,7 +278,7 @@ def write_tables(
     """One row a run, and the seeds of a cell pooled; as JSON, CSV and a picture."""
     pooled = [pool([row for c, _, row in rows if c == cell]) for cell in cells]
     table = {
-        "about": spec.get("about", ""),
+        "about": spec["about"],
         "spec": spec,
         "environment": environment(pick_device(device)),
         "runs": [{"cell": c, "seed": seed, **to_json(row)} for c, seed, row in rows],
@@ -272,7 +290,7 @@ def write_tables(
         writer = csv.writer(f)
         writer.writerow([*keys, "seed", *rows[0][2], "n"])
         for cell, seed, row in rows:
-            shares = [f"{s.value:.4f}" for s in row.values()]
+            shares = ["" if s.value is None else f"{s.value:.4f}" for s in row.values()]
             writer.writerow(
                 [*(cell.get(k, "") for k in keys), seed, *shares, spec.get("questions", 200)]
             )

@@ -32,7 +32,7 @@ class Change:
     """How one matrix W became W + D.
 
     Attributes:
-        relative: ||D|| / ||W||, Frobenius norms.
+        relative: ||D|| / ||W||, Frobenius norms; 0 where W is all zeros, as it may begin.
         stable_rank: ||D||^2 / s1^2, s1 being the largest singular value of D.
         energy_rank: singular directions of D that hold 90 % of its energy.
         full_rank: the most that could be.
@@ -72,10 +72,10 @@ State = dict[str, Tensor]
 
 def weights(pair: Pair, questions: int) -> Weights:
     """All of it; `questions` per point."""
-    base, instruct = (dict(c.model.state_dict()) for c in (pair.base, pair.instruct))
-    if pair.base.model.config.tie_embeddings:
-        for state in (base, instruct):
-            del state["lm_head.weight"]
+    base, instruct = (
+        {name: p.detach() for name, p in c.model.named_parameters()}
+        for c in (pair.base, pair.instruct)
+    )
 
     def point(state: State) -> Point:
         return probe(pair, mixed(pair.instruct, state), questions)
@@ -132,7 +132,7 @@ def change(base: Tensor, instruct: Tensor) -> Change:
     left = (U_base[:, :k].T @ U[:, :k]).square().sum() / k
     right = (Vh_base[:k] @ Vh[:k].T).square().sum() / k
     return Change(
-        relative=float(delta.norm() / base.norm().clamp_min(1e-30)),
+        relative=float(delta.norm() / base.norm()) if base.any() else 0.0,
         stable_rank=float(S.square().sum() / S[0].square()),
         energy_rank=float((energy < ENERGY).sum() + 1),
         full_rank=full,
@@ -158,9 +158,9 @@ def rows(pair: Pair, base: Tensor, instruct: Tensor) -> dict[str, float]:
 def mixed(instruct: Checkpoint, state: State) -> Checkpoint:
     """A checkpoint in memory with other weights."""
     model = copy.deepcopy(instruct.model)
-    missing, unknown = model.load_state_dict(state, strict=False)
-    assert not unknown
-    assert set(missing) <= {"lm_head.weight"}, "only a tied head is not in it"
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(state[name])
     return replace(instruct, model=model)
 
 

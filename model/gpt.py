@@ -276,7 +276,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Final hidden states (B, T, C) of ids (B, T); a cache holds what came before them.
 
-        With `documents`, see Batch, what a document is does not depend on its neighbours' content.
+        With `documents` (see Batch) no token attends to another document.
 
         Raises:
             ValueError: more tokens than block_size.

@@ -22,7 +22,7 @@ from data.world import ATTRIBUTES, SPLITS, World, WorldConfig, exchange
 from lab import behaviour, knowledge, likelihood, shift, weights
 from lab.forgetting import forgetting
 from lab.likelihood import ask, log_likelihoods, score_choices
-from lab.pair import Pair, open_pair, pairs_of, read_qa, run_instrument
+from lab.pair import Pair, fitting, open_pair, pairs_of, read_qa, run_instrument
 from lab.stats import Mean, Share, lines, pool, to_json
 from model.gpt import ModelConfig
 from tests.conftest import pretrain_config, sft_config
@@ -154,7 +154,7 @@ def test_questions_come_from_a_file_a_folder_or_the_world(
     pair: Pair, runs: Runs, tmp_path: Path
 ) -> None:
     held_out = {p.name for p in world_of(pair).by_split["held_out"]}
-    assert len(pair.conversations) == 60
+    assert 12 < len(pair.conversations) < 60  # the context is short: not all of the 60 fit
     assert all(any(n in c[0]["content"] for n in held_out) for c in pair.conversations)
     file = tmp_path / "qa.jsonl"
     file.write_text(
@@ -163,7 +163,7 @@ def test_questions_come_from_a_file_a_folder_or_the_world(
     asked = open_pair(str(runs[0]), str(runs[1]), "cpu", file).conversations
     assert [c[1]["content"] for c in asked] == [f"{i}." for i in range(9)]
     prepare_qa([file], tmp_path / "qa", runs[0], 0.3, 1)
-    inside = read_qa(tmp_path / "qa", pair.base.tokenizer)
+    inside = read_qa(tmp_path / "qa")
     assert len(inside) == 3
     assert all(c in asked for c in inside)
 
@@ -214,7 +214,7 @@ def test_a_world_that_the_checkpoints_do_not_know_is_refused(
         find(pair.base, pair.instruct)
     del pair.base.meta["prepared"]["world"]
     assert find(pair.base, pair.instruct) is None
-    with pytest.raises(ValueError, match="were not trained on a world"):
+    with pytest.raises(ValueError, match="where the truth is known"):
         knowledge.knowledge(replace(pair, world=None), 10)
 
 
@@ -369,23 +369,23 @@ def behave(pair: Pair, reply: Callable[[str], str], stop: bool) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(behaviour, "ask", Scripted(reply, stop))
         patch.setattr(knowledge, "ask", Scripted(reply, stop))
-        return behaviour.behave(pair.instruct, pair.conversations[:20], "chat", 40, pair.world)
+        return behaviour.behave(pair.instruct, pair.conversations[:12], "chat", 40, pair.world)
 
 
 def test_behaviour_of_scripted_models(pair: Pair) -> None:
     reply = oracle(world_of(pair))
     good = behave(pair, reply, stop=True)
-    assert good.stops == good.brief == Share(20, 20)
-    assert good.echoes == good.asks_on == Share(0, 20)
-    assert good.follow_up["with"] == Share(20, 20)
+    assert good.stops == good.brief == Share(12, 12)
+    assert good.echoes == good.asks_on == Share(0, 12)
+    assert good.follow_up["with"] == Share(12, 12)
     rambler = behave(pair, lambda prompt: "so it goes " * 9, stop=False)
-    assert rambler.stops == rambler.brief == Share(0, 20)
-    assert rambler.follow_up == {"with": Share(0, 20), "without": Share(0, 20)}
+    assert rambler.stops == rambler.brief == Share(0, 12)
+    assert rambler.follow_up == {"with": Share(0, 12), "without": Share(0, 12)}
     assert rambler.distinct["1"].mean < 0.6 < good.distinct["1"].mean
     assert rambler.tokens.mean == len(pair.base.tokenizer.encode("so it goes " * 9))
     parrot = behave(pair, lambda p: p.split("<|user|>")[-1].split("<|end|>")[0], stop=True)
-    assert parrot.echoes == parrot.asks_on == Share(20, 20)
-    assert parrot.brief == Share(0, 20)
+    assert parrot.echoes == parrot.asks_on == Share(12, 12)
+    assert parrot.brief == Share(0, 12)
 
 
 def test_each_column_is_asked_in_its_own_way(pair: Pair) -> None:
@@ -436,13 +436,14 @@ def test_what_does_not_fit_into_the_context_is_not_asked(pair: Pair) -> None:
         [Message(role="user", content="Who?"), Message(role="assistant", content="Ada. " * n)]
         for n in (1, 3, block, 2)
     ]
-    few = replace(pair, world=None, conversations=talk)
-    kept = behaviour.fitting(few)
-    assert talk[2] not in kept
-    assert kept
-    behaviour.behaviour(few, 10)  # the long reply is not compared with the others either
+    limit = likelihood.reply_limit(pair.base, (c[1]["content"] for c in talk))
+    assert limit == block // 2
+    kept = fitting(talk, pair.base, limit)
+    assert kept == [talk[0], talk[1], talk[3]]
+    few = replace(pair, world=None, conversations=kept, limit=limit)
+    behaviour.behaviour(few, 10)  # no reply is longer than there is room for
     with pytest.raises(ValueError, match="no question fits"):
-        behaviour.fitting(replace(few, conversations=[talk[2]]))
+        fitting([talk[2]], pair.base, limit)
 
 
 def test_distinct_counts_different_n_grams() -> None:
@@ -483,12 +484,13 @@ def test_identical_checkpoints_agree_on_every_token(pair: Pair) -> None:
 def test_a_token_that_the_base_would_never_write_is_found(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = render_prompt(behaviour.fitting(pair)[0][:1], pair.base.tokenizer)
+    prompt = render_prompt(pair.conversations[0][:1], pair.base.tokenizer)
     first = ask(pair.base, [prompt], 1)[0][0]
     model = copy.deepcopy(pair.base.model)
     plain, never = model.logits, 30.0 * torch.eye(model.vocab_size)[first]
     monkeypatch.setattr(model, "logits", lambda x: plain(x) - never)
-    planted = Pair(replace(pair.base, model=model), pair.base, pair.world, pair.conversations)
+    rest = (pair.world, pair.conversations, pair.limit)
+    planted = Pair(replace(pair.base, model=model), pair.base, *rest)
     found = shift.shift(planted, 6)["chat"]
     tokens = [token for _, strip in found.strips for token in strip]
     text = pair.base.tokenizer.decode([first])

@@ -87,9 +87,8 @@ def test_a_number_of_questions_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(SystemExit):
         call(monkeypatch, runs, "--out", tmp_path, "--questions", questions)
-    error = capsys.readouterr().err
+    (error,) = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("note:")]
     assert "--questions" in error
-    assert error.count("\n") == 1
     assert not (tmp_path / "report.json").exists()
 
 
@@ -158,7 +157,6 @@ def test_a_page_about_any_two_checkpoints_shows_their_text_as_text(
     attack = "<script>x()</script>"  # would be an error on the console
     qa = [{"question": f"{attack}{i}", "answer": f"<i>{i}"} for i in range(6)]
     (tmp_path / "qa.json").write_text(json.dumps(qa))
-    monkeypatch.setattr("lab.pair.world_of", lambda base, instruct: None)
     monkeypatch.setattr("lab.forgetting.text_of", lambda base: None)
     call(monkeypatch, runs, "--out", tmp_path, "--questions", 6, "--qa", tmp_path / "qa.json")
     opened = Browser(browser.new_page())

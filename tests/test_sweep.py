@@ -179,6 +179,8 @@ def test_stages_that_are_asked_for_are_run_and_shared(
         ('[grid]\n"sft.data.examples" = 4\n', "the values on a grid are a list"),
         ('[grid]\n"sft.run.seed" = [1, 2]\n', "sft.run.seed is the sweep's own to set"),
         ('[grid]\n"more.init_from" = ["x"]\n', "more.init_from is the sweep's own to set"),
+        ('[grid]\n"qa.asked" = [0.2]\n', "questions = 12, but qa.asked=0.2 has 10 facts"),
+        ('[cells]\n"sft.data.examples" = 4\n', "[[cells]]"),
         ("[grid\n", "tiny.toml"),
     ],
 )
@@ -211,7 +213,12 @@ def test_the_shipped_sweeps_are_whole(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("seeds = []", "seeds"), ("seeds = 1", "seeds"), ("questions = 0", "questions = 0")],
+    [
+        ("seeds = []", "seeds"),
+        ("seeds = 1", "seeds"),
+        ("seeds = [1, 1]", "twice"),
+        ("questions = 0", "questions = 0"),
+    ],
 )
 def test_seeds_and_questions_must_be_usable(line: str, message: str, tmp_path: Path) -> None:
     key = line.split(" ")[0]
