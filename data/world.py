@@ -70,7 +70,7 @@ class WorldConfig:
     def __post_init__(self) -> None:
         for option, low, high in (
             ("people", 2, 20_000),
-            ("unseen", 1, 2_000),
+            ("unseen", 0, 2_000),
             ("bios", 1, 100_000),
             ("paraphrases", 1, min(len(a.sentences) for a in ATTRIBUTES)),
         ):
@@ -191,7 +191,7 @@ class World:
 
     def _strangers(self, n: int) -> list[Person]:
         """People beside those of the world."""
-        config = replace(self.config, seed=self.config.seed + 1_000_000)
+        config = replace(self.config, seed=self.config.seed + 1_000_000, unseen=0)
         taken = {p.name for p in self.people}
         others = (p for p in World(config).people if p.name not in taken)
         return [replace(p, split="stranger") for p in islice(others, n)]
