@@ -236,10 +236,7 @@ def sweep_plot(table: dict[str, Any]) -> str:
             for i, (key, (name, color)) in enumerate(lines.items()):
                 rows = [row + 0.12 * (i - (len(lines) - 1) / 2) for row in range(len(cells))]
                 dots(axes, rows, [c[key] for c in cells], name, color)
-            names = [
-                "\n".join(f"{k.partition('.')[2]} = {v}" for k, v in c["cell"].items())
-                for c in cells
-            ]
+            names = ["\n".join(f"{k} = {v}" for k, v in c["cell"].items()) for c in cells]
             axes.set_yticks(range(len(cells)), names)
             axes.invert_yaxis()
             axes.set_xlim(-0.03, 1.03)
