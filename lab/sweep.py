@@ -288,12 +288,10 @@ def write_tables(
     keys = list(dict.fromkeys(key for cell in cells for key in cell))
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
-        writer.writerow([*keys, "seed", *rows[0][2], "n"])
+        writer.writerow([*keys, "seed", *rows[0][2]])
         for cell, seed, row in rows:
             shares = ["" if s.value is None else f"{s.value:.4f}" for s in row.values()]
-            writer.writerow(
-                [*(cell.get(k, "") for k in keys), seed, *shares, spec.get("questions", 200)]
-            )
+            writer.writerow([*(cell.get(k, "") for k in keys), seed, *shares])
     (folder / "picture.svg").write_text(sweep_plot(table), encoding="utf-8")
 
 
