@@ -287,7 +287,7 @@ def write_tables(
     write_json(folder / "table.json", table)
     keys = list(dict.fromkeys(key for cell in cells for key in cell))
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f)
+        writer = csv.writer(f, lineterminator="\n")
         writer.writerow([*keys, "seed", *rows[0][2]])
         for cell, seed, row in rows:
             shares = ["" if s.value is None else f"{s.value:.4f}" for s in row.values()]
