@@ -85,8 +85,6 @@ def report_plots(report: dict[str, Any]) -> dict[str, str]:
             "grafts": grafts_plot(report["weights"]["grafts"]),
             "forgetting": forgetting_plot(report["forgetting"]),
         }
-        if report["forgetting"]["text_loss"]:
-            figures["text_loss"] = text_loss_plot(report["forgetting"])
         return {name: svg(figure) for name, figure in figures.items()}
 
 
@@ -177,43 +175,31 @@ def grafts_plot(grafts: dict[str, Any]) -> Figure:
     return figure
 
 
-def timeline(forgetting: dict[str, Any], curves: dict[str, dict[str, Any]]) -> tuple[Any, Any]:
+def timeline(curves: dict[str, dict[str, Any]], end: int) -> tuple[Any, Any]:
     """xs and values of "tuning", then of "recovery", which begins where tuning ends."""
-    tuning = curves.get("tuning", {})
-    end = max((int(step) for step in forgetting["tuning"]), default=0)
     recovery = {end + int(step): value for step, value in curves.get("recovery", {}).items()}
-    values = {int(step): value for step, value in tuning.items()} | recovery
+    values = {int(step): value for step, value in curves["tuning"].items()} | recovery
     return list(values), list(values.values())
 
 
-def mark_return(axes: Axes, forgetting: dict[str, Any]) -> None:
-    """Shades the steps in which the model is back on pretraining text."""
-    end = max(int(step) for step in forgetting["tuning"])
-    axes.set_xlabel("step of instruction tuning")
-    if forgetting["recovery"]:
-        last = end + max(int(step) for step in forgetting["recovery"])
-        axes.axvspan(end, last, color="#eeeeee", lw=0)
-        axes.set_xlabel("step of instruction tuning;   shaded: back on pretraining text")
-
-
 def forgetting_plot(forgetting: dict[str, Any]) -> Figure:
-    """Stops, answers and cloze during instruction tuning and the return to text."""
-    figure, (axes,) = draw(4.6, 3.0)
-    mark_return(axes, forgetting)
-    curves = {stage: forgetting[stage] for stage in ("tuning", "recovery")}
-    point_lines(axes, *timeline(forgetting, curves))
-    as_share(axes)
+    """What the model does, and its loss on text, during tuning and the return to text."""
+    with_loss = bool(forgetting["text_loss"])
+    figure = Figure(figsize=(4.6, 4.6 if with_loss else 3.0), layout="constrained")
+    panels = figure.subplots(1 + with_loss, 1, sharex=True, squeeze=False)[:, 0]
+    end = max(map(int, forgetting["tuning"]))
+    point_lines(panels[0], *timeline(forgetting, end))
+    as_share(panels[0])
+    if with_loss:
+        panels[1].plot(*timeline(forgetting["text_loss"], end), "o-", color=PURPLE)
+        panels[1].set_ylabel("loss on text, nats")
+        panels[1].grid(axis="y", color="#dddddd", lw=0.6)
+    panels[-1].set_xlabel("step of instruction tuning")
+    if forgetting["recovery"]:
+        for axes in panels:
+            axes.axvspan(end, end + max(map(int, forgetting["recovery"])), color="#eeeeee", lw=0)
+        panels[-1].set_xlabel("step of instruction tuning;   shaded: back on pretraining text")
     figure.legend(loc="outside upper left", ncols=3)
-    return figure
-
-
-def text_loss_plot(forgetting: dict[str, Any]) -> Figure:
-    """The validation loss on pretraining text over the same steps."""
-    figure, (axes,) = draw(4.6, 3.0)
-    mark_return(axes, forgetting)
-    axes.plot(*timeline(forgetting, forgetting["text_loss"]), "o-", color=GREY)
-    axes.set_ylabel("loss on pretraining text, nats per token")
-    axes.grid(axis="y", color="#dddddd", lw=0.6)
     return figure
 
 
