@@ -79,16 +79,16 @@ def score_choices(
     prompt, tails = prompt + choices[0][:shared], [c[shared:] for c in choices]
     width = max(map(len, tails)) - 1
     prompt = prompt[-(model.config.block_size - width) :]  # of a longer one, the newest tokens
-    cache = KVCache(model, 1)
-    cache.begin(torch.tensor([len(prompt)], device=device), len(prompt))
+    cache = KVCache(model, 1, len(prompt) + width)
+    cache.begin(len(prompt))
     x = model.hidden(torch.tensor([prompt], device=device), cache)
     scores = model.logits(x[0, -1]).log_softmax(dim=-1)[[tail[0] for tail in tails]]
     if width:
         lengths = torch.tensor([len(tail) - 1 for tail in tails], device=device)
         padded = torch.tensor([tail + [0] * (width + 1 - len(tail)) for tail in tails])
         padded = padded.to(device)
-        cache.repeat(len(tails), width)
-        cache.begin(lengths, width)
+        cache.repeat(len(tails))
+        cache.begin(width)
         logprobs = model.logits(model.hidden(padded[:, :-1], cache)).log_softmax(dim=-1)
         later = logprobs.gather(2, padded[:, 1:, None]).squeeze(2)
         inside = torch.arange(width, device=device) < lengths[:, None]

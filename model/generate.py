@@ -42,44 +42,110 @@ class Sampling:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, each row at its own length.
+    """Keys and values of the tokens so far, in buffers of a fixed size that are written in place.
+
+    All rows end at the same column. A shorter row begins later: what lies before its first token
+    is padding, which no token of its own sees.
+
+    Args:
+        model: whose keys and values.
+        n_rows: sequences at once.
+        room: columns; no more tokens than that can be added.
 
     Attributes:
-        lengths: tokens of each row that are stored and valid, (B,).
-        positions: of the tokens now being added, (B, T).
-        mask: which stored tokens each of them sees, (B, 1, T, used).
+        used: columns that are filled.
+        positions: of the tokens now being added, a slice or (B, T).
+        mask: which columns each of them sees, (B or 1, 1, T, columns). None where all are added at
+            once, causally, and where a single one sees every column.
     """
 
-    def __init__(self, model: GPT, n_rows: int) -> None:
+    positions: slice | Tensor
+    mask: Tensor | None
+
+    def __init__(self, model: GPT, n_rows: int, room: int) -> None:
         c, weight = model.config, model.wte.weight
-        shape = (n_rows, c.n_head, c.block_size, c.n_embd // c.n_head)
+        shape = (n_rows, c.n_head, room, c.n_embd // c.n_head)
         self.keys = [weight.new_zeros(shape) for _ in range(c.n_layer)]
         self.values = [weight.new_zeros(shape) for _ in range(c.n_layer)]
-        self.lengths = torch.zeros(n_rows, dtype=torch.long, device=weight.device)
-        self.used = 0
+        self.room, self.used, self.device = room, 0, weight.device
+        self.starts = torch.zeros(n_rows, dtype=torch.long, device=self.device)
+        self.ragged = False
 
-    def repeat(self, n: int, room: int) -> None:
-        """Makes n rows of a cache of one row, with room for so many more tokens."""
-        kept = slice(self.used + room)
-        self.keys = [keys[:, :, kept].repeat(n, 1, 1, 1) for keys in self.keys]
-        self.values = [values[:, :, kept].repeat(n, 1, 1, 1) for values in self.values]
-        self.lengths = self.lengths.repeat(n)
+    def restart(self, starts: list[int]) -> None:
+        """Empties the cache; row b will have its first token in column starts[b]."""
+        self.used, self.ragged = 0, any(starts)
+        self.starts.copy_(torch.tensor(starts))  # in place: a CUDA graph reads it there
 
-    def begin(self, new_lengths: Tensor, width: int) -> None:
-        """Announces new tokens (B, width), of which row b has new_lengths[b], the rest padding."""
-        offsets = torch.arange(width, device=self.lengths.device)
-        self.positions = self.lengths[:, None] + offsets
-        self.used += width
-        seen = torch.arange(self.used, device=self.lengths.device)
-        self.mask = seen <= self.positions[:, None, :, None]
-        self.lengths = self.lengths + new_lengths  # padding is overwritten before it is seen
+    def repeat(self, n: int) -> None:
+        """Makes n rows of a cache of one row."""
+        self.keys = [keys.repeat(n, 1, 1, 1) for keys in self.keys]
+        self.values = [values.repeat(n, 1, 1, 1) for values in self.values]
+        self.starts = self.starts.repeat(n)
+
+    def begin(self, T: int) -> None:
+        """Announces T new tokens of every row."""
+        first, self.used = self.used, self.used + T
+        columns = torch.arange(first, self.used, device=self.device)
+        if self.ragged or (first and T > 1):
+            self.begin_at(columns, self.used)
+        else:
+            self.columns, self.seen = columns, self.used
+            self.positions, self.mask = slice(first, self.used), None
+
+    def begin_at(self, columns: Tensor, seen: int) -> None:
+        """Announces new tokens in `columns` (T,), which see some of the first `seen` columns."""
+        self.columns, self.seen = columns, seen
+        self.positions = (columns - self.starts[:, None]).clamp(min=0)
+        past = torch.arange(seen, device=self.device)
+        visible = (past <= columns[:, None]) & (past >= self.starts[:, None, None])
+        # Padding sees itself, because a softmax over nothing is not a number.
+        self.mask = (visible | (past == columns[:, None])).unsqueeze(1)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new keys and values (B, H, T, D); returns all up to the longest row."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        for table, new in ((self.keys[layer], k), (self.values[layer], v)):
-            table[rows, :, self.positions] = new.transpose(1, 2)
-        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
+        """Stores the new keys and values (B, H, T, D); returns those of all columns to look at."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.columns, k)
+        values.index_copy_(2, self.columns, v)
+        return keys[:, :, : self.seen], values[:, :, : self.seen]
+
+
+class StaticStep:
+    """The logits of one more token a row, computed in buffers of a fixed place and size.
+
+    Everything that changes from step to step is in those buffers, so on CUDA the step is captured
+    once as a graph and replayed: one launch, not several hundred. Elsewhere it runs as it is.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        self.ids = torch.zeros_like(cache.starts)
+        self.column = torch.full((1,), cache.used, device=cache.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if cache.device.type == "cuda":
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # warm up; the column that this writes is written again
+                    self._run()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._run()
+
+    def _run(self) -> None:
+        self.cache.begin_at(self.column, self.cache.room)
+        self.logits = _last_logits(self.model, self.ids[:, None], self.cache)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits (B, vocab_size) after one more id a row (B,); overwritten by the next call."""
+        self.ids.copy_(ids)
+        self.column.fill_(self.cache.used)
+        self.cache.used += 1
+        if self.graph is None:
+            self._run()
+        else:
+            self.graph.replay()
+        return self.logits
 
 
 def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
@@ -121,35 +187,43 @@ def stream(
     finished = [False] * len(rows)
     generator = torch.Generator().manual_seed(sampling.seed)
     uniform = torch.rand(sampling.max_new_tokens, generator=generator).to(device)
-    cache = None
+    room = min(block, max(map(len, rows)) + sampling.max_new_tokens)
+    cache = KVCache(model, len(rows), room)
+    static_step = None
     for u in uniform:
-        if cache is None or any(len(row) > block for row in rows):
+        longest = max(map(len, rows))
+        if not cache.used or longest > block:
             rows = [row[-(block // 2 + 1) :] if len(row) > block else row for row in rows]
-            cache, new = KVCache(model, len(rows)), rows
+            width = max(map(len, rows))
+            idx = torch.tensor([[0] * (width - len(row)) + row for row in rows]).to(device)
+            cache.restart([width - len(row) for row in rows])
+            cache.begin(width)
+            logits = _last_logits(model, idx, cache)
+        elif device.type == "cuda":
+            static_step = static_step or StaticStep(model, cache)
+            logits = static_step(ids)
         else:
-            new = [row[-1:] for row in rows]
-        ids = pick(_next_logits(model, cache, new), u, sampling).tolist()
-        yield [None if done else i for i, done in zip(ids, finished, strict=True)]
-        for r, i in enumerate(ids):
+            cache.begin(1)
+            logits = _last_logits(model, ids[:, None], cache)
+        ids = pick(logits, u, sampling)
+        new = ids.tolist()
+        yield [None if done else i for i, done in zip(new, finished, strict=True)]
+        for r, i in enumerate(new):
             rows[r].append(i)
             finished[r] = finished[r] or i in stop
         if all(finished):
             break
 
 
-def _next_logits(model: GPT, cache: KVCache, new: list[list[int]]) -> Tensor:
-    """Logits (B, vocab_size) after each row's new tokens, which the cache takes in."""
-    lengths = torch.tensor([len(ids) for ids in new])
-    width = int(lengths.max())
-    idx = torch.tensor([ids + [0] * (width - len(ids)) for ids in new])
-    idx, lengths = idx.to(cache.lengths.device), lengths.to(cache.lengths.device)
-    cache.begin(lengths, width)
+def _last_logits(model: GPT, idx: Tensor, cache: KVCache) -> Tensor:
+    """Logits (B, vocab_size) after the last of some new tokens (B, T), announced to the cache."""
     training = model.training
-    model.eval()  # no dropout, also when a run samples between its steps
+    if training:
+        model.eval()  # no dropout, also when a run samples between its steps
     x = model.hidden(idx, cache)
-    model.train(training)
-    last = x[torch.arange(len(new), device=x.device), lengths - 1]
-    return model.logits(last)
+    if training:
+        model.train()
+    return model.logits(x[:, -1])
 
 
 def generate(

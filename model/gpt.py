@@ -92,8 +92,9 @@ class ModelConfig:
     """Normalise the embedding before the first block."""
     qk_norm: bool | None = None
     """RMS-normalise queries and keys per head (Henry et al. 2020, arXiv 2010.04245)."""
-    activation: Literal["gelu", "relu2"] | None = None
-    """Of the MLP: GELU (tanh form) or squared ReLU (So et al. 2021, arXiv 2109.08668)."""
+    activation: Literal["gelu", "gelu_exact", "relu2"] | None = None
+    """Of the MLP: GELU (GPT-2's tanh form, or the exact one, faster on a CPU) or squared ReLU
+    (So et al. 2021, arXiv 2109.08668)."""
     bias: bool | None = None
     """Biases in linear layers and LayerNorm."""
     tie_embeddings: bool | None = None
@@ -134,9 +135,11 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates (x1, x2), the halves of x (B, H, T, D), clockwise by the angles (..., T, D / 2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+    """Rotates (x1, x2), the halves of x (B, H, T, D), clockwise: (x1 c + x2 s, x2 c - x1 s).
+
+    `cos` holds (c, c) and `sin` (s, -s), each (..., T, D).
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
@@ -161,7 +164,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); with a cache, x continues each of its rows.
 
-        `mask`, (B, 1, T, tokens seen), is true where a token looks; None is plainly causal.
+        `mask`, (B, 1, T, tokens seen), is true where a token looks. Without one, several tokens
+        look causally at each other, and a single one looks at all there are.
         """
         B, T, C = x.shape
         shape = (B, T, self.config.n_head, -1)
@@ -173,7 +177,8 @@ class Attention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -189,8 +194,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = self.fc(x)
-        gelu = self.config.activation == "gelu"
-        return self.proj(F.gelu(x, approximate="tanh") if gelu else F.relu(x).square())
+        if self.config.activation == "relu2":
+            x = F.relu(x)
+            x = x * x  # square() has a slower backward pass
+        else:
+            x = F.gelu(x, approximate="tanh" if self.config.activation == "gelu" else "none")
+        return self.proj(x)
 
 
 class Block(nn.Module):
@@ -200,7 +209,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn = make_norm(config), Attention(config, layer)
         self.norm2, self.mlp = make_norm(config), MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(
         self,
@@ -212,6 +221,10 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         x = x + self.drop(self.attn(self.norm1(x), rope, mask, cache))
         return x + self.drop(self.mlp(self.norm2(x)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout of what is added to the residual stream."""
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class GPT(nn.Module):
@@ -235,7 +248,6 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         if config.norm_embedding:
             self.norm_embedding = make_norm(config)
-        self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, padded, bias=False)
@@ -245,8 +257,9 @@ class GPT(nn.Module):
             D = config.n_embd // config.n_head
             frequency = 10_000.0 ** -(torch.arange(0, D, 2) / D)
             angles = torch.outer(torch.arange(config.block_size), frequency)
-            self.register_buffer("rope_cos", angles.cos(), persistent=False)
-            self.register_buffer("rope_sin", angles.sin(), persistent=False)
+            cos, sin = angles.cos().repeat(1, 2), torch.cat((angles.sin(), -angles.sin()), dim=1)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -290,11 +303,12 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[position]
         if self.config.norm_embedding:
             x = self.norm_embedding(x)
-        x = self.drop(x)
+        if self.training and self.config.dropout:
+            x = F.dropout(x, self.config.dropout)
         rope = None
         if self.config.position == "rope":
             cos, sin = self.rope_cos[position], self.rope_sin[position]
-            if cache is not None:  # (B, T, D / 2) -> (B, 1, T, D / 2), the same for every head
+            if cos.dim() == 3:  # (B, T, D) -> (B, 1, T, D), the same for every head
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             rope = (cos.to(x.dtype), sin.to(x.dtype))
         mask = None if cache is None else cache.mask
@@ -309,7 +323,8 @@ class GPT(nn.Module):
         # In fp32 from here on, also under autocast: bf16 has no digits to spare for logits.
         logits = self.lm_head(x)[..., : self.vocab_size].float()
         cap = self.config.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        # c * tanh(x / c), by a function of which CPUs are faster
+        return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits
 
     def forward(
         self,

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.generate import KVCache, Sampling, generate, pick, stream
+from model.generate import KVCache, Sampling, StaticStep, generate, pick, stream
 from model.gpt import GPT, RECIPES, ModelConfig
 
 BLOCK, V = 16, 100
@@ -55,20 +55,44 @@ def test_a_reply_with_a_cache_is_the_reply_without(
 
 
 @RECIPE
-@torch.no_grad()
-def test_cached_logits_are_the_uncached_ones_in_rows_of_different_lengths(recipe: str) -> None:
-    model = random_model(recipe)
-    rows = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]]
-    cache = KVCache(model, 2)
-    cache.begin(torch.tensor([3, 7]), 7)
-    model.hidden(torch.tensor([rows[0] + [0] * 4, rows[1]]), cache)
-    for new in range(20, 29):
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("lengths", [(3, 7), (5, 5)])
+@torch.inference_mode()
+def test_cached_logits_are_the_uncached_ones_in_rows_of_any_lengths(
+    recipe: str, static: bool, lengths: tuple[int, int]
+) -> None:
+    model, width = random_model(recipe), max(lengths)
+    rows = [list(range(4, 4 + n)) for n in lengths]
+    cache = KVCache(model, 2, BLOCK)
+    cache.restart([width - n for n in lengths])
+    cache.begin(width)
+    model.hidden(torch.tensor([[0] * (width - len(row)) + row for row in rows]), cache)
+    step = StaticStep(model, cache)  # on CUDA captured as a graph, here the same code without
+    for new in range(20, 20 + BLOCK - width):
         rows = [[*row, new + r] for r, row in enumerate(rows)]
-        cache.begin(torch.tensor([1, 1]), 1)
-        x = model.hidden(torch.tensor([row[-1:] for row in rows]), cache)
-        cached = model.logits(x)[:, 0, :V]
+        ids = torch.tensor([row[-1] for row in rows])
+        if static:
+            cached = step(ids)
+        else:
+            cache.begin(1)
+            cached = model.logits(model.hidden(ids[:, None], cache))[:, 0]
         alone = torch.stack([model(torch.tensor([row]))[0, -1] for row in rows])
         torch.testing.assert_close(cached, alone, atol=1e-4, rtol=1e-4)
+    assert cache.used == BLOCK
+
+
+@RECIPE
+@torch.inference_mode()
+def test_what_pads_a_shorter_row_changes_nothing(recipe: str) -> None:
+    model, found = random_model(recipe), []
+    for padding in (0, 99):
+        cache = KVCache(model, 2, 8)
+        cache.restart([4, 0])
+        cache.begin(5)
+        found.append(model.hidden(torch.tensor([[padding] * 4 + [7], [1, 2, 3, 4, 5]]), cache))
+        assert found[-1].isfinite().all()
+    assert torch.equal(found[0][0, 4], found[1][0, 4])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @RECIPE

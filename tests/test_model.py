@@ -126,7 +126,7 @@ def test_the_first_loss_of_modern_is_that_of_guessing() -> None:
 @RECIPE
 def test_blocks_begin_as_the_identity_exactly_with_zero_init_projections(recipe: str) -> None:
     x = torch.randn(1, T, C)
-    rope = (torch.ones(T, C // 4), torch.zeros(T, C // 4)) if recipe == "modern" else None
+    rope = (torch.ones(T, C // 2), torch.zeros(T, C // 2)) if recipe == "modern" else None
     for block in make_model(recipe, zero_init_projections=True).blocks:
         assert torch.equal(block(x, rope, None, None), x)
     for block in make_model(recipe, zero_init_projections=False).blocks:
@@ -265,11 +265,11 @@ def test_a_document_does_not_depend_on_its_neighbours(recipe: str) -> None:
 def test_a_repeated_cache_continues_like_rows_of_their_own(recipe: str) -> None:
     model, idx = random_model(recipe), random_ids(1)
     prompt, tails = idx[:, :6], random_ids(3, seed=9)[:, :4]
-    cache = KVCache(model, 1)
-    cache.begin(torch.tensor([6]), 6)
+    cache = KVCache(model, 1, 10)
+    cache.begin(6)
     model.hidden(prompt, cache)
-    cache.repeat(3, 4)
-    cache.begin(torch.tensor([4, 4, 4]), 4)
+    cache.repeat(3)
+    cache.begin(4)
     found = model.logits(model.hidden(tails, cache))
     whole = model(torch.cat([prompt.expand(3, -1), tails], dim=1))[:, 6:]
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)

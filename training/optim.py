@@ -95,9 +95,19 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     if tall:
         X = X.mT
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+    if G.is_cuda or G.shape[-2] == G.shape[-1]:
+        for _ in range(steps):
+            A = X @ X.mT
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    else:
+        # The same polynomials of the small square A = X X^T alone, multiplied with X at the end:
+        # they commute, so X_n X_n^T follows from A. In bfloat16 its errors would add up.
+        A, Q = X @ X.mT, torch.eye(X.shape[-2]).to(X)
+        for _ in range(steps):
+            P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+            P.diagonal(dim1=-2, dim2=-1).add_(a)
+            Q, A = P @ Q, P @ (A @ P)
+        X = Q @ X
     return (X.mT if tall else X).to(G.dtype)
 
 
