@@ -5,6 +5,7 @@ python train_pretrain.py --config configs/quickstart/pretrain.toml --run.dir=out
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -28,8 +29,9 @@ from training.checkpoint import (
 from training.config import RunConfig, run_cli
 from training.log import RunLog, is_complete, is_due
 from training.optim import OptimConfig, build_optimizers
+from training.processes import agree, distribute, is_first, join
 from training.runtime import StopOnSignal, compile_model, peak_flops, set_up
-from training.step import mean_loss, train_step
+from training.step import mean_loss, step_within_memory
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def sample(model: GPT, data: PretrainData, seed: int) -> str:
 
 def main(config: PretrainConfig) -> Path:
     """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
-    run_dir, steps = Path(config.run.dir), config.optim.steps
+    run, run_dir, steps = config.run, Path(config.run.dir), config.optim.steps
+    join(run.device)
     checkpoint = open_run(run_dir, asdict(config))
 
     data = PretrainData(config.data, config.model.block_size, config.run.seed)
@@ -88,15 +91,17 @@ def main(config: PretrainConfig) -> Path:
             print(f"{run_dir}: complete at step {steps}, nothing to do")
             return checkpoint
 
-    device = set_up(config.run.device, config.run.seed)
+    device = set_up(run.device, run.seed)
     model = GPT(config.model, data.tokenizer.n_vocab).to(device)
     if config.init_from is not None:
         made_from["init_from"] = take_weights(config.init_from, model, data)
         if checkpoint:
             check_origin(checkpoint, made_from)
     optimizers = build_optimizers(model, config.optim)
-    compile_model(model, config.run.compile)
+    model.loss_chunk = run.loss_chunk
+    compile_model(model, run.compile)
     row = resume(checkpoint, model, optimizers) if checkpoint else {}
+    distributed = distribute(model)
     meta = describe("base", config, device, data.meta) | made_from
     save = partial(save_checkpoint, run_dir, model, optimizers, data.tokenizer, meta)
 
@@ -109,19 +114,23 @@ def main(config: PretrainConfig) -> Path:
     log = RunLog(config, row, model.flops_per_token(), peak_flops(device))
     with log, StopOnSignal() as stop:
         for step in count(log.first_step):
-            if step and is_due(step, config.run.eval_every, steps) and not stop.requested:
-                row |= evaluate(model, data, val_batches)
+            due = partial(is_due, step, last=steps)
+            stopped = agree(stop.requested, due(run.log_every), device)
+            if step == steps or stopped or (step > log.first_step and due(run.save_every)):
+                newest = save(step, log.row())
+            scores: dict[str, float] = {}
+            if step and due(run.eval_every) and is_first() and not stopped:
+                scores = evaluate(model, data, val_batches)
                 log.say(sample(model, data, seed=step))
-            log.write(row)
-            if step == steps or stop.requested:
+            log.write(step, scores)
+            if step == steps or stopped:
                 break
-            result = train_step(model, optimizers, data.micro_batches(step), step, config.optim)
-            row = log.count(step + 1, result)
-            if is_due(step + 1, config.run.save_every, steps):
-                save(step + 1, row)
-        checkpoint = save(step, row)
-    print(f"base checkpoint: {checkpoint}")
-    return checkpoint
+            log.count(step_within_memory(model, optimizers, data, step, config.optim, distributed))
+            if step == log.first_step:
+                gc.freeze()  # what is there now stays; collections need not look through it again
+    gc.unfreeze()
+    print(f"base checkpoint: {newest}")
+    return newest
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python train_sft.py --config configs/quickstart/sft.toml --base=out/my-run --run
 
 from __future__ import annotations
 
+import gc
 import shutil
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -30,8 +31,9 @@ from training.checkpoint import (
 from training.config import RunConfig, run_cli
 from training.log import RunLog, is_complete, is_due
 from training.optim import OptimConfig, build_optimizers
-from training.runtime import StopOnSignal, compile_model, set_up
-from training.step import mean_loss, train_step
+from training.processes import agree, distribute, first_alone, is_first, join
+from training.runtime import StopOnSignal, compile_model, has_bf16, pick_device, set_up
+from training.step import mean_loss, step_within_memory
 
 STOP_PROMPTS, STOP_WITHIN = 64, 128  # validation prompts asked at an evaluation, tokens to stop in
 
@@ -63,12 +65,17 @@ def load_data(config: SFTConfig, base: Checkpoint, new: bool) -> SFTData:
     path = Path(config.data.path)
     if path.suffix in (".json", ".jsonl"):
         path, files = Path(config.run.dir) / PREPARED_QA, [path]
-        if new:  # of a start that failed: the file may have been mended since
-            shutil.rmtree(path, ignore_errors=True)
-        prepare_qa(files, path, base.path, config.data.val_fraction, config.run.seed)
+        with first_alone():
+            if new and is_first():  # of a start that failed: the file may have been mended since
+                shutil.rmtree(path, ignore_errors=True)
+            prepare_qa(files, path, base.path, config.data.val_fraction, config.run.seed)
     read = base.meta["config"]["data"]
     replay, mask = config.data.replay_path or read["path"], read.get("document_mask", False)
-    data = SFTData(path, config.data, base.tokenizer, block_size, config.run.seed, replay, mask)
+    packed = config.data.layout == "packed"
+    if config.data.layout == "auto":
+        packed = has_bf16(pick_device(config.run.device))  # where attention can skip what is masked
+    seed = config.run.seed
+    data = SFTData(path, config.data, base.tokenizer, block_size, seed, replay, mask, packed)
     same = fingerprint(data.replay_files) == base.meta["data"]["fingerprint"]
     if data.replay_files and config.data.replay_path is None and not same:
         raise ValueError(
@@ -106,7 +113,8 @@ def sample(model: GPT, data: SFTData, index: int) -> str:
 
 def main(config: SFTConfig) -> Path:
     """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
-    run_dir, steps = Path(config.run.dir), config.optim.steps
+    run, run_dir, steps = config.run, Path(config.run.dir), config.optim.steps
+    join(run.device)
     checkpoint = open_run(run_dir, asdict(config))
 
     base = load_checkpoint(config.base)
@@ -125,11 +133,13 @@ def main(config: SFTConfig) -> Path:
             print(f"{run_dir}: complete at step {steps}, nothing to do")
             return checkpoint
 
-    device = set_up(config.run.device, config.run.seed)
+    device = set_up(run.device, run.seed)
     model = base.model.to(device).train()
     optimizers = build_optimizers(model, config.optim)
-    compile_model(model, config.run.compile)
+    model.loss_chunk = run.loss_chunk
+    compile_model(model, run.compile)
     row = resume(checkpoint, model, optimizers) if checkpoint else {}
+    distributed = distribute(model)
     meta = describe("instruct", config, device, data.meta) | made_from
     meta["template"] = template_fingerprint()
     save = partial(save_checkpoint, run_dir, model, optimizers, base.tokenizer, meta)
@@ -142,19 +152,23 @@ def main(config: SFTConfig) -> Path:
     log = RunLog(config, row)
     with log, StopOnSignal() as stop:
         for step in count(log.first_step):
-            if step and is_due(step, config.run.eval_every, steps) and not stop.requested:
-                row |= evaluate(model, data)
+            due = partial(is_due, step, last=steps)
+            stopped = agree(stop.requested, due(run.log_every), device)
+            if step == steps or stopped or (step > log.first_step and due(run.save_every)):
+                newest = save(step, log.row())
+            scores: dict[str, float] = {}
+            if step and due(run.eval_every) and is_first() and not stopped:
+                scores = evaluate(model, data)
                 log.say(sample(model, data, index=step))
-            log.write(row)
-            if step == steps or stop.requested:
+            log.write(step, scores)
+            if step == steps or stopped:
                 break
-            result = train_step(model, optimizers, data.micro_batches(step), step, config.optim)
-            row = log.count(step + 1, result)
-            if is_due(step + 1, config.run.save_every, steps):
-                save(step + 1, row)
-        checkpoint = save(step, row)
-    print(f"instruct checkpoint: {checkpoint}")
-    return checkpoint
+            log.count(step_within_memory(model, optimizers, data, step, config.optim, distributed))
+            if step == log.first_step:
+                gc.freeze()  # what is there now stays; collections need not look through it again
+    gc.unfreeze()
+    print(f"instruct checkpoint: {newest}")
+    return newest
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class PretrainData:
 
     def __init__(self, config: PretrainDataConfig, block_size: int, seed: int) -> None:
         self.config, self.block_size, self.seed = config, block_size, seed
+        self.micro_batch_size = config.micro_batch_size or config.batch_size
         self.meta = open_prepared(config.path, "text")
         self.tokenizer = Tokenizer.load(config.path)
         dtype = np.dtype(self.meta["text"]["dtype"])
@@ -92,7 +93,7 @@ class PretrainData:
         for i in range(first, first + self.config.batch_size):
             shift, order = self._order(i // self.n_blocks)
             starts.append(shift + order[i % self.n_blocks] * self.block_size)
-        size = self.config.micro_batch_size or self.config.batch_size
+        size = self.micro_batch_size
         return [
             self._windows(self._train, starts[i : i + size], self.block_size)
             for i in range(0, len(starts), size)
@@ -108,7 +109,7 @@ class PretrainData:
             if chosen <= len(starts):
                 starts = [starts[i * len(starts) // chosen] for i in range(chosen)]
                 rest = 0
-        size = self.config.micro_batch_size or self.config.batch_size
+        size = self.micro_batch_size
         batches = [
             self._windows(self._val, starts[i : i + size], T) for i in range(0, len(starts), size)
         ]

@@ -122,7 +122,7 @@ class StaticStep:
         self.column = torch.full((1,), cache.used, device=cache.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         if cache.device.type == "cuda":
-            side = torch.cuda.Stream()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):  # warm up; the column that this writes is written again
@@ -189,7 +189,7 @@ def stream(
     uniform = torch.rand(sampling.max_new_tokens, generator=generator).to(device)
     room = min(block, max(map(len, rows)) + sampling.max_new_tokens)
     cache = KVCache(model, len(rows), room)
-    static_step = None
+    ids, static_step = torch.empty(0), None
     for u in uniform:
         longest = max(map(len, rows))
         if not cache.used or longest > block:

@@ -10,12 +10,15 @@ Shapes in comments: B rows, T tokens, C = n_embd, H = n_head, D = C / H.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from model.generate import KVCache
@@ -28,14 +31,36 @@ class Batch(NamedTuple):
         idx: token ids.
         targets: the ids that follow; the data layer shifts, the model never does.
         weights: factor of each position's cross-entropy; None for all ones.
-        documents: a number per token; attention stays among tokens of the same number. None for
-            the whole row.
+        documents: a number per token; attention stays among neighbours of the same number, and
+            positions count from the first of them. None for the whole row.
+        kept: where the weights are not 0, as places in the flattened rows, (n,). Follows from
+            `weights`; given beforehand, the model need not wait for a GPU to know n.
+        bounds: see `document_bounds`. Follows from `documents`; given beforehand, attention is
+            computed by a kernel that skips other documents, in bfloat16 on a GPU.
     """
 
     idx: Tensor
     targets: Tensor
     weights: Tensor | None = None
     documents: Tensor | None = None
+    kept: Tensor | None = None
+    bounds: Tensor | None = None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        """A batch of f of every tensor that is there."""
+        return Batch(**{k: f(t) for k, t in self._asdict().items() if t is not None})
+
+
+def document_bounds(documents: Tensor) -> Tensor:
+    """Where documents (B, T) begin in the flattened rows, and the end, int32 (n + 1,).
+
+    Repeats the end up to a multiple of 64, so that its shape is nearly always the same.
+    """
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    begins = first.flatten().nonzero().squeeze(1)
+    n = math.ceil((len(begins) + 1) / 64) * 64
+    return F.pad(begins, (0, n - len(begins)), value=documents.numel()).to(torch.int32)
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -165,7 +190,8 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C); with a cache, x continues each of its rows.
 
         `mask`, (B, 1, T, tokens seen), is true where a token looks. Without one, several tokens
-        look causally at each other, and a single one looks at all there are.
+        look causally at each other, and a single one looks at all there are. Of one dimension, it
+        holds the `document_bounds` of the rows, within which tokens look causally.
         """
         B, T, C = x.shape
         shape = (B, T, self.config.n_head, -1)
@@ -177,6 +203,10 @@ class Attention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
+        if mask is not None and mask.dim() == 1:
+            q, k, v = (t.to(v.dtype).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+            y = varlen_attn(q, k, v, mask, mask, T, T, window_size=(-1, 0))
+            return self.proj(cast(Tensor, y).reshape(B, T, C))
         causal = mask is None and T > 1
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
@@ -234,7 +264,13 @@ class GPT(nn.Module):
         config: the architecture.
         vocab_size: ids of the tokenizer. The matrices are padded to a multiple of 64 for speed;
             logits leave the model without the padding, so a padded id can never be sampled.
+
+    Attributes:
+        loss_chunk: positions whose logits exist at a time in the loss; None for all. Fewer need
+            less memory and more time.
     """
+
+    loss_chunk: int | None = None
 
     rope_cos: Tensor
     rope_sin: Tensor
@@ -285,11 +321,15 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=matrix_std / math.sqrt(depth))
 
     def hidden(
-        self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        bounds: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states (B, T, C) of ids (B, T); a cache holds what came before them.
 
-        With `documents` (see Batch) no token attends to another document.
+        With `documents` and their `bounds` (see Batch) each is as if it stood alone in its row.
 
         Raises:
             ValueError: more tokens than block_size.
@@ -299,6 +339,16 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens exceed the model's block_size {self.config.block_size}")
         x = self.wte(idx)
         position = slice(0, T) if cache is None else cache.positions  # (T,) or (B, T)
+        mask = None if cache is None else cache.mask
+        if documents is not None:
+            place = torch.arange(T, device=idx.device).expand_as(idx)
+            first = torch.ones_like(documents, dtype=torch.bool)
+            first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+            position = place - (place * first).cummax(dim=1).values
+            if bounds is None or (self.training and self.config.dropout):
+                mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
+            else:
+                mask = bounds
         if self.config.position == "learned":
             x = x + self.wpe.weight[position]
         if self.config.norm_embedding:
@@ -311,9 +361,6 @@ class GPT(nn.Module):
             if cos.dim() == 3:  # (B, T, D) -> (B, 1, T, D), the same for every head
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             rope = (cos.to(x.dtype), sin.to(x.dtype))
-        mask = None if cache is None else cache.mask
-        if documents is not None:
-            mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
         for block in self.blocks:
             x = block(x, rope, mask, cache)
         return self.norm(x)
@@ -332,20 +379,36 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         documents: Tensor | None = None,
+        kept: Tensor | None = None,
+        bounds: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, vocab_size), or with targets the summed loss in nats, a scalar.
 
-        The arguments are those of `Batch`. The head runs only where the weights are not zero.
+        The arguments are those of `Batch`. The head runs only where the weights are not zero, and
+        with `loss_chunk` on so many positions at a time.
         """
-        x = self.hidden(idx, documents=documents)
+        x = self.hidden(idx, None, documents, bounds)
         if targets is None:
             return self.logits(x)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if weights is not None:
+            kept = weights.flatten().nonzero().squeeze(1) if kept is None else kept
+            x, targets, weights = (t.index_select(0, kept) for t in (x, targets, weights.flatten()))
+        if self.loss_chunk is None:
+            return self.loss(x, targets, weights)
+        losses = []
+        for i in range(0, max(1, len(x)), self.loss_chunk):
+            part = slice(i, i + self.loss_chunk)
+            w = None if weights is None else weights[part]
+            # The logits are forgotten, and computed again in the backward pass.
+            losses.append(checkpoint(self.loss, x[part], targets[part], w, use_reentrant=False))
+        return torch.stack(losses).sum()
+
+    def loss(self, x: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """The summed loss in nats of hidden states (n, C) against targets (n,)."""
         if weights is None:
-            return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), reduction="sum")
-        kept = weights.flatten().nonzero().squeeze(1)
-        logits = self.logits(x.flatten(0, 1)[kept])
-        losses = F.cross_entropy(logits, targets.flatten()[kept], reduction="none")
-        return (losses * weights.flatten()[kept]).sum()
+            return F.cross_entropy(self.logits(x), targets, reduction="sum")
+        return (F.cross_entropy(self.logits(x), targets, reduction="none") * weights).sum()
 
     def n_params(self) -> int:
         """Trained numbers; a tied head counts once."""

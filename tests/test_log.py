@@ -1,12 +1,14 @@
 import itertools
 import json
 import sys
+import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from training.config import RunConfig
 from training.log import RunLog, is_complete, is_due, read_metrics
@@ -33,15 +35,18 @@ def make_log(
     return RunLog(Config(run_config, OptimConfig(steps=STEPS)), row or {}, 1000, peak)
 
 
-def log_steps(log: RunLog, last: int, row: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Logs up to step `last` as the scripts do; `row` is that of the checkpoint resumed from."""
-    row = row or {}
+def result(step: int, loss: float = 2.0, began: float = 0.0) -> StepResult:
+    return StepResult(step, torch.tensor([loss, 1.5]), 0.1, tokens=64, began=began)
+
+
+def log_steps(log: RunLog, last: int) -> dict[str, Any]:
+    """Logs up to step `last` as the scripts do; returns the row of the last one."""
     with log:
-        log.write(row)
+        log.write(log.first_step, {})
         for step in range(log.first_step + 1, last + 1):
-            row = log.count(step, StepResult(4.0 / step, 1.0, 0.1, tokens=64, seconds=0.5))
-            log.write(row)
-    return row
+            log.count(result(step, loss=4.0 / step))
+            log.write(step, {})
+        return log.row()
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -51,10 +56,10 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("cut", ["", '{"step": 7, "los', '{"step": 7, "loss": 1.0}'])
 def test_after_a_resume_every_step_is_logged_once(tmp_path: Path, cut: str) -> None:
     saved = log_steps(make_log(tmp_path), 3)
-    log_steps(make_log(tmp_path, saved), 6, saved)  # killed at 6, its last checkpoint was at 3
+    log_steps(make_log(tmp_path, saved), 6)  # killed at 6, its last checkpoint was at 3
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as f:
         f.write(cut)
-    log_steps(make_log(tmp_path, saved), STEPS, saved)
+    log_steps(make_log(tmp_path, saved), STEPS)
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[2] == saved
@@ -72,8 +77,8 @@ def test_a_run_without_a_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
 def test_rows_are_due_at_intervals_at_the_end_and_with_an_evaluation(tmp_path: Path) -> None:
     with make_log(tmp_path, log_every=4) as log:
         for step in range(1, STEPS + 1):
-            row = log.count(step, StepResult(2.0, 1.5, 0.1, 64, 0.5))
-            log.write(row | ({"val_loss": 3.0} if step == 5 else {}))
+            log.count(result(step))
+            log.write(step, {"val_loss": 3.0} if step == 5 else {})
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [4, 5, 8, 10]
     assert [row.get("val_loss") for row in rows] == [None, 3.0, None, None]
@@ -82,16 +87,40 @@ def test_rows_are_due_at_intervals_at_the_end_and_with_an_evaluation(tmp_path: P
     assert (rows[0]["loss"], rows[0]["grad_norm"], rows[0]["lr"]) == (2.0, 1.5, 0.1)
 
 
-def test_speed_is_that_of_the_steps_since_the_last_row(tmp_path: Path) -> None:
+class Clock:
+    """Stands in for the clock of time.perf_counter."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def step(self, number: int, seconds: float) -> StepResult:
+        began, self.now = self.now, self.now + seconds
+        return result(number, began=began)
+
+
+def test_speed_is_that_of_the_steps_since_the_last_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
     with make_log(tmp_path, log_every=2) as log:
         for step, seconds in enumerate((1.0, 3.0, 0.5, 0.5), 1):
-            log.write(log.count(step, StepResult(2.0, 1.5, 0.1, 64, seconds)))
-    assert [row["tokens_per_second"] for row in rows_of(tmp_path)] == [32.0, 128.0]
+            log.count(clock.step(step, seconds))
+            clock.now += 7  # an evaluation or a save: not a step's time
+            log.write(step, {})
+    rows = rows_of(tmp_path)
+    assert [row["tokens_per_second"] for row in rows] == [32.0, 128.0]
+    assert [row["seconds"] for row in rows] == [11.0, 26.0]
 
 
-def test_mfu_is_told_exactly_where_the_peak_is_known(tmp_path: Path) -> None:
+def test_mfu_is_told_exactly_where_the_peak_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "mfu" not in log_steps(make_log(tmp_path), 2)
-    assert log_steps(make_log(tmp_path, peak=512_000.0), 2)["mfu"] == 0.25  # 1000 * 128 a second
+    clock = Clock(monkeypatch)
+    with make_log(tmp_path, peak=512_000.0) as log:
+        log.count(clock.step(1, 0.5))
+        assert log.row()["mfu"] == 0.25  # 1000 * 128 a second
 
 
 def test_is_due_at_every_interval_and_at_the_last_step() -> None:
@@ -105,7 +134,7 @@ def test_a_run_is_complete_once_its_last_step_is_saved_evaluated_and_logged(tmp_
     last = log_steps(make_log(tmp_path), STEPS)
     assert not is_complete(newest, STEPS)
     with make_log(tmp_path, last) as log:
-        log.write({**last, "val_loss": 1.0})
+        log.write(STEPS, {"val_loss": 1.0})
     assert is_complete(newest, STEPS)
     assert not is_complete(tmp_path / "step_000001", STEPS)
 
@@ -124,7 +153,7 @@ def test_wandb_offline_writes_its_file_and_keeps_its_id(
         monkeypatch.setenv(name, str(tmp_path / "home"))
     saved = log_steps(make_log(tmp_path, wandb="offline"), 2)
     stored = (tmp_path / "wandb.json").read_text()
-    log_steps(make_log(tmp_path, saved, wandb="offline"), 3, saved)
+    log_steps(make_log(tmp_path, saved, wandb="offline"), 3)
     assert (tmp_path / "wandb.json").read_text() == stored
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert files

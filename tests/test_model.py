@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.generate import KVCache
-from model.gpt import GPT, RECIPES, Batch, ModelConfig
+from model.gpt import GPT, RECIPES, Batch, ModelConfig, document_bounds
 from training.optim import OptimConfig, build_optimizers
 from training.step import mean_loss, train_step
 
@@ -256,8 +256,8 @@ def test_a_document_does_not_depend_on_its_neighbours(recipe: str) -> None:
     assert torch.equal(one[0, 5:], other[0, 5:])
     assert torch.equal(one[1, 9:], other[1, 9:])
     assert not torch.allclose(one[1, 5:9], other[1, 5:9])  # of the same document as what changed
-    if recipe == "modern":  # rotary positions are relative: a document is as if it stood alone
-        torch.testing.assert_close(one[0, 5:], model(idx[:1, 5:])[0], atol=1e-5, rtol=1e-4)
+    alone = model(idx[:1, 5:])[0]  # its positions count from its own first token
+    torch.testing.assert_close(one[0, 5:], alone, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model(idx, documents=torch.zeros_like(idx)), model(idx))
 
 
@@ -273,3 +273,36 @@ def test_a_repeated_cache_continues_like_rows_of_their_own(recipe: str) -> None:
     found = model.logits(model.hidden(tails, cache))
     whole = model(torch.cat([prompt.expand(3, -1), tails], dim=1))[:, 6:]
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_document_bounds_are_where_documents_begin_in_the_flattened_rows() -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 0, 0], [0, 0, 0, 0, 0]])
+    bounds = document_bounds(documents)
+    assert bounds.tolist() == [0, 2, 5, 8, 10] + [15] * 59  # a row begins a document
+    assert bounds.dtype == torch.int32
+    assert document_bounds(torch.arange(64)[None]).shape == (128,)  # 64 beginnings and the end
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_a_chunked_loss_is_the_loss(recipe: str, weighted: bool, chunk: int) -> None:
+    found = []
+    for loss_chunk in (None, chunk):
+        model, idx = random_model(recipe), random_ids(3)
+        model.loss_chunk = loss_chunk
+        weights = (torch.arange(idx.numel()).view_as(idx) % 4).float() if weighted else None
+        loss = model(idx, idx.flip(1), weights)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_batch_without_any_weight_has_no_loss_and_no_gradient(chunk: int | None) -> None:
+    model, idx = random_model("modern"), random_ids(2)
+    model.loss_chunk = chunk
+    loss = model(idx, idx, torch.zeros(idx.shape))
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -73,7 +73,7 @@ def test_targets_are_the_next_tokens_of_the_ring(folder: str) -> None:
     following = dict(zip(RING, RING[1:] + RING[:1], strict=True))
     data = make(folder)
     for step in range(20):
-        for idx, targets, weights, _ in data.micro_batches(step):
+        for idx, targets, weights, *_ in data.micro_batches(step):
             assert idx.shape == targets.shape == (3, T)
             assert idx.dtype == targets.dtype == torch.int64
             assert [[following[i] for i in row] for row in idx.tolist()] == targets.tolist()

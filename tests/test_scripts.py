@@ -94,17 +94,17 @@ def test_a_signal_saves_and_the_same_command_goes_on(
             return pretrain_config(world_dir, out, steps=9)
         return sft_config(world_dir, runs[0], out, steps=9)
 
-    real = script.train_step
+    real = script.step_within_memory
 
     def interrupted(*args: Any) -> Any:
         if args[3] == 4:  # during the fifth step, where nothing is due but an evaluation
             os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(script, "train_step", interrupted)
+    monkeypatch.setattr(script, "step_within_memory", interrupted)
     stopped = script.main(config(tmp_path / "run"))
     assert stopped.name == "step_000005"
-    monkeypatch.setattr(script, "train_step", real)
+    monkeypatch.setattr(script, "step_within_memory", real)
     assert script.main(config(tmp_path / "run")).name == "step_000009"
     script.main(config(tmp_path / "whole"))
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
@@ -312,7 +312,7 @@ def test_a_diverging_run_stops_before_the_weights_move(
     fails: Fails, world_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script: Any = train_pretrain
-    real = script.train_step
+    real = script.step_within_memory
 
     def poisoned(*args: Any) -> Any:
         if args[3] == 2:
@@ -320,7 +320,7 @@ def test_a_diverging_run_stops_before_the_weights_move(
                 args[0].lm_head.weight[0] = torch.nan
         return real(*args)
 
-    monkeypatch.setattr(train_pretrain, "train_step", poisoned)
+    monkeypatch.setattr(train_pretrain, "step_within_memory", poisoned)
     options = [f"--data.path={world_dir}", f"--run.dir={tmp_path}/r", "--model.block_size=64"]
     assert "step 3: loss nan" in fails(train_pretrain, *options, "--optim.steps=5")
 

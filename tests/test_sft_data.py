@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from data.prepare import prepare_qa, prepare_text
 from data.read import parse_example
 from data.sft import POOL, SFTData, SFTDataConfig, fit
 from data.tokenizer import Tokenizer, create_tokenizer
-from model.gpt import Batch
+from model.gpt import GPT, Batch, ModelConfig
 
 BYTE = create_tokenizer("byte", [])
 END, EOT = BYTE.end_of_turn, BYTE.end_of_text
@@ -51,7 +51,7 @@ def make(
 def unpad(batches: list[Batch]) -> list[Row]:
     """(ids, weights of the targets) of each row up to its last end of turn; padding is checked."""
     rows = []
-    for idx, targets, weights, _ in batches:
+    for idx, targets, weights, *_ in batches:
         assert weights is not None
         assert idx.shape == targets.shape == weights.shape
         assert torch.equal(idx[:, 1:], targets[:, :-1])
@@ -132,13 +132,43 @@ def test_padding_is_masked_by_position_and_never_by_id(
     mask = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1], np.uint8)
     rows = [(ids, mask), (np.append(ids[:-1], [67, 67, END]), np.append(mask, [1, 1]))]
     monkeypatch.setattr("data.sft.load_examples", lambda folder, part: rows)
-    [(_, targets, weights, _)] = make(folders, prompt_loss_weight=0.5).micro_batches(0)
+    [(_, targets, weights, *_)] = make(folders, prompt_loss_weight=0.5).micro_batches(0)
     assert weights is not None
     assert (targets == EOT).sum() == 3 + 3 + 2  # in the text, and as padding
     assert sorted(weights.tolist()) == [
         [0.5] * 5 + [1.0] * 4 + [0.0] * 2,
         [0.5] * 5 + [1.0] * 6,
     ]
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.5])
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+def test_packed_rows_train_as_padded_ones_do(
+    folders: Path, recipe: Literal["gpt2", "modern"], prompt_weight: float
+) -> None:
+    config = ModelConfig(recipe=recipe, n_layer=2, n_head=2, n_embd=32, block_size=300)
+    options = {"prompt_loss_weight": prompt_weight}
+    settings = SFTDataConfig("unused", 8, **options)  # type: ignore[arg-type]
+    padded, packed = (
+        SFTData(folders / "qa", settings, BYTE, 300, 1, packed=packed) for packed in (False, True)
+    )
+    found = []
+    for data in (padded, packed):
+        torch.manual_seed(1)
+        model = GPT(config, BYTE.n_vocab)
+        torch.nn.init.normal_(model.lm_head.weight)
+        for step in range(2):
+            for batch in data.micro_batches(step):
+                model(*batch).backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+    rows = [len(b.idx) for step in range(2) for b in packed.micro_batches(step)]
+    assert max(rows) < 8  # there is more than one in a row
+    for batch in packed.micro_batches(0):
+        assert batch.weights is not None
+        assert batch.documents is not None
+        assert not batch.weights[batch.documents == 0].any()  # padding
+    assert float(packed.shares().split("supervised, ")[1].split("%")[0]) < 30
 
 
 def test_a_long_conversation_is_cut_after_its_last_whole_reply() -> None:
@@ -184,7 +214,7 @@ def test_replay_is_its_share_of_the_rows_of_a_step(
         replayed = batches[len(chats) :]
         assert unpad(batches[: len(chats)]) == unpad(chats)
         assert sum(len(idx) for idx, *_ in replayed) == rows
-        assert all(weights is None and idx.shape[1] == 1000 for idx, _, weights, _ in replayed)
+        assert all(weights is None and idx.shape[1] == 1000 for idx, _, weights, *_ in replayed)
         assert all(len(idx) <= (micro or rows) for idx, *_ in replayed)
     assert len(data.val_batches()) == len(plain.val_batches())
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from model.gpt import GPT, Batch, ModelConfig
 from training.optim import OptimConfig, build_optimizers
-from training.step import StepResult, mean_loss, train_step
+from training.step import StepResult, mean_loss, step_within_memory, train_step
 
 V, T = 128, 16
 OPTIMIZER = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -128,6 +128,46 @@ def test_a_step_that_is_not_finite_changes_nothing(
         train_step(model, optimizers, [Batch(idx, targets, weights)], 1, config)
     torch.testing.assert_close(state_of(model, optimizers), before, atol=0, rtol=0, equal_nan=True)
     assert all(p.grad is None for p in model.parameters())
+
+
+class Fits:
+    """Data whose rows only fit into memory so many at a time."""
+
+    def __init__(self, batch: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batch, self.micro_batch_size, self.fits, self.seen = batch, 8, 8, list[int]()
+        forward = GPT.forward
+
+        def limited(model: GPT, idx: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+            self.seen.append(len(idx))
+            if len(self.seen) % 2 == 0 and len(idx) > self.fits:  # after others have gone through
+                raise torch.OutOfMemoryError
+            return forward(model, idx, *args)
+
+        monkeypatch.setattr(GPT, "forward", limited)
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        return cut(self.batch, self.micro_batch_size) * 2  # the step's batch, twice
+
+
+def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, outcomes = OptimConfig(steps=2), []
+    for fits in (8, 2):
+        model, data = random_model(), Fits(random_batch(), monkeypatch)
+        data.fits, optimizers = fits, build_optimizers(model, config)
+        results = [step_within_memory(model, optimizers, data, s, config) for s in range(2)]
+        outcomes.append(([(r.loss, r.tokens) for r in results], state_of(model, optimizers)))
+        assert data.micro_batch_size == fits  # found once, and kept
+        monkeypatch.undo()
+    torch.testing.assert_close(outcomes[0], outcomes[1], atol=1e-6, rtol=1e-6)
+    assert [line[-33:] for line in capsys.readouterr().out.splitlines()] == [
+        f"micro-batches of {rows} rows, same step size"[-33:] for rows in (4, 2)
+    ]
+    data = Fits(random_batch(), monkeypatch)
+    data.fits = 0
+    with pytest.raises(ValueError, match="out of memory at micro-batches of 1 rows"):
+        step_within_memory(model, optimizers, data, 0, config)
 
 
 def one_sgd_step(grad_clip: float | None) -> tuple[StepResult, float]:

@@ -28,13 +28,15 @@ from data.files import (
 )
 from data.tokenizer import Tokenizer
 from model.gpt import GPT, ModelConfig
+from training.processes import is_first
 from training.runtime import environment
 
 # What a resumed run may change: where things are (their contents are checked by fingerprint) and
 # what alters the result by rounding at most.
 MAY_CHANGE = {
-    *("run.dir", "run.device", "run.compile", "run.wandb", "run.wandb_project"),
-    *("base", "init_from", "data.path", "data.replay_path", "data.micro_batch_size"),
+    *("run.dir", "run.device", "run.compile", "run.loss_chunk", "run.wandb", "run.wandb_project"),
+    *("base", "init_from", "data.path", "data.replay_path"),
+    *("data.micro_batch_size", "data.layout"),
 }
 PREPARED_QA = "prepared_qa"  # in an SFT run: what was made of a Q&A file
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "train_state.pt"
@@ -70,11 +72,13 @@ def save_checkpoint(
 ) -> Path:
     """Writes `run_dir/step_NNNNNN`, unless it is there already; returns it.
 
+    With several processes the first one writes it.
+
     Raises:
         OSError: it cannot be written; nothing is left behind, older checkpoints are untouched.
     """
     path = run_dir / f"step_{step:06d}"
-    if (path / "meta.json").exists():
+    if (path / "meta.json").exists() or not is_first():
         return path
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
     weights = {k: v.float().contiguous() for k, v in model.state_dict().items() if k not in tied}

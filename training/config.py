@@ -33,6 +33,9 @@ class RunConfig:
     """auto (cuda, else mps, else cpu) or a device of torch such as cuda:1."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: auto uses it on CUDA where it works."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at a time: less memory for a large vocabulary, the same result, a
+    little slower. None for all."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 250
@@ -48,8 +51,8 @@ class RunConfig:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"run.seed is {self.seed}; it must be 0 or more, and below 2**63")
         object.__setattr__(self, "dir", str(Path(self.dir).expanduser()))
-        for name in ("log_every", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
+        for name in ("loss_chunk", "log_every", "eval_every", "save_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"run.{name} is {getattr(self, name)}; it must be 1 or more")
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.files import write_json
 from training.config import RunConfig
 from training.optim import OptimConfig
+from training.processes import is_first
 from training.step import StepResult
 
 try:
@@ -38,6 +39,8 @@ class TrainingConfig(Protocol):
 
 class RunLog:
     """Collects the metrics of each step and writes those of the logged ones.
+
+    With several processes only the first one's does anything.
 
     Use as a context: entering opens the file and drops what a killed process wrote beyond the
     checkpoint it resumes from, so that every step is logged once.
@@ -64,9 +67,12 @@ class RunLog:
         self._begin = time.perf_counter() - row.get("seconds", 0.0)
         self.first_step = row.get("step", 0)
         self._recent_tokens, self._recent_seconds = 0, 0.0
+        self._row, self._unread = row, list[StepResult]()
         self._wandb: Any = None
 
     def __enter__(self) -> RunLog:
+        if not is_first():
+            return self
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.run_dir / ".lock", "w", encoding="utf-8")
         if fcntl is not None:
@@ -100,43 +106,64 @@ class RunLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not is_first():
+            return
         self._progress.stop()
         self._file.close()
         self._lock.close()
         self._tell_wandb("finish", exit_code=0 if exception[0] is None else 1)
 
-    def count(self, step: int, result: StepResult) -> dict[str, Any]:
-        """The metrics of a step that was just taken (1 after the first); shown in the bar.
+    def count(self, result: StepResult) -> None:
+        """Takes in a step that was just taken; shown in the bar."""
+        if not is_first():
+            return
+        self.tokens += result.tokens
+        self._unread.append(result)
+        self._progress.update(self._task, completed=result.step)
+        if result.values.device.type == "cpu":  # there is nothing to wait for
+            self.row()
+
+    def row(self) -> dict[str, Any]:
+        """The metrics of the newest step; on a GPU this waits for it.
 
         `tokens` counts computed positions, padding included. `tokens_per_second` is of training
         steps alone, since the last logged row; `seconds` is the time since the first step began,
         evaluations and saves included, over all resumes.
+
+        Raises:
+            ValueError: a step since the last call was not finite.
         """
-        self.tokens += result.tokens
-        self._recent_tokens += result.tokens
-        self._recent_seconds += result.seconds
+        if not self._unread:
+            return self._row
+        for result in self._unread:
+            loss, grad_norm = result.read()
+        now = time.perf_counter()
+        self._recent_tokens += sum(result.tokens for result in self._unread)
+        self._recent_seconds += now - self._unread[0].began
+        self._unread = []
         speed = self._recent_tokens / self._recent_seconds
-        row = {
-            "step": step,
+        self._row = {
+            "step": result.step,
             "tokens": self.tokens,
-            "loss": result.loss,
+            "loss": loss,
             "lr": result.lr,
-            "grad_norm": result.grad_norm,
+            "grad_norm": grad_norm,
             "tokens_per_second": round(speed, 1),
-            "seconds": round(time.perf_counter() - self._begin, 3),
+            "seconds": round(now - self._begin, 3),
         }
         if self.peak_flops is not None and self.flops_per_token is not None:
-            row["mfu"] = round(self.flops_per_token * speed / self.peak_flops, 4)
-        text = f"loss {result.loss:.4f}  {speed:,.0f} tokens/s"
-        self._progress.update(self._task, completed=step, description=text)
-        return row
+            self._row["mfu"] = round(self.flops_per_token * speed / self.peak_flops, 4)
+        text = f"loss {loss:.4f}  {speed:,.0f} tokens/s"
+        self._progress.update(self._task, description=text)
+        return self._row
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Logs a row if its step is due, or if it carries an evaluation."""
-        step = row.get("step", 0)
-        evaluated = "val_loss" in row
-        if not step or not (evaluated or is_due(step, self.config.run.log_every, self.steps)):
+    def write(self, step: int, scores: dict[str, float]) -> None:
+        """Logs step `step`, the newest, with its evaluation if it had one, where it is due."""
+        evaluated = bool(scores)
+        due = evaluated or is_due(step, self.config.run.log_every, self.steps)
+        if not (step and due and is_first()):
             return
+        row = self.row() | scores
         self._recent_tokens, self._recent_seconds = 0, 0.0
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()

@@ -136,18 +136,22 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
+            # As in torch's fused AdamW: 1 makes the step one that changes nothing.
+            skip = getattr(self, "found_inf", torch.zeros((), device=params[0].device)) > 0
             updates = []
             for p in params:
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                updates.append(p.grad.lerp(state["momentum"], group["momentum"]))
+                momentum = state["momentum"].lerp(p.grad, 1 - group["momentum"])
+                state["momentum"].copy_(torch.where(skip, state["momentum"], momentum))
+                updates.append(p.grad.lerp(momentum, group["momentum"]))
             rows, columns = params[0].shape
             lr = group["lr"]
+            scale = lr * math.sqrt(max(1.0, rows / columns))
             for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(update, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+                moved = p * (1 - lr * group["weight_decay"]) - scale * update
+                p.copy_(torch.where(skip, p, moved))
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:

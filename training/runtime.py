@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from model.gpt import GPT
+from training.processes import world_size
 
 # Dense bf16 matrix FLOP/s that the makers state, by the exact name that torch gives the device: a
 # laptop's or a sliced card's differs, and then no MFU is better than a wrong one.
@@ -83,9 +84,14 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
     Weights stay in fp32. CPUs emulate bfloat16 slowly, so it is never used there.
     """
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if has_bf16(device):
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 without emulating it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def compile_model(model: GPT, mode: Literal["auto", "on", "off"]) -> None:
@@ -126,7 +132,8 @@ class StopOnSignal:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        if world_size() == 1:  # torchrun passes on what its processes have already heard
+            self._restore()
         # Not print: it is not reentrant, and the signal may have come in the middle of one.
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: saving and stopping; once more to stop at once\n".encode())

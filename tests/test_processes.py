@@ -1,0 +1,153 @@
+"""Several processes train as one: the same losses, files written once, resumed by any number."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_pretrain
+import train_sft
+from model.gpt import Batch
+from tests.conftest import pretrain_config, sft_config
+from training import processes
+from training.checkpoint import load_checkpoint
+from training.log import read_metrics
+
+ROOT = Path(__file__).parents[1]
+
+# What torchrun starts: the scripts on some configs, one after another. Where `stop_at` is not None,
+# the last process, and it alone, is asked to stop in the middle of that step.
+WORKER = """
+import json, os, signal, sys
+import train_pretrain, train_sft
+from training.config import parse_config
+from training.processes import is_first
+
+for name, file, stop_at in json.loads(sys.argv[1]):
+    script = {"train_pretrain": train_pretrain, "train_sft": train_sft}[name]
+    real = script.step_within_memory
+    def step_within_memory(*args):
+        if args[3] == stop_at and not is_first():
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    script.step_within_memory = step_within_memory
+    kind = script.PretrainConfig if name == "train_pretrain" else script.SFTConfig
+    script.main(parse_config(kind, ["--config", file]))
+    script.step_within_memory = real
+"""
+
+
+def torchrun(jobs: list[tuple[Any, Any, int | None]], folder: Path) -> str:
+    """Runs (script, config, stop_at) in two processes, one after another; what they print."""
+    listed = []
+    for i, (script, config, stop_at) in enumerate(jobs):
+        (folder / f"{i}.json").write_text(json.dumps(asdict(config)))
+        listed.append((script.__name__, str(folder / f"{i}.json"), stop_at))
+    (folder / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(folder / "worker.py"), json.dumps(listed)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def compare(run: Path, whole: Path) -> None:
+    """Two runs are the same up to rounding, and each step stands in the log once."""
+    rows, expected = (read_metrics(path / "metrics.jsonl") for path in (run, whole))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for key in {"tokens", "loss", "grad_norm", "lr", "val_loss"} & row.keys():
+            assert row[key] == pytest.approx(other[key], rel=1e-4), (key, row["step"])
+    found, weights = (load_checkpoint(path).model.state_dict() for path in (run, whole))
+    for name, value in weights.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-4)
+    assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".")) == sorted(
+        p.name for p in whole.iterdir() if not p.name.startswith(".")
+    )
+
+
+def test_two_processes_train_as_one_and_go_on_for_each_other(
+    world_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def base(out: str) -> Any:
+        config = pretrain_config(world_dir, tmp_path / out, steps=8)
+        return replace(config, data=replace(config.data, batch_size=5))  # micro-batches of 2, 2, 1
+
+    def instruct(out: str) -> Any:
+        return sft_config(world_dir, tmp_path / "one", tmp_path / out, steps=6)
+
+    def interrupted(*args: Any) -> Any:
+        if args[3] == 2:
+            os.kill(os.getpid(), 2)
+        return real(*args)
+
+    train_pretrain.main(base("one"))
+    train_sft.main(instruct("one_sft"))
+    # Begun by one process, to be finished by two.
+    script: Any = train_pretrain
+    real = script.step_within_memory
+    monkeypatch.setattr(script, "step_within_memory", interrupted)
+    assert train_pretrain.main(base("one_two")).name == "step_000003"
+    monkeypatch.undo()
+
+    printed = torchrun(
+        [
+            (train_pretrain, base("two"), None),
+            (train_pretrain, base("two_one"), 4),
+            (train_pretrain, base("one_two"), None),
+            (train_sft, instruct("two_sft"), None),
+        ],
+        tmp_path,
+    )
+    assert printed.count("base checkpoint") == 3  # and not twice as often
+    compare(tmp_path / "two", tmp_path / "one")
+    compare(tmp_path / "two_sft", tmp_path / "one_sft")
+    # Stopped by a signal to one of the two, finished by one.
+    assert max((tmp_path / "two_one").glob("step_*")).name == "step_000005"
+    train_pretrain.main(base("two_one"))
+    for run in ("one_two", "two_one"):
+        rows = read_metrics(tmp_path / run / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, 9))
+        expected = read_metrics(tmp_path / "one" / "metrics.jsonl")
+        assert [row["loss"] for row in rows] == pytest.approx(
+            [r["loss"] for r in expected], rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("sizes", [[4], [3, 3, 1], [1], [1, 2], [5, 5, 5, 5, 2]])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_shares_are_all_of_a_step_and_none_is_empty(
+    sizes: list[int], n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = 0
+    batches = []
+    for size in sizes:
+        idx = torch.arange(first, first + size)[:, None]
+        batches.append(Batch(idx, idx, None if size == 2 else torch.ones(size, 1)))
+        first += size
+    shared = []
+    monkeypatch.setattr(processes, "world_size", lambda: n)
+    for rank in range(n):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        mine = processes.share(batches)
+        assert mine
+        for batch in mine:
+            assert len(batch.idx)
+            if batch.weights is None or batch.weights.any():
+                shared += batch.idx.flatten().tolist()
+    assert sorted(shared) == list(range(first))
