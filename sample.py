@@ -18,7 +18,7 @@ from data.chat import Message, render_prompt, template_fingerprint
 from data.files import one_line_errors, write_json
 from model.generate import Sampling, generate
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.runtime import pick_device
+from training.runtime import has_bf16, set_up
 
 # What is shown of each prompt: the column's title by its name in the JSON.
 COLUMNS = {
@@ -56,7 +56,8 @@ def load_pair(base: str, instruct: str, device: str) -> tuple[Checkpoint, Checkp
     Raises:
         ValueError: not a base and an instruct checkpoint that share a tokenizer and template.
     """
-    pair = [load_checkpoint(path, pick_device(device)) for path in (base, instruct)]
+    where = set_up(device)
+    pair = [load_checkpoint(path, where) for path in (base, instruct)]
     for checkpoint, kind in zip(pair, ("base", "instruct"), strict=True):
         if checkpoint.meta["kind"] != kind:
             found = checkpoint.meta["kind"]
@@ -158,6 +159,9 @@ def run(a: argparse.Namespace) -> None:
         raise ValueError(f"--json {a.json}: there is no folder {a.json.parent}")
     sampling = Sampling(a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
     base, instruct = load_pair(a.base, a.instruct, a.device)
+    for model in (base.model, instruct.model):
+        if has_bf16(model.wte.weight.device):
+            model.bfloat16()  # every token reads all weights: half the bytes, half the time
     console = Console()
     if a.prompt is None and a.prompts is None:
         results = chat(console, Conversation(base, instruct, sampling))

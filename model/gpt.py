@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
@@ -204,10 +203,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         if mask is not None and mask.dim() == 1:
+            from torch.nn.attention.varlen import varlen_attn  # a second to import, only for GPUs
+
             q, k, v = (t.to(v.dtype).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
             y = varlen_attn(q, k, v, mask, mask, T, T, window_size=(-1, 0))
             return self.proj(cast(Tensor, y).reshape(B, T, C))
-        causal = mask is None and T > 1
+        causal = mask is None and (cache is None or T > 1)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 

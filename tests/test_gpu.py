@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from train_pretrain import main as pretrain
 from train_sft import main as sft
 from training.checkpoint import load_checkpoint
 from training.optim import OptimConfig, build_optimizers
-from training.step import train_step
+from training.step import to_device, train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,16 +58,89 @@ def test_both_scripts_train_resume_and_load_elsewhere(world_dir: Path, tmp_path:
         assert generate(checkpoint.model, [[1, 2], [3]], Sampling(8, temperature=1.0))
 
 
-def test_cached_batches_on_cuda_equal_the_whole_context() -> None:
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_step_is_the_eager_one_to_the_token(recipe: Any, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=64), 300).to("cuda").eval()
-    torch.nn.init.normal_(model.lm_head.weight)
-    prompts = [[5, 6, 7], [8]]
-    replies = generate(model, prompts, Sampling(20))
-    for prompt, reply in zip(prompts, replies, strict=True):
-        ids = list(prompt)
-        for _ in reply:
-            with torch.inference_mode():
-                logits = model(torch.tensor([ids], device="cuda"))
-            ids.append(int(logits[0, -1].argmax()))
-        assert ids[len(prompt) :] == reply
+    config = ModelConfig(recipe, n_layer=2, n_head=2, n_embd=64, block_size=64)
+    model = GPT(config, 300).to("cuda", dtype).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    prompts = [[5, 6, 7], [8], list(range(40))]
+    captured = generate(model, prompts, Sampling(100))  # the window fills and moves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+        patch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+        assert generate(model, prompts, Sampling(100)) == captured
+    for prompt, reply in zip(prompts, captured, strict=True):
+        assert generate(model, [prompt], Sampling(20))[0] == reply[:20]
+
+
+def random_documents(rows: int, T: int) -> torch.Tensor:
+    lengths = torch.randint(1, 60, (rows, T), generator=torch.Generator().manual_seed(3))
+    return torch.stack([torch.arange(T).repeat_interleave(row)[:T] for row in lengths])
+
+
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+def test_documents_on_a_gpu_are_isolated_bit_by_bit_and_as_the_mask_says(recipe: Any) -> None:
+    torch.manual_seed(1)
+    config = ModelConfig(recipe, n_layer=2, n_head=2, n_embd=128, block_size=256)
+    model = GPT(config, 300).to("cuda")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    idx, documents = torch.randint(300, (4, 256)), random_documents(4, 256)
+    changed = torch.where(documents == 1, (idx + 1) % 300, idx)
+    kernel, other, mask = (
+        to_device(Batch(i, i, None, documents), torch.device("cuda")) for i in (idx, changed, idx)
+    )
+    with torch.autocast("cuda", torch.bfloat16):
+        a, b = (model(x.idx, None, None, x.documents, None, x.bounds) for x in (kernel, other))
+        c = model(mask.idx, None, None, mask.documents)
+    untouched = (documents != 1).cuda()
+    assert torch.equal(a[untouched], b[untouched])
+    assert not torch.equal(a[~untouched], b[~untouched])
+    torch.testing.assert_close(a, c, atol=0.1, rtol=0.05)
+
+
+def test_a_step_never_waits_for_the_gpu_and_one_that_is_not_finite_moves_nothing() -> None:
+    torch.manual_seed(1)
+    config = OptimConfig(steps=10)
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=128, block_size=64), 500).to("cuda")
+    optimizers, idx = build_optimizers(model, config), torch.randint(500, (8, 64))
+    weights = (torch.rand(8, 64) > 0.5).float()
+    batches = [Batch(idx, idx, weights, random_documents(8, 64)), Batch(idx, idx)]
+    train_step(model, optimizers, batches, 0, config)  # what is allocated once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [train_step(model, optimizers, batches, s, config) for s in range(1, 4)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(result.loss > 0 for result in results)
+
+    def state() -> list[torch.Tensor]:
+        states = [s for o in optimizers for s in o.state_dict()["state"].values()]
+        tensors = [*model.parameters(), *(v for s in states for v in s.values())]
+        return [t.detach().clone() for t in tensors]
+
+    before = state()
+    poisoned = batches[0]._replace(weights=weights * torch.inf)
+    result = train_step(model, optimizers, [poisoned], 4, config)
+    assert all(map(torch.equal, before, state()))
+    with pytest.raises(ValueError, match="step 5: loss"):
+        result.read()
+    train_step(model, optimizers, batches, 5, config).read()
+    assert not all(map(torch.equal, before, state()))
+
+
+def test_a_chunked_loss_needs_less_memory() -> None:
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=64, block_size=512), 50_000).to("cuda")
+    idx, peaks, losses = torch.randint(50_000, (8, 512), device="cuda"), [], []
+    for model.loss_chunk in (None, 256):
+        torch.cuda.reset_peak_memory_stats()
+        loss = model(idx, idx)
+        loss.backward()
+        model.zero_grad()
+        losses.append(loss.item())
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert peaks[1] < 0.5 * peaks[0]

@@ -3,6 +3,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.gpt import GPT, Batch, ModelConfig
 from training.optim import OptimConfig, build_optimizers
@@ -203,3 +204,25 @@ def test_mean_loss_weighs_every_token_alike_without_dropout(training: bool) -> N
     with pytest.raises(ValueError, match="nothing to evaluate"):
         mean_loss(model, [])
     assert model.training is training
+
+
+def test_a_compiled_model_takes_the_same_steps_and_few_graphs_for_all_shapes() -> None:
+    counter = CompileCounterWithBackend("eager")
+    torch.manual_seed(1)
+    plain = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=64), V)
+    compiled = GPT(plain.config, V)
+    compiled.load_state_dict(plain.state_dict())
+    torch._dynamo.reset()
+    compiled.compile(backend=counter)
+    config, graphs = OptimConfig(steps=12), []
+    both = [(model, build_optimizers(model, config)) for model in (plain, compiled)]
+    for step in range(12):
+        rows, T = 3 + step % 3, 20 + 3 * step
+        idx = torch.randint(V, (rows, T))
+        weights = (torch.rand(rows, T) > 0.5).float()
+        documents = (torch.arange(T) // 9).expand(rows, T) if step % 2 else None
+        batch = [Batch(idx, idx, weights, documents)]
+        losses = [train_step(model, o, batch, step, config).loss for model, o in both]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+        graphs.append(counter.frame_count)
+    assert graphs[-1] == graphs[5] <= 4  # one at first, then one of any shape; with documents too

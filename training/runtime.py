@@ -55,10 +55,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def set_up(device_name: str, seed: int) -> torch.device:
-    """Seeds torch, settles what makes its device fast, and returns the device."""
+def set_up(device_name: str, seed: int | None = None) -> torch.device:
+    """Seeds torch if asked, settles what makes its device fast, and returns the device."""
     device = pick_device(device_name)
-    torch.manual_seed(seed)
+    if seed is not None:
+        torch.manual_seed(seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
     torch.set_flush_denormal(True)  # tiny numbers slow a CPU down a hundredfold
