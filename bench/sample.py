@@ -28,7 +28,7 @@ from bench.rounds import Figures, arguments, interleave, opened, parse, sizes, w
 from data.files import one_line_errors
 from model.generate import Sampling, stream
 from model.gpt import GPT, ModelConfig
-from training.runtime import set_up
+from training.runtime import pick_device, set_up
 
 DRIVEN = {
     "nanoGPT": "GPT.generate with top_k=1, prompts of one length at once",
@@ -132,10 +132,11 @@ def dtype_on(device: torch.device) -> torch.dtype:
 
 def measure(name: str, tree: str | None, case: dict[str, int], device: str) -> Figures:
     """What one worker measures, in a fresh process."""
-    c, where = Case(**case), set_up(device, seed=1)
+    c, where = Case(**case), pick_device(device)
+    torch.manual_seed(1)
     shape = {**sizes(c), "vocab_size": c.vocab_size}
     if tree is None:
-        decode = ours(name, shape, where)
+        decode = ours(name, shape, set_up(device))  # the others as they come
     else:
         decode = (nanogpt if name == "nanoGPT" else nanochat)(tree, shape, where)
     alone = name == "nanochat"
