@@ -16,7 +16,7 @@ from typing import Any
 from data.files import fingerprint
 from data.pretrain import PretrainData, PretrainDataConfig
 from model.generate import Sampling, generate
-from model.gpt import GPT, Batch, ModelConfig
+from model.gpt import GPT, ModelConfig
 from training.checkpoint import (
     check_origin,
     describe,
@@ -62,8 +62,9 @@ def take_weights(path: str, model: GPT, data: PretrainData) -> dict[str, Any]:
     return {"step": start.meta["step"], "fingerprint": fingerprint(start.meta["files"])}
 
 
-def evaluate(model: GPT, data: PretrainData, batches: list[Batch]) -> dict[str, float]:
+def evaluate(model: GPT, data: PretrainData) -> dict[str, float]:
     """Validation loss in nats per token, and in bits per byte of text."""
+    batches = data.val_batches()
     nats = mean_loss(model, batches)
     n_targets = sum(batch.targets.numel() for batch in batches)
     bits = nats * n_targets / math.log(2)
@@ -80,7 +81,7 @@ def sample(model: GPT, data: PretrainData, seed: int) -> str:
 def main(config: PretrainConfig) -> Path:
     """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
     run, run_dir, steps = config.run, Path(config.run.dir), config.optim.steps
-    join(run.device)
+    device_name = join(run.device)
     checkpoint = open_run(run_dir, asdict(config))
 
     data = PretrainData(config.data, config.model.block_size, config.run.seed)
@@ -91,7 +92,7 @@ def main(config: PretrainConfig) -> Path:
             print(f"{run_dir}: complete at step {steps}, nothing to do")
             return checkpoint
 
-    device = set_up(run.device, run.seed)
+    device = set_up(device_name, run.seed)
     model = GPT(config.model, data.tokenizer.n_vocab).to(device)
     if config.init_from is not None:
         made_from["init_from"] = take_weights(config.init_from, model, data)
@@ -101,7 +102,7 @@ def main(config: PretrainConfig) -> Path:
     model.loss_chunk = run.loss_chunk
     compile_model(model, run.compile)
     row = resume(checkpoint, model, optimizers) if checkpoint else {}
-    distributed = distribute(model)
+    distributed = distribute(model, run.seed, row.get("step", 0))
     meta = describe("base", config, device, data.meta) | made_from
     save = partial(save_checkpoint, run_dir, model, optimizers, data.tokenizer, meta)
 
@@ -110,17 +111,16 @@ def main(config: PretrainConfig) -> Path:
         f"{model.n_params():,} parameters on {device.type}; {len(data):,} training tokens, "
         f"{epochs:.1f} epochs; step {row.get('step', 0)} of {steps}"
     )
-    val_batches = data.val_batches()
     log = RunLog(config, row, model.flops_per_token(), peak_flops(device))
     with log, StopOnSignal() as stop:
         for step in count(log.first_step):
             due = partial(is_due, step, last=steps)
-            stopped = agree(stop.requested, due(run.log_every), device)
+            stopped = agree(stop.requested)
             if step == steps or stopped or (step > log.first_step and due(run.save_every)):
                 newest = save(step, log.row())
             scores: dict[str, float] = {}
             if step and due(run.eval_every) and is_first() and not stopped:
-                scores = evaluate(model, data, val_batches)
+                scores = evaluate(model, data)
                 log.say(sample(model, data, seed=step))
             log.write(step, scores)
             if step == steps or stopped:

@@ -17,7 +17,7 @@ from data.files import fingerprint
 from data.prepare import prepare_qa
 from data.sft import SFTData, SFTDataConfig
 from model.generate import Sampling, generate
-from model.gpt import GPT
+from model.gpt import GPT, skips_documents
 from training.checkpoint import (
     PREPARED_QA,
     Checkpoint,
@@ -31,7 +31,7 @@ from training.checkpoint import (
 from training.config import RunConfig, run_cli
 from training.log import RunLog, is_complete, is_due
 from training.optim import OptimConfig, build_optimizers
-from training.processes import agree, distribute, first_alone, is_first, join
+from training.processes import agree, distribute, first_alone, is_first, join, world_size
 from training.runtime import StopOnSignal, compile_model, has_bf16, pick_device, set_up
 from training.step import mean_loss, step_within_memory
 
@@ -72,8 +72,9 @@ def load_data(config: SFTConfig, base: Checkpoint, new: bool) -> SFTData:
     read = base.meta["config"]["data"]
     replay, mask = config.data.replay_path or read["path"], read.get("document_mask", False)
     packed = config.data.layout == "packed"
-    if config.data.layout == "auto":
-        packed = has_bf16(pick_device(config.run.device))  # where attention can skip what is masked
+    if config.data.layout == "auto":  # where attention can skip what it does not see
+        skips = skips_documents(base.model.config) and has_bf16(pick_device(config.run.device))
+        packed = skips and world_size() == 1  # packed, there may be fewer rows than processes
     seed = config.run.seed
     data = SFTData(path, config.data, base.tokenizer, block_size, seed, replay, mask, packed)
     same = fingerprint(data.replay_files) == base.meta["data"]["fingerprint"]
@@ -114,7 +115,7 @@ def sample(model: GPT, data: SFTData, index: int) -> str:
 def main(config: SFTConfig) -> Path:
     """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
     run, run_dir, steps = config.run, Path(config.run.dir), config.optim.steps
-    join(run.device)
+    device_name = join(run.device)
     checkpoint = open_run(run_dir, asdict(config))
 
     base = load_checkpoint(config.base)
@@ -133,13 +134,13 @@ def main(config: SFTConfig) -> Path:
             print(f"{run_dir}: complete at step {steps}, nothing to do")
             return checkpoint
 
-    device = set_up(run.device, run.seed)
+    device = set_up(device_name, run.seed)
     model = base.model.to(device).train()
     optimizers = build_optimizers(model, config.optim)
     model.loss_chunk = run.loss_chunk
     compile_model(model, run.compile)
     row = resume(checkpoint, model, optimizers) if checkpoint else {}
-    distributed = distribute(model)
+    distributed = distribute(model, run.seed, row.get("step", 0))
     meta = describe("instruct", config, device, data.meta) | made_from
     meta["template"] = template_fingerprint()
     save = partial(save_checkpoint, run_dir, model, optimizers, base.tokenizer, meta)
@@ -149,11 +150,10 @@ def main(config: SFTConfig) -> Path:
         f"{config.base}; step {row.get('step', 0)} of {steps}, {data.steps_per_epoch} an epoch"
     )
     print(data.shares())
-    log = RunLog(config, row)
-    with log, StopOnSignal() as stop:
+    with RunLog(config, row) as log, StopOnSignal() as stop:
         for step in count(log.first_step):
             due = partial(is_due, step, last=steps)
-            stopped = agree(stop.requested, due(run.log_every), device)
+            stopped = agree(stop.requested)
             if step == steps or stopped or (step > log.first_step and due(run.save_every)):
                 newest = save(step, log.row())
             scores: dict[str, float] = {}

@@ -29,7 +29,8 @@ class PretrainDataConfig:
     micro_batch_size: int | None = None
     """Sequences per forward pass; None for the whole batch. Changes memory, not the result."""
     document_mask: bool = False
-    """Attention only within a document, not across the documents that share a window."""
+    """Attention only within a document, not across the documents that share a window, and
+    positions that count from its beginning."""
     val_tokens: int | None = None
     """Tokens per evaluation, evenly spread over the validation text; None for all of it."""
 

@@ -42,7 +42,7 @@ class SFTDataConfig:
     layout: Literal["auto", "padded", "packed"] = "auto"
     """How a step's conversations lie in rows: padded, a row each among others of like length, or
     packed, several in a row that do not see each other. Changes speed, not the result. auto packs
-    on CUDA."""
+    on one GPU that has bfloat16."""
     prompt_loss_weight: float = 0.0
     """Weight of the tokens that are not the assistant's, 0 to 1."""
     replay: float = 0.0
@@ -229,9 +229,12 @@ class SFTData:
         lengths = [len(ids) - 1 for ids, _ in self._train]
         supervised = sum(int(mask.sum()) for _, mask in self._train)
         computed = 0
-        for step in range(self.steps_per_epoch):
-            conversations = [self._train[j] for j in self._order(0)[step]]
-            computed += sum(batch.idx.numel() for batch in self._batches(conversations, 1.0))
+        for chosen in self._order(0):
+            own = [lengths[i] for i in chosen]
+            filled = [sum(own[c] for c in row) for row in self._rows(own)]
+            for i in range(0, len(filled), self.micro_batch_size):
+                part = filled[i : i + self.micro_batch_size]
+                computed += len(part) * max(part)
         return (
             f"{len(self._train):,} train + {len(self.val):,} val conversations; "
             f"{supervised / sum(lengths):.1%} of tokens supervised, "

@@ -122,15 +122,19 @@ class StaticStep:
         self.column = torch.full((1,), cache.used, device=cache.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         if cache.device.type == "cuda":
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):  # warm up; the column that this writes is written again
-                    self._run()
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.device(cache.device):
+                self._capture()
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # warm up; the column that this writes is written again
                 self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._run()
 
     def _run(self) -> None:
         self.cache.begin_at(self.column, self.cache.room)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
@@ -149,6 +150,12 @@ class ModelConfig:
             raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.logit_softcap is not None and self.logit_softcap < 0:
             raise ValueError(f"model.logit_softcap is {self.logit_softcap}; 0 turns it off")
+
+
+def skips_documents(config: ModelConfig) -> bool:
+    """Whether the kernel that skips other documents takes this model's heads, and no dropout."""
+    D = config.n_embd // config.n_head
+    return D % 8 == 0 and D <= 256 and not config.dropout
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -346,7 +353,7 @@ class GPT(nn.Module):
             first = torch.ones_like(documents, dtype=torch.bool)
             first[:, 1:] = documents[:, 1:] != documents[:, :-1]
             position = place - (place * first).cummax(dim=1).values
-            if bounds is None or (self.training and self.config.dropout):
+            if bounds is None or not skips_documents(self.config):
                 mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
             else:
                 mask = bounds
@@ -397,19 +404,23 @@ class GPT(nn.Module):
             x, targets, weights = (t.index_select(0, kept) for t in (x, targets, weights.flatten()))
         if self.loss_chunk is None:
             return self.loss(x, targets, weights)
-        losses = []
-        for i in range(0, max(1, len(x)), self.loss_chunk):
-            part = slice(i, i + self.loss_chunk)
-            w = None if weights is None else weights[part]
-            # The logits are forgotten, and computed again in the backward pass.
-            losses.append(checkpoint(self.loss, x[part], targets[part], w, use_reentrant=False))
-        return torch.stack(losses).sum()
+        return self.chunked_loss(x, targets, weights, self.loss_chunk)
 
     def loss(self, x: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """The summed loss in nats of hidden states (n, C) against targets (n,)."""
         if weights is None:
             return F.cross_entropy(self.logits(x), targets, reduction="sum")
         return (F.cross_entropy(self.logits(x), targets, reduction="none") * weights).sum()
+
+    def chunked_loss(self, x: Tensor, targets: Tensor, weights: Tensor | None, size: int) -> Tensor:
+        """`loss`, by so many positions at a time; their logits are computed again backwards."""
+        again = partial(checkpoint, self.loss, use_reentrant=False, preserve_rng_state=False)
+        losses = []
+        for i in range(0, max(1, len(x)), size):
+            part = slice(i, i + size)
+            w = None if weights is None else weights[part]
+            losses.append(again(x[part], targets[part], w))
+        return torch.stack(losses).sum()
 
     def n_params(self) -> int:
         """Trained numbers; a tied head counts once."""

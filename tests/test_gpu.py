@@ -18,6 +18,7 @@ from train_pretrain import main as pretrain
 from train_sft import main as sft
 from training.checkpoint import load_checkpoint
 from training.optim import OptimConfig, build_optimizers
+from training.runtime import compile_model
 from training.step import to_device, train_step
 
 pytestmark = [
@@ -72,8 +73,9 @@ def test_a_captured_step_is_the_eager_one_to_the_token(recipe: Any, dtype: torch
         patch.setattr(torch.cuda, "CUDAGraph", lambda: None)
         patch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
         assert generate(model, prompts, Sampling(100)) == captured
-    for prompt, reply in zip(prompts, captured, strict=True):
-        assert generate(model, [prompt], Sampling(20))[0] == reply[:20]
+    if dtype == torch.float32:  # in bf16 a near tie may turn with the number of rows
+        for prompt, reply in zip(prompts, captured, strict=True):
+            assert generate(model, [prompt], Sampling(20))[0] == reply[:20]
 
 
 def random_documents(rows: int, T: int) -> torch.Tensor:
@@ -100,6 +102,25 @@ def test_documents_on_a_gpu_are_isolated_bit_by_bit_and_as_the_mask_says(recipe:
     assert torch.equal(a[untouched], b[untouched])
     assert not torch.equal(a[~untouched], b[~untouched])
     torch.testing.assert_close(a, c, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("loss_chunk", [None, 100])
+def test_compiled_steps_on_packed_documents_follow_eager_ones(loss_chunk: int | None) -> None:
+    config, outcomes = OptimConfig(steps=8), []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=128, block_size=256), 500).to("cuda")
+        model.loss_chunk, optimizers, losses = loss_chunk, build_optimizers(model, config), []
+        if compiled:
+            compile_model(model, "on")
+        for step in range(8):
+            rows = 2 + step % 3
+            idx = torch.randint(500, (rows, 256), generator=torch.Generator().manual_seed(step))
+            weights = (idx % 3 == 0).float()
+            batch = Batch(idx, idx.flip(1), weights, random_documents(rows, 256))
+            losses.append(train_step(model, optimizers, [batch], step, config).loss)
+        outcomes.append(losses)
+    assert outcomes[1] == pytest.approx(outcomes[0], rel=0.02)
 
 
 def test_a_step_never_waits_for_the_gpu_and_one_that_is_not_finite_moves_nothing() -> None:

@@ -29,7 +29,7 @@ WORKER = """
 import json, os, signal, sys
 import train_pretrain, train_sft
 from training.config import parse_config
-from training.processes import is_first
+from training.processes import is_first, leave
 
 for name, file, stop_at in json.loads(sys.argv[1]):
     script = {"train_pretrain": train_pretrain, "train_sft": train_sft}[name]
@@ -42,6 +42,7 @@ for name, file, stop_at in json.loads(sys.argv[1]):
     kind = script.PretrainConfig if name == "train_pretrain" else script.SFTConfig
     script.main(parse_config(kind, ["--config", file]))
     script.step_within_memory = real
+leave()
 """
 
 

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -7,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.gpt import GPT, Batch, ModelConfig
 from training.optim import OptimConfig, build_optimizers
+from training.runtime import compile_model
 from training.step import StepResult, mean_loss, step_within_memory, train_step
 
 V, T = 128, 16
@@ -206,14 +208,20 @@ def test_mean_loss_weighs_every_token_alike_without_dropout(training: bool) -> N
     assert model.training is training
 
 
-def test_a_compiled_model_takes_the_same_steps_and_few_graphs_for_all_shapes() -> None:
+@pytest.mark.parametrize("loss_chunk", [None, 8])
+def test_a_compiled_model_takes_the_same_steps_and_few_graphs_for_all_shapes(
+    loss_chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counter = CompileCounterWithBackend("eager")
     torch.manual_seed(1)
     plain = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=64), V)
     compiled = GPT(plain.config, V)
     compiled.load_state_dict(plain.state_dict())
+    plain.loss_chunk = compiled.loss_chunk = loss_chunk
     torch._dynamo.reset()
-    compiled.compile(backend=counter)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    compile_model(compiled, "on")
+    counter.frame_count = 0  # without the trial
     config, graphs = OptimConfig(steps=12), []
     both = [(model, build_optimizers(model, config)) for model in (plain, compiled)]
     for step in range(12):

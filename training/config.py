@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
 from data.files import one_line_errors
+from training.processes import fail, leave, world_size
 
 T = TypeVar("T")
 
@@ -100,5 +102,13 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
 
 def run_cli(config_class: type[T], main: Callable[[T], object], about: str) -> None:
     """Parses the command line and runs `main`; a user's mistake is one line and exit code 1."""
-    with one_line_errors():
-        main(parse_config(config_class, about=about))
+    try:
+        with one_line_errors():
+            main(parse_config(config_class, about=about))
+    except BaseException as error:
+        if world_size() > 1:
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            fail()
+        raise
+    leave()

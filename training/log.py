@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.files import write_json
 from training.config import RunConfig
 from training.optim import OptimConfig
-from training.processes import is_first
+from training.processes import is_first, world_size
 from training.step import StepResult
 
 try:
@@ -120,7 +120,10 @@ class RunLog:
         self.tokens += result.tokens
         self._unread.append(result)
         self._progress.update(self._task, completed=result.step)
-        if result.values.device.type == "cpu":  # there is nothing to wait for
+        # Read at once where nothing is gained by waiting: off a GPU, and where an evaluation
+        # follows, whose time is not the steps'.
+        evaluated = is_due(result.step, self.config.run.eval_every, self.steps)
+        if evaluated or result.values.device.type != "cuda":
             self.row()
 
     def row(self) -> dict[str, Any]:
@@ -152,7 +155,8 @@ class RunLog:
             "seconds": round(now - self._begin, 3),
         }
         if self.peak_flops is not None and self.flops_per_token is not None:
-            self._row["mfu"] = round(self.flops_per_token * speed / self.peak_flops, 4)
+            peak = self.peak_flops * world_size()
+            self._row["mfu"] = round(self.flops_per_token * speed / peak, 4)
         text = f"loss {loss:.4f}  {speed:,.0f} tokens/s"
         self._progress.update(self._task, description=text)
         return self._row

@@ -6,13 +6,14 @@ knows the whole batch and takes its part of it.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,21 +22,48 @@ from torch.nn.parallel import DistributedDataParallel
 from model.gpt import GPT, Batch
 
 
-def join(device: str) -> None:
-    """Joins the processes that torchrun started, if it did; only the first one prints.
+def join(device: str) -> str:
+    """Joins the processes that torchrun started, if it did, and returns the device to use.
 
-    Each takes a CUDA device of its own where `device`, a config's, is "cuda", or "auto" finds some.
+    Only the first one prints. Each takes a CUDA device of its own where `device`, a config's, is
+    "cuda", or where it is "auto" and there is one.
+
+    Raises:
+        ValueError: a device that several processes cannot share out.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Long, because the others wait while the first process evaluates and saves.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
-    atexit.register(dist.destroy_process_group)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"run.device is {device}; for several processes give cuda, cpu or auto")
+    if dist.is_initialized():
+        return device
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"{local + 1} processes or more, {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local)
+    # Both kinds, so that what is asked of the processes need not wait for their GPUs. Patient,
+    # because the others wait while the first one evaluates and saves.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=4))
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return device
+
+
+def leave() -> None:
+    """Waits for the others, then parts from them; for a process that has done its work."""
+    if dist.is_initialized():
+        total(torch.zeros(()))
+        dist.destroy_process_group()
+
+
+def fail() -> NoReturn:
+    """Ends a process that failed at once: parting from others that still train would hang."""
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def world_size() -> int:
@@ -52,37 +80,41 @@ def is_first() -> bool:
 def first_alone() -> Iterator[None]:
     """The first process runs the block before the others do."""
     if not is_first():
-        dist.barrier()
+        total(torch.zeros(()))
     yield
-    if is_first() and world_size() > 1:
-        dist.barrier()
+    if is_first():
+        total(torch.zeros(()))
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum of a tensor over the processes."""
+    """The sum of a tensor over the processes; all of them must call it."""
     if world_size() > 1:
         dist.all_reduce(value)
     return value
 
 
-def agree(value: bool, due: bool, device: torch.device) -> bool:
-    """Whether `value` is true in any process; several ask each other only where it is `due`."""
-    if world_size() == 1:
-        return value
-    return due and bool(total(torch.tensor(float(value), device=device)))
+def agree(value: bool) -> bool:
+    """Whether `value` is true in any process; all of them must call it."""
+    return value if world_size() == 1 else bool(total(torch.tensor(float(value))))
 
 
-def distribute(model: GPT) -> nn.Module:
-    """The model whose backward pass averages the gradients over the processes."""
+def distribute(model: GPT, seed: int, step: int) -> nn.Module:
+    """The model whose backward pass averages the gradients over the processes.
+
+    Dropout then differs between processes, and after a resume at another step.
+    """
     if world_size() == 1:
         return model
+    torch.manual_seed(
+        int(np.random.SeedSequence([seed, step, dist.get_rank()]).generate_state(1)[0])
+    )
     return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def share(micro_batches: list[Batch]) -> list[Batch]:
     """What of a step's micro-batches this process computes; never nothing.
 
-    Whole micro-batches where there are enough for all, else rows of each of them.
+    Whole micro-batches where there are enough for all, else a part of the rows of each of them.
     """
     n = world_size()
     if n == 1:
@@ -90,7 +122,7 @@ def share(micro_batches: list[Batch]) -> list[Batch]:
     rank = dist.get_rank()
     if len(micro_batches) >= n:
         return micro_batches[rank::n]
-    parts = [batch.map(lambda t: t[rank::n]) for batch in micro_batches]
+    parts = [batch.map(lambda t: t[rank::n].contiguous()) for batch in micro_batches]
     parts = [part for part in parts if len(part.idx)]
     if parts:
         return parts

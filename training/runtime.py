@@ -61,6 +61,8 @@ def set_up(device_name: str, seed: int | None = None) -> torch.device:
     if seed is not None:
         torch.manual_seed(seed)
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # of its streams, graphs and generator
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
     torch.set_flush_denormal(True)  # tiny numbers slow a CPU down a hundredfold
     if device.type == "cpu":
@@ -116,6 +118,8 @@ def compile_model(model: GPT, mode: Literal["auto", "on", "off"]) -> None:
             raise ValueError(f"run.compile=on: {reason}; use run.compile=off") from None
         print(f"{reason}; going on without it")
         return
+    # Its loop has more turns the more tokens there are, each number of them another graph.
+    model.chunked_loss = torch.compiler.disable(model.chunked_loss)  # type: ignore
     # A graph that cannot be compiled after all runs as it is, unless compilation was asked for.
     torch._dynamo.config.suppress_errors = mode == "auto"
     model.compile()
@@ -132,9 +136,10 @@ class StopOnSignal:
         return self
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if world_size() == 1:  # torchrun passes on what its processes have already heard
+        # With several processes everyone hears it twice: from the terminal, and from torchrun.
+        if self.requested or world_size() == 1:
             self._restore()
+        self.requested = True
         # Not print: it is not reentrant, and the signal may have come in the middle of one.
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: saving and stopping; once more to stop at once\n".encode())

@@ -23,7 +23,7 @@ from training.runtime import autocast, has_bf16
 class StepResult:
     """What a step did.
 
-    Its numbers stay on the device until somebody reads them, because reading waits for the step.
+    Its numbers stay on a GPU until somebody reads them, because reading waits for the step.
 
     Attributes:
         step: its number, 1 for the first.
@@ -102,7 +102,7 @@ def train_step(
     tokens = sum(batch.targets.numel() for batch in micro_batches)
     values = torch.stack((loss, norm.to(loss)))
     result = StepResult(step + 1, values, config.lr * factor, tokens, began)
-    if values.device.type == "cpu":  # there is nothing to wait for
+    if values.device.type != "cuda":
         try:
             result.read()
         except ValueError:
@@ -154,7 +154,7 @@ def step_within_memory(
         if rows == 1 or world_size() > 1:
             raise ValueError(
                 f"out of memory at micro-batches of {rows} rows; lower data.micro_batch_size, "
-                "model.block_size or run.loss_chunk"
+                "set run.loss_chunk, or use shorter blocks"
             )
         data.micro_batch_size = rows // 2
         model.zero_grad()
@@ -210,4 +210,4 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if batch.documents is not None and has_bf16(device):
         batch = batch._replace(bounds=document_bounds(batch.documents))
     # From pinned memory the copy runs beside the step before.
-    return batch.map(lambda t: t.pin_memory().to(device, non_blocking=True))
+    return batch.map(lambda t: t if t.is_cuda else t.pin_memory().to(device, non_blocking=True))
