@@ -1,9 +1,9 @@
-# make quickstart | test | lint | clean. Each makes .venv from the pinned requirements if needed.
+# make quickstart | test | lint | bench | clean. Each makes .venv from the pinned requirements if needed.
 PYTHON ?= python3
 BIN := .venv/bin
 QUICK := out/quickstart
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench clean
 .DELETE_ON_ERROR:
 
 .venv/runtime: requirements.txt
@@ -31,6 +31,13 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# PEERS="--nanogpt DIR --nanochat DIR" measures beside them; docs/speed.md has the benches one by one.
+bench: .venv/dev
+	$(BIN)/python -m bench.train $(PEERS)
+	$(BIN)/python -m bench.sample $(PEERS)
+	$(BIN)/python -m bench.sft
+	$(BIN)/python -m bench.table
 
 clean:
 	rm -rf out
