@@ -218,7 +218,7 @@ class Bench:
             "what": self.what,
             "case": case,
             "date": datetime.date.today().isoformat(),
-            "command": " ".join(shlex.quote(without_folders(word)) for word in command),
+            "command": " ".join(shlex.quote(re.sub(r"[^\s=]*/", "", word)) for word in command),
             "machine": self.machine,
             "peers": self.commits,
             "settings": settings,
