@@ -152,3 +152,30 @@ def test_shares_are_all_of_a_step_and_none_is_empty(
             if batch.weights is None or batch.weights.any():
                 shared += batch.idx.flatten().tolist()
     assert sorted(shared) == list(range(first))
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "8"}])
+def test_without_torchrun_a_process_is_alone(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():  # a cluster's scheduler may set a size of its own
+        monkeypatch.setenv(name, value)
+    assert processes.join("auto") == "auto"
+    assert processes.world_size() == 1
+    assert processes.is_first()
+    assert [processes.agree(value) for value in (True, False)] == [True, False]
+
+
+def test_several_processes_refuse_a_device_they_cannot_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for device in ("cuda:1", "mps"):
+        with pytest.raises(ValueError, match=f"run.device is {device}; for several processes"):
+            processes.join(device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 processes or more, 1 GPUs"):
+        processes.join("cuda")

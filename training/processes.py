@@ -31,7 +31,7 @@ def join(device: str) -> str:
     Raises:
         ValueError: a device that several processes cannot share out.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "LOCAL_RANK" not in os.environ:
         return device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
