@@ -15,7 +15,8 @@ if sys.argv[1] == "kept":
     keep_freed_memory()
 def touch():  # as a step does: large blocks, more than one at a time, all freed in the end
     blocks = [torch.ones(16 << 20) for _ in range(3)]
-touch()
+for _ in range(5):
+    touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     touch()

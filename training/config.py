@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
 from data.files import one_line_errors
-from training.processes import fail, leave, world_size
+from training.processes import end, leave, world_size
 
 T = TypeVar("T")
 
@@ -109,6 +109,6 @@ def run_cli(config_class: type[T], main: Callable[[T], object], about: str) -> N
         if world_size() > 1:
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
-            fail()
+            end(1)
         raise
     leave()

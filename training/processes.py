@@ -54,16 +54,21 @@ def join(device: str) -> str:
 
 
 def leave() -> None:
-    """Waits for the others, then parts from them; for a process that has done its work."""
-    if dist.is_initialized():
+    """Waits for the others and ends the process, if there are several; all have done their work."""
+    if world_size() > 1:
         total(torch.zeros(()))
-        dist.destroy_process_group()
+        end(0)
 
 
-def fail() -> NoReturn:
-    """Ends a process that failed at once: parting from others that still train would hang."""
+def end(code: int) -> NoReturn:
+    """Ends one of several processes at once, whatever the others do.
+
+    Taking the group down in order can hang where another has failed, and gloo's threads now and
+    then abort in it (torch 2.13: "terminate called without an active exception").
+    """
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def world_size() -> int:
