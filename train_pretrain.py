@@ -75,7 +75,7 @@ def sample(model: GPT, data: PretrainData, seed: int) -> str:
     """The beginning of a document as the model would write it."""
     start = [data.tokenizer.end_of_text]
     reply = generate(model, [start], Sampling(48, temperature=0.8, seed=seed))[0]
-    return f"  sample: {data.tokenizer.decode(reply)!r}"
+    return data.tokenizer.decode(reply)
 
 
 def main(config: PretrainConfig) -> Path:
@@ -111,7 +111,7 @@ def main(config: PretrainConfig) -> Path:
         f"{model.n_params():,} parameters on {device.type}; {len(data):,} training tokens, "
         f"{epochs:.1f} epochs; step {row.get('step', 0)} of {steps}"
     )
-    log = RunLog(config, row, model.flops_per_token(), peak_flops(device))
+    log = RunLog(config, row, meta, model.flops_per_token(), peak_flops(device))
     with log, StopOnSignal() as stop:
         for step in count(log.first_step):
             due = partial(is_due, step, last=steps)
@@ -121,7 +121,9 @@ def main(config: PretrainConfig) -> Path:
             scores: dict[str, float] = {}
             if step and due(run.eval_every) and is_first() and not stopped:
                 scores = evaluate(model, data)
-                log.say(sample(model, data, seed=step))
+                text = sample(model, data, seed=step)
+                log.say(f"  sample: {text!r}")
+                log.samples(["continuation"], [[text]])
             log.write(step, scores)
             if step == steps or stopped:
                 break

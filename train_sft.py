@@ -36,6 +36,7 @@ from training.runtime import StopOnSignal, compile_model, has_bf16, pick_device,
 from training.step import mean_loss, step_within_memory
 
 STOP_PROMPTS, STOP_WITHIN = 64, 128  # validation prompts asked at an evaluation, tokens to stop in
+SAMPLES = 8  # of them shown beside the base's replies, in wandb
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ def load_data(config: SFTConfig, base: Checkpoint, new: bool) -> SFTData:
             prepare_qa(files, path, base.path, config.data.val_fraction, config.run.seed)
     read = base.meta["config"]["data"]
     replay, mask = config.data.replay_path or read["path"], read.get("document_mask", False)
+    if config.data.replay and replay is None:
+        raise ValueError(
+            f"{config.base} was imported, so its text is not known; name the text to replay with "
+            "--data.replay_path"
+        )
     packed = config.data.layout == "packed"
     if config.data.layout == "auto":  # where attention can skip what it does not see
         skips = skips_documents(base.model.config) and has_bf16(pick_device(config.run.device))
@@ -86,30 +92,26 @@ def load_data(config: SFTConfig, base: Checkpoint, new: bool) -> SFTData:
     return data
 
 
-def evaluate(model: GPT, data: SFTData) -> dict[str, float]:
-    """Validation loss of the replies, and whether the model would stop where they do.
+def answer(model: GPT, data: SFTData, n: int) -> list[list[int]]:
+    """Greedy replies to the first `n` validation prompts."""
+    return generate(model, data.val_prompts(n), Sampling(STOP_WITHIN), {data.tokenizer.end_of_turn})
+
+
+def evaluate(model: GPT, data: SFTData, replies: list[list[int]]) -> dict[str, float]:
+    """Validation loss of the true replies, and whether the model would stop where they do.
 
     `stop_logprob` is the mean log-probability of the end-of-turn token at the true end of a reply;
-    `stop_rate` the share of greedy replies to validation prompts that end by themselves.
+    `stop_rate` the share of the model's own `replies` that end by themselves.
     """
     batches, end = data.val_batches(), data.tokenizer.end_of_turn
     ends = [
         b._replace(weights=b.weights * (b.targets == end)) for b in batches if b.weights is not None
     ]
-    replies = generate(model, data.val_prompts(STOP_PROMPTS), Sampling(STOP_WITHIN), {end})
     return {
         "val_loss": mean_loss(model, batches),
         "stop_logprob": -mean_loss(model, ends),
         "stop_rate": sum(reply[-1] == end for reply in replies) / len(replies),
     }
-
-
-def sample(model: GPT, data: SFTData, index: int) -> str:
-    """A validation question and the model's greedy reply."""
-    prompts = data.val_prompts(STOP_PROMPTS)
-    prompt = prompts[index % len(prompts)]
-    reply = generate(model, [prompt], Sampling(STOP_WITHIN), {data.tokenizer.end_of_turn})[0]
-    return f"  sample: {data.tokenizer.decode(prompt + reply)!r}"
 
 
 def main(config: SFTConfig) -> Path:
@@ -139,6 +141,8 @@ def main(config: SFTConfig) -> Path:
     optimizers = build_optimizers(model, config.optim)
     model.loss_chunk = run.loss_chunk
     compile_model(model, run.compile)
+    prompts, decode = data.val_prompts(STOP_PROMPTS), base.tokenizer.decode
+    before = [] if run.wandb == "disabled" else answer(model, data, SAMPLES)
     row = resume(checkpoint, model, optimizers) if checkpoint else {}
     distributed = distribute(model, run.seed, row.get("step", 0))
     meta = describe("instruct", config, device, data.meta) | made_from
@@ -150,7 +154,7 @@ def main(config: SFTConfig) -> Path:
         f"{config.base}; step {row.get('step', 0)} of {steps}, {data.steps_per_epoch} an epoch"
     )
     print(data.shares())
-    with RunLog(config, row) as log, StopOnSignal() as stop:
+    with RunLog(config, row, meta) as log, StopOnSignal() as stop:
         for step in count(log.first_step):
             due = partial(is_due, step, last=steps)
             stopped = agree(stop.requested)
@@ -158,8 +162,12 @@ def main(config: SFTConfig) -> Path:
                 newest = save(step, log.row())
             scores: dict[str, float] = {}
             if step and due(run.eval_every) and is_first() and not stopped:
-                scores = evaluate(model, data)
-                log.say(sample(model, data, index=step))
+                replies = answer(model, data, STOP_PROMPTS)
+                scores = evaluate(model, data, replies)
+                shown = step % len(replies)
+                log.say(f"  sample: {decode(prompts[shown] + replies[shown])!r}")
+                sides = zip(prompts, before, replies, strict=False)
+                log.samples(["prompt", "base", "instruct"], [list(map(decode, s)) for s in sides])
             log.write(step, scores)
             if step == steps or stopped:
                 break

@@ -32,13 +32,14 @@ class Tokenizer:
     Attributes:
         kind: "gpt2", "bpe" or "byte".
         n_vocab: ids are 0 .. n_vocab - 1, control tokens included.
+        ranks: the ids of the byte strings.
         end_of_text, end_of_turn: ids that end a document and a chat turn.
     """
 
     def __init__(self, kind: str, pattern: str, ranks: dict[bytes, int]) -> None:
         self.kind = kind
         self._pattern = pattern
-        self._ranks = ranks
+        self.ranks = ranks
         self._control = {token: len(ranks) + i for i, token in enumerate(CONTROL_TOKENS)}
         self._encoding = tiktoken.Encoding(
             kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._control
@@ -70,7 +71,7 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each id stands for, (n_vocab,); a control token stands for none."""
         lengths = np.zeros(self.n_vocab, dtype=np.int64)
-        for token, rank in self._ranks.items():
+        for token, rank in self.ranks.items():
             lengths[rank] = len(token)
         return lengths
 
@@ -78,14 +79,14 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Equal for two tokenizers exactly if they map every text to the same ids."""
         digest = hashlib.sha256(self._pattern.encode())
-        for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
+        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
             digest.update(b"%d:%b;" % (rank, base64.b64encode(token)))
         digest.update(repr(self._control).encode())
         return digest.hexdigest()[:16]
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes the ranks in tiktoken's format; returns what `load` needs from meta.json."""
-        lines = (b"%b %d\n" % (base64.b64encode(t), r) for t, r in self._ranks.items())
+        lines = (b"%b %d\n" % (base64.b64encode(t), r) for t, r in self.ranks.items())
         (folder / RANKS_FILE).write_bytes(b"".join(lines))
         return {
             "kind": self.kind,

@@ -82,7 +82,8 @@ def step_of(checkpoint: Path) -> int:
 def text_of(base: Checkpoint) -> PretrainData | None:
     """The text that a base was trained on, if it is still where it was, unchanged."""
     config: dict[str, Any] = base.meta["config"]
-    if not Path(config["data"]["path"]).exists():
+    path = config["data"]["path"]
+    if path is None or not Path(path).exists():  # an imported base has none
         return None
     settings = PretrainDataConfig(**config["data"])
     try:

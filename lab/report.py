@@ -111,7 +111,7 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
             )
     report["chance"] = sum(1 / len(a.values) for a in ATTRIBUTES) / len(ATTRIBUTES)
     report["seconds"] = {
-        "prepare": first.base.meta["prepared"]["seconds"],
+        "prepare": first.base.meta["prepared"].get("seconds", 0.0),
         "pretrain": first.base.meta["metrics"].get("seconds", 0.0),
         "sft": first.instruct.meta["metrics"].get("seconds", 0.0),
         "compare": round(time.perf_counter() - begin, 1),

@@ -320,8 +320,11 @@ class GPT(nn.Module):
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
             elif name == "lm_head.weight":  # only listed when untied
                 nn.init.normal_(p, std=0.001)
+                p[self.vocab_size :] = 0.0  # padding; it never gets a gradient
             elif name in ("wte.weight", "wpe.weight"):
                 nn.init.normal_(p, std=0.02)
+                if name == "wte.weight":
+                    p[self.vocab_size :] = 0.0
             elif name.endswith("proj.weight") and self.config.zero_init_projections:
                 nn.init.zeros_(p)
             else:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import train_pretrain
+import train_sft
 from data.prepare import prepare_world
 from data.pretrain import PretrainDataConfig
 from data.sft import SFTDataConfig
@@ -14,9 +19,11 @@ from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from train_sft import SFTConfig
 from train_sft import main as sft
-from training.config import RunConfig
+from training.config import RunConfig, run_cli
 from training.optim import OptimConfig
 
+Fails = Callable[..., str]
+GPT2_CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken-cache"
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
 
 
@@ -57,3 +64,33 @@ def sft_config(data: Path, base: Path, out: Path, steps: int) -> SFTConfig:
         RunConfig(str(out), device="cpu", log_every=1, eval_every=5, save_every=4),
         OptimConfig(steps=steps, lr=1e-3, muon_lr=0.005),
     )
+
+
+@pytest.fixture
+def gpt2_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes GPT-2's vocabulary available, or skips."""
+    if not GPT2_CACHE.is_dir():
+        pytest.skip(f"no GPT-2 vocabulary in {GPT2_CACHE}")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs a command line in this process; returns the one line that it must fail with."""
+
+    def run(script: Any, *args: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, args)])
+        capsys.readouterr()
+        command: Any = {
+            train_pretrain: lambda: run_cli(PretrainConfig, script.main, ""),
+            train_sft: lambda: run_cli(SFTConfig, script.main, ""),
+        }
+        with pytest.raises(SystemExit) as stop:
+            command.get(script, script.main)()
+        assert stop.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return run

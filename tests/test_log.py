@@ -1,11 +1,8 @@
 import itertools
-import json
-import sys
 import time
-import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from training.optim import OptimConfig
 from training.step import StepResult
 
 STEPS = 10
+ABOUT = {"kind": "base", "environment": {"commit": "abc"}, "config": {}}
 
 
 @dataclass(frozen=True)
@@ -29,10 +27,10 @@ def make_log(
     row: dict[str, Any] | None = None,
     log_every: int = 1,
     peak: float | None = None,
-    wandb: Literal["disabled", "offline", "online"] = "disabled",
+    **options: Any,
 ) -> RunLog:
-    run_config = RunConfig(str(run), log_every=log_every, wandb=wandb)
-    return RunLog(Config(run_config, OptimConfig(steps=STEPS)), row or {}, 1000, peak)
+    run_config = RunConfig(str(run), log_every=log_every, **options)
+    return RunLog(Config(run_config, OptimConfig(steps=STEPS)), row or {}, ABOUT, 1000, peak)
 
 
 def result(step: int, loss: float = 2.0, began: float = 0.0) -> StepResult:
@@ -143,36 +141,3 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     with make_log(tmp_path), pytest.raises(ValueError, match="another process"):
         make_log(tmp_path).__enter__()
     make_log(tmp_path).__enter__().__exit__(None, None, None)
-
-
-def test_wandb_offline_writes_its_file_and_keeps_its_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    saved = log_steps(make_log(tmp_path, wandb="offline"), 2)
-    stored = (tmp_path / "wandb.json").read_text()
-    log_steps(make_log(tmp_path, saved, wandb="offline"), 3)
-    assert (tmp_path / "wandb.json").read_text() == stored
-    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert files
-    assert {f.stem for f in files} == {f"run-{json.loads(stored)['id']}"}
-    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
-
-
-@pytest.mark.parametrize("broken", ["init", "define_metric", "log", "finish"])
-def test_a_failing_wandb_never_ends_a_run(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("no\nnetwork")
-
-    calls = {name: (lambda *args, **kwargs: None) for name in ("define_metric", "log", "finish")}
-    run = types.SimpleNamespace(**calls)
-    wandb = types.SimpleNamespace(init=lambda **kwargs: run, login=lambda prompt: True)
-    setattr(wandb if broken == "init" else run, broken, fail)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    log_steps(make_log(tmp_path, wandb="online"), 3)
-    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
-    assert "wandb" in capsys.readouterr().out

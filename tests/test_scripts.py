@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from data import prepare
 from data.sft import SFTDataConfig
 from data.world import WorldConfig
 from model.gpt import GPT
-from tests.conftest import pretrain_config, sft_config
+from tests.conftest import Fails, pretrain_config, sft_config
 from training.checkpoint import load_checkpoint
 from training.config import run_cli
 from training.log import read_metrics
@@ -157,30 +156,6 @@ def test_the_same_seed_repeats_a_run_and_another_does_not(world_dir: Path, tmp_p
 
 
 # ---- a user's mistake is one line and exit code 1 --------------------------------------------
-
-Fails = Callable[..., str]
-
-
-@pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
-    """Runs a command line in this process; returns the one line that it must fail with."""
-
-    def run(script: Any, *args: object) -> str:
-        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, args)])
-        capsys.readouterr()
-        command: Any = {
-            train_pretrain: lambda: run_cli(train_pretrain.PretrainConfig, script.main, ""),
-            train_sft: lambda: run_cli(train_sft.SFTConfig, script.main, ""),
-        }
-        with pytest.raises(SystemExit) as stop:
-            command[script]()
-        assert stop.value.code == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
-        return error
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,24 @@ SOURCES = sorted(
     for p in ROOT.rglob("*.py")
     if not {".venv", "tests", "out", "build"} & set(p.relative_to(ROOT).parts)
 )
-OURS = ("model", "data", "training", "lab", "bench", "train_pretrain", "train_sft", "sample")
+OURS = (
+    "model",
+    "data",
+    "training",
+    "lab",
+    "bench",
+    "train_pretrain",
+    "train_sft",
+    "sample",
+    "convert",
+)
 GROUND = ("model", "data.tokenizer", "data.chat", "data.files")
 FLOORS = [
     # modules of this floor, and what of ours they may import
     (GROUND, GROUND),
     (("data",), ("data", "model")),
     (("training",), (*GROUND, "training")),
-    (("train_pretrain", "train_sft", "sample"), ("model", "data", "training")),
+    (("train_pretrain", "train_sft", "sample", "convert"), ("model", "data", "training")),
     (("lab", "bench"), OURS),
 ]
 

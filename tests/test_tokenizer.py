@@ -11,7 +11,6 @@ from data.files import sha256_file, write_meta
 from data.tokenizer import CONTROL_TOKENS, RANKS_FILE, Tokenizer, create_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-GPT2_CACHE = ROOT.parent / "shared" / "data" / "tiktoken-cache"
 CORPUS = ["the cat sat on the mat and the cat ate", "a hat, a bat; 12 34 the the that then"] * 3
 AWKWARD = [
     "",
@@ -28,11 +27,9 @@ AWKWARD = [
 
 
 @pytest.fixture(params=["byte", "bpe:300", "gpt2"])
-def tokenizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "gpt2":
-        if not GPT2_CACHE.is_dir():
-            pytest.skip(f"no GPT-2 vocabulary in {GPT2_CACHE}")
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
+        request.getfixturevalue("gpt2_vocabulary")
     return create_tokenizer(request.param, CORPUS)
 
 

@@ -8,6 +8,8 @@ meta.json           kind, step, metrics, model config, run config, data, environ
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from training.runtime import environment
 # what alters the result by rounding at most.
 MAY_CHANGE = {
     *("run.dir", "run.device", "run.compile", "run.loss_chunk", "run.wandb", "run.wandb_project"),
+    "run.wandb_artifact",
     *("base", "init_from", "data.path", "data.replay_path"),
     *("data.micro_batch_size", "data.layout"),
 }
@@ -89,12 +92,9 @@ def save_checkpoint(
         "cuda_rng": torch.cuda.get_rng_state() if on_cuda else None,
     }
     with new_directory(path) as folder:
-        try:
+        with writing(path):
             save_file(weights, folder / WEIGHTS_FILE)
             torch.save(state, folder / STATE_FILE)
-        except (SafetensorError, RuntimeError) as error:  # what both make of a full disk
-            reason = str(error).splitlines()[0]
-            raise OSError(f"{path} cannot be written: {reason}") from None
         described = {
             **meta,
             "step": step,
@@ -106,6 +106,15 @@ def save_checkpoint(
         }
         write_meta(folder, described)
     return path
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes an OSError of what safetensors and torch.save make of a full disk."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:

@@ -48,6 +48,8 @@ class RunConfig:
     """Weights & Biases, besides metrics.jsonl."""
     wandb_project: str = "diptych"
     """Project name there."""
+    wandb_artifact: bool = False
+    """Upload the last checkpoint there."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-import uuid
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -18,6 +18,7 @@ from training.config import RunConfig
 from training.optim import OptimConfig
 from training.processes import is_first, world_size
 from training.step import StepResult
+from training.tracking import Tracker
 
 try:
     import fcntl
@@ -48,6 +49,7 @@ class RunLog:
     Args:
         config: the whole config of the run.
         row: metrics of the checkpoint resumed from; {} for a new run.
+        about: what the run's checkpoints say of it, for wandb.
         flops_per_token, peak_flops: for MFU, which is left out where either is not known.
 
     Raises:
@@ -58,6 +60,7 @@ class RunLog:
         self,
         config: TrainingConfig,
         row: dict[str, Any],
+        about: dict[str, Any],
         flops_per_token: int | None = None,
         peak_flops: float | None = None,
     ) -> None:
@@ -67,8 +70,7 @@ class RunLog:
         self._begin = time.perf_counter() - row.get("seconds", 0.0)
         self.first_step = row.get("step", 0)
         self._recent_tokens, self._recent_seconds = 0, 0.0
-        self._row, self._unread = row, list[StepResult]()
-        self._wandb: Any = None
+        self._row, self._unread, self._about = row, list[StepResult](), about
 
     def __enter__(self) -> RunLog:
         if not is_first():
@@ -90,7 +92,6 @@ class RunLog:
         temporary.write_text(lines, encoding="utf-8")
         temporary.replace(path)
         self._file = open(path, "a", encoding="utf-8")
-        self._start_wandb()
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -101,6 +102,8 @@ class RunLog:
             disable=not sys.stdout.isatty(),
             transient=True,
         )
+        about = asdict(self.config) | {k: v for k, v in self._about.items() if k != "config"}
+        self._tracker = Tracker(self.config.run, about, kept, self.first_step > 0, self.say)
         self._progress.start()
         self._task = self._progress.add_task("", total=self.steps, completed=self.first_step)
         return self
@@ -111,7 +114,7 @@ class RunLog:
         self._progress.stop()
         self._file.close()
         self._lock.close()
-        self._tell_wandb("finish", exit_code=0 if exception[0] is None else 1)
+        self._tracker.finish(failed=exception[0] is not None)
 
     def count(self, result: StepResult) -> None:
         """Takes in a step that was just taken; shown in the bar."""
@@ -171,7 +174,7 @@ class RunLog:
         self._recent_tokens, self._recent_seconds = 0, 0.0
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self._tell_wandb("log", row)
+        self._tracker.log(row)
         # On a terminal the bar shows the rest; a pipe gets every logged line.
         if evaluated or self._progress.disable:
             names = ("loss", "val_loss", "val_bpb", "stop_logprob", "stop_rate")
@@ -179,49 +182,14 @@ class RunLog:
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
             self.say(f"step {step}/{self.steps}  {shown}  {speed}")
 
+    def samples(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Tells wandb what the model writes, as a table beside the next row."""
+        if is_first():
+            self._tracker.table("samples", columns, rows)
+
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _tell_wandb(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Calls wandb's run if there is one; its network, login and files may never end ours."""
-        if self._wandb is not None:
-            try:
-                getattr(self._wandb, method)(*args, **kwargs)
-            except Exception as error:
-                self._wandb = None
-                self.say(f"wandb failed and is off from here: {' '.join(str(error).split())[:200]}")
-
-    def _start_wandb(self) -> None:
-        """Opens wandb's run, the same one after a resume; a failure is said and never stops us."""
-        if self.config.run.wandb == "disabled":
-            return
-        try:
-            import wandb  # slow to import, so only where it is used
-
-            mode = self.config.run.wandb
-            if mode == "online" and not wandb.login(prompt=False):
-                print("wandb has no API key here, so this run is offline; `wandb sync` sends it")
-                mode = "offline"
-            stored = self.run_dir / "wandb.json"
-            run_id = (
-                json.loads(stored.read_text())["id"] if stored.exists() else uuid.uuid4().hex[:12]
-            )
-            write_json(stored, {"id": run_id})
-            self._wandb = wandb.init(
-                project=self.config.run.wandb_project,
-                name=self.run_dir.name,
-                id=run_id,
-                resume="allow",
-                mode=mode,
-                dir=str(self.run_dir),
-                config=asdict(self.config),
-            )
-            # Our own axis: wandb's drops points that come again after a resume.
-            self._wandb.define_metric("*", step_metric="step")
-        except Exception as error:
-            self._wandb = None
-            print(f"wandb is off for this run: {' '.join(str(error).split())[:200]}")
 
 
 def is_complete(checkpoint: Path, steps: int) -> bool:

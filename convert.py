@@ -1,0 +1,546 @@
+"""Weights in and out, in the folders that Hugging Face's transformers reads and writes.
+
+python convert.py import gpt2 out/gpt2
+python convert.py export out/quickstart/instruct out/quickstart/instruct-hf
+
+What is imported can be gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the hub, or a folder.
+An export loads with `AutoModelForCausalLM` and `AutoTokenizer`, as their `gpt2` or `nanochat`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.chat import ROLES
+from data.download import download, hub_files
+from data.files import new_directory, one_line_errors, read_json, sha256_file, write_json
+from data.tokenizer import (
+    BYTE_PATTERN,
+    CONTROL_TOKENS,
+    END_OF_TEXT,
+    END_OF_TURN,
+    WORD_PATTERN,
+    Tokenizer,
+    create_tokenizer,
+)
+from model.gpt import GPT, ModelConfig
+from training.checkpoint import load_checkpoint, save_checkpoint, writing
+from training.runtime import environment
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_VOCAB_SIZE = 50257
+ORIGIN_FILE = "diptych.json"  # in an export: what its checkpoint's meta.json said
+HUB_FILES = ("config.json", "model*.safetensors*", "tokenizer.json", "vocab.json", ORIGIN_FILE)
+# The switches that an architecture of transformers has built in.
+BUILT_IN: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_embedding": False,
+        "qk_norm": False,
+        "bias": True,
+        "logit_softcap": 0.0,
+    },
+    "nanochat": {
+        "position": "rope",
+        "norm": "rmsnorm",
+        "norm_embedding": True,
+        "qk_norm": True,
+        "bias": False,
+    },
+}
+ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu2": "relu2"}
+# A noncharacter of Unicode, which no text may hold, in the names of the control tokens: so text
+# that looks like a control token is text there too. Decoding leaves it out.
+MARK = "\ufdd0"
+
+
+# ---- weights -------------------------------------------------------------------------------
+
+
+def names(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], str, bool]]:
+    """Our names, joined along the output, for each of theirs; and whether theirs is transposed."""
+    gpt2, kinds = config.position == "learned", ("weight", "bias")[: 1 + bool(config.bias)]
+    yield ("wte.weight",), "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight", False
+    if not config.tie_embeddings:
+        yield ("lm_head.weight",), "lm_head.weight", False
+    if gpt2:
+        yield ("wpe.weight",), "transformer.wpe.weight", False
+        parts = {
+            "attn.c_attn": ("attn.query", "attn.key", "attn.value"),
+            "attn.c_proj": ("attn.proj",),
+            "mlp.c_fc": ("mlp.fc",),
+            "mlp.c_proj": ("mlp.proj",),
+            "ln_1": ("norm1",),
+            "ln_2": ("norm2",),
+        }
+        for kind in kinds:
+            yield (f"norm.{kind}",), f"transformer.ln_f.{kind}", False
+    else:
+        letters = {"query": "q", "key": "k", "value": "v", "proj": "o"}
+        parts = {f"self_attn.{i}_proj": (f"attn.{name}",) for name, i in letters.items()}
+        parts |= {"mlp.fc1": ("mlp.fc",), "mlp.fc2": ("mlp.proj",)}
+    stack = "transformer.h" if gpt2 else "model.layers"
+    for layer in range(config.n_layer):
+        for theirs, ours in parts.items():
+            for kind in kinds:
+                transposed = gpt2 and kind == "weight" and not theirs.startswith("ln")
+                mine = tuple(f"blocks.{layer}.{name}.{kind}" for name in ours)
+                yield mine, f"{stack}.{layer}.{theirs}.{kind}", transposed
+
+
+def export_weights(model: GPT) -> dict[str, Tensor]:
+    """The weights under the names of transformers, without the padding of the vocabulary."""
+    ours, theirs = model.state_dict(), dict[str, Tensor]()
+    for mine, name, transposed in names(model.config):
+        joined = torch.cat([ours[n].float() for n in mine])
+        if mine[0] in ("wte.weight", "lm_head.weight"):
+            joined = joined[: model.vocab_size]
+        theirs[name] = (joined.T if transposed else joined).contiguous()
+    return theirs
+
+
+@torch.no_grad()
+def import_weights(model: GPT, theirs: dict[str, Tensor], n_known: int) -> None:
+    """Fills a model with weights under the names of transformers.
+
+    Of their embeddings the first `n_known` are taken. Those of further tokens, which GPT-2 does
+    not have, become the mean with a little noise; padding becomes zero.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape; with its name.
+    """
+    ours = model.state_dict()
+    for mine, name, transposed in names(model.config):
+        short = name.removeprefix("transformer.")  # GPT-2's own files leave that out
+        if (tensor := theirs.get(name, theirs.get(short))) is None:
+            raise ValueError(f"the weights lack {name}")
+        tensor = (tensor.T if transposed and tensor.dim() == 2 else tensor).float()
+        if mine[0] in ("wte.weight", "lm_head.weight") and tensor.dim() == 2:
+            tensor = fit_rows(tensor[:n_known], model.vocab_size, len(ours[mine[0]]))
+        expected = torch.Size([sum(len(ours[n]) for n in mine), *ours[mine[0]].shape[1:]])
+        if tensor.shape != expected:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(expected)}"
+            raise ValueError(f"{name} is of shape {shapes}, which its config.json asks for")
+        for n, part in zip(mine, tensor.chunk(len(mine)), strict=True):
+            ours[n].copy_(part)
+
+
+def fit_rows(tensor: Tensor, vocab_size: int, padded: int) -> Tensor:
+    """An embedding with rows for `vocab_size` ids, then zeros up to `padded`."""
+    rows, width = tensor.shape
+    noise = torch.randn(vocab_size - rows, width, generator=torch.Generator().manual_seed(0))
+    new = tensor.mean(dim=0) + 0.1 * tensor.std(dim=0) * noise
+    return torch.cat((tensor, new, tensor.new_zeros(padded - vocab_size, width)))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that its index names.
+
+    Raises:
+        ValueError: there is none, or a file is missing, cut or something else.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
+    if index.exists() and not files[0].exists():
+        files = [
+            folder / Path(n).name for n in sorted(set(read_json(index)["weight_map"].values()))
+        ]
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        if not file.exists():
+            pickled = any(folder.glob("*.bin"))
+            why = "; pickles (.bin) are never loaded, save it as safetensors" if pickled else ""
+            raise ValueError(f"{file} is missing{why}")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                weights |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is cut or not a safetensors file ({error})") from None
+    return weights
+
+
+# ---- configs -------------------------------------------------------------------------------
+
+
+def export_config(model: GPT) -> dict[str, Any]:
+    """The config.json of transformers.
+
+    Raises:
+        ValueError: a switch is set as no architecture there has it; with its name.
+    """
+    c = model.config
+    missing = {
+        kind: [f"model.{k}={getattr(c, k)}" for k, v in built_in.items() if getattr(c, k) != v]
+        for kind, built_in in BUILT_IN.items()
+    }
+    kind = min(missing, key=lambda kind: len(missing[kind]))
+    if missing[kind]:
+        wanted = ", ".join(f"{k}={v}" for k, v in BUILT_IN[kind].items())
+        raise ValueError(
+            f"{', '.join(missing[kind])} cannot be exported: the nearest architecture of "
+            f"transformers, {kind}, has it built in otherwise ({wanted})"
+        )
+    shared = {
+        "model_type": kind,
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": c.tie_embeddings,
+        "dtype": "float32",
+    }
+    if kind == "gpt2":
+        return shared | {
+            "architectures": ["GPT2LMHeadModel"],
+            "n_layer": c.n_layer,
+            "n_head": c.n_head,
+            "n_embd": c.n_embd,
+            "n_positions": c.block_size,
+            "activation_function": ACTIVATIONS[str(c.activation)],
+            "layer_norm_epsilon": 1e-5,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout),
+        }
+    return shared | {
+        "architectures": ["NanoChatForCausalLM"],
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_head,
+        "hidden_size": c.n_embd,
+        "intermediate_size": 4 * c.n_embd,
+        "max_position_embeddings": c.block_size,
+        "hidden_act": ACTIVATIONS[str(c.activation)],
+        "attention_dropout": c.dropout,
+        "attention_bias": False,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "final_logit_softcapping": c.logit_softcap or None,
+    }
+
+
+def import_config(theirs: dict[str, Any]) -> ModelConfig:
+    """Our config of a config.json of transformers.
+
+    Raises:
+        ValueError: not a GPT-2 or nanochat, or one with something that our model does not have.
+    """
+    kind = theirs.get("model_type")
+    if kind not in BUILT_IN:
+        raise ValueError(f"it is a {kind!r}, not a GPT-2 (or an export of this project)")
+    gpt2 = kind == "gpt2"
+    get = partial(_integer, theirs)
+    width = get("n_embd" if gpt2 else "hidden_size")
+    heads = get("n_head" if gpt2 else "num_attention_heads")
+    inner = theirs.get("n_inner" if gpt2 else "intermediate_size")
+    rope = theirs.get("rope_parameters") or {}
+    built_in = {
+        "layer_norm_epsilon": 1e-5,
+        "rms_norm_eps": 1e-6,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "attention_bias": False,
+        "num_key_value_heads": heads,
+    }
+    odd = {k: theirs[k] for k, v in built_in.items() if theirs.get(k, v) != v}
+    if inner not in (None, 4 * width):
+        odd["inner width"] = inner
+    if rope.get("rope_type", "default") != "default" or rope.get("rope_theta", 1e4) != 1e4:
+        odd["rope_parameters"] = rope
+    default = "gelu_new" if gpt2 else "relu2"
+    activation = theirs.get("activation_function" if gpt2 else "hidden_act", default)
+    ours = {v: k for k, v in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu"}
+    if activation not in ours:
+        odd["activation"] = activation
+    if odd:
+        text = ", ".join(f"{k}={v}" for k, v in odd.items())
+        raise ValueError(
+            f"its config.json asks for what this project's model does not have: {text}"
+        )
+    values: dict[str, Any] = {
+        "n_layer": get("n_layer" if gpt2 else "num_hidden_layers"),
+        "n_head": heads,
+        "n_embd": width,
+        "block_size": get("n_positions" if gpt2 else "max_position_embeddings"),
+        "dropout": theirs.get("resid_pdrop" if gpt2 else "attention_dropout", 0.0),
+        "activation": ours[activation],
+        "tie_embeddings": theirs.get("tie_word_embeddings", gpt2),
+    }
+    if not gpt2:
+        values["logit_softcap"] = theirs.get("final_logit_softcapping", 15.0) or 0.0
+    return ModelConfig("gpt2" if gpt2 else "modern", **values)
+
+
+def _integer(config: dict[str, Any], key: str) -> int:
+    if type(config.get(key)) is not int:
+        raise ValueError(f"its config.json has no whole number under {key}")
+    return int(config[key])
+
+
+# ---- tokenizers ----------------------------------------------------------------------------
+
+
+def byte_letters() -> list[str]:
+    """The letter that stands for each byte in GPT-2's vocabulary files: itself, if visible."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(b if b in visible else next(others)) for b in range(256)]
+
+
+def marked(token: str) -> str:
+    """The name of a control token in a tokenizer.json."""
+    return token[0] + MARK + token[1:]
+
+
+def export_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer.json of the tokenizers library."""
+    letters = byte_letters()
+    ranks = tokenizer.ranks
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[b] for b in token)
+
+    # tiktoken joins any two tokens that make a third, so all such pairs are merges.
+    merges = [
+        (spell(token[:i]), spell(token[i:]))
+        for token in sorted(ranks, key=lambda t: ranks[t])
+        for i in range(1, len(token))
+        if token[:i] in ranks and token[i:] in ranks
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    split = {**byte_level, "use_regex": tokenizer.kind != "byte"}  # GPT-2's, which is ours
+    unmark = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": tokenizer.control(t), "content": marked(t), "special": True, **flags}
+            for t in CONTROL_TOKENS
+        ],
+        "normalizer": None,
+        "pre_tokenizer": split,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [unmark, split]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # as tiktoken: a word that is a token is that token
+            "vocab": {spell(token): rank for token, rank in ranks.items()},
+            "merges": merges,
+        },
+    }
+
+
+def chat_template() -> str:
+    """The template of data/chat.py in Jinja; `generation` marks what training supervises."""
+    end = marked(END_OF_TURN)
+    content = f"message['content'] | replace('<{MARK}|', '<|')"  # nobody forges a turn
+    return (
+        f"{{{{- '{marked(END_OF_TEXT)}' -}}}}"
+        "{%- for message in messages -%}"
+        f"{{%- if message['role'] not in {list(ROLES)} -%}}"
+        f"{{{{- raise_exception('roles are {', '.join(ROLES)}') -}}}}{{%- endif -%}}"
+        f"{{{{- '<{MARK}|' + message['role'] + '|>' -}}}}"
+        "{%- if message['role'] == 'assistant' -%}"
+        f"{{%- generation -%}}{{{{- {content} + '{end}' -}}}}{{%- endgeneration -%}}"
+        f"{{%- else -%}}{{{{- {content} + '{end}' -}}}}{{%- endif -%}}"
+        "{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{- '{marked('<|assistant|>')}' -}}}}{{%- endif -%}}"
+    )
+
+
+def import_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, bool]:
+    """Our tokenizer of a tokenizer.json or a vocab.json, or GPT-2's where there is neither.
+
+    Also returns whether theirs has our control tokens beyond <|endoftext|>.
+
+    Raises:
+        ValueError: it splits or joins text otherwise than ours can.
+    """
+    file = folder / "tokenizer.json"
+    if file.exists():
+        theirs = read_json(file)
+        try:
+            vocab, split = theirs["model"]["vocab"], theirs["pre_tokenizer"] or {}
+            merges = [m.split(" ") if isinstance(m, str) else m for m in theirs["model"]["merges"]]
+            special = {t["content"] for t in theirs["added_tokens"]}
+            order = [vocab[a + b] for a, b in merges]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"{file} is not the tokenizer of a GPT-2") from None
+        byte_level = split.get("type") == "ByteLevel" and not split.get("add_prefix_space")
+        if not byte_level or theirs.get("normalizer") is not None or order != sorted(order):
+            raise ValueError(f"{file} splits text otherwise than GPT-2, as this project cannot")
+        words = split.get("use_regex", True)
+    elif (folder / "vocab.json").exists():
+        file, special, words = folder / "vocab.json", {END_OF_TEXT}, True
+        vocab = read_json(file)
+    elif vocab_size == GPT2_VOCAB_SIZE:
+        return create_tokenizer("gpt2", []), False
+    else:
+        raise ValueError(f"{folder} has no tokenizer.json and no vocab.json")
+    letters = {letter: byte for byte, letter in enumerate(byte_letters())}
+    try:
+        ranks = {
+            bytes(letters[letter] for letter in token): rank
+            for token, rank in vocab.items()
+            if token not in special
+        }
+    except (KeyError, AttributeError):
+        raise ValueError(f"{file} is not the vocabulary of a GPT-2") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{file}: the ids of its tokens do not count up from 0")
+    has_control = marked(END_OF_TURN) in special
+    if not words:
+        return Tokenizer("byte", BYTE_PATTERN, ranks), has_control
+    kind = "gpt2" if len(ranks) + 1 == GPT2_VOCAB_SIZE else "bpe"
+    return Tokenizer(kind, WORD_PATTERN, ranks), has_control
+
+
+# ---- the two commands ----------------------------------------------------------------------
+
+
+def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | None) -> Path:
+    """Makes a run's folder with one checkpoint of a folder, or a name on the hub; returns it.
+
+    What is no export of this project becomes a base. An export, unchanged since, becomes what it
+    was, bit for bit.
+
+    Args:
+        dropout: of training from here on; None for what its config.json says.
+
+    Raises:
+        ValueError: not a GPT-2, damaged, not to be had, or `out` is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; choose another folder, or delete it")
+    folder = Path(source) if Path(source).is_dir() else from_hub(source, downloads)
+    theirs = read_json(folder / "config.json")
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{folder / 'config.json'} is not the config of a model")
+    try:
+        config = import_config(theirs)
+        n_rows = _integer(theirs, "vocab_size")
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be imported: {error}") from None
+    tokenizer, has_control = import_tokenizer(folder, n_rows)
+    n_known = tokenizer.n_vocab if has_control else tokenizer.end_of_text + 1
+    if n_rows < n_known:
+        raise ValueError(f"{folder}: {n_rows} embeddings are too few for {n_known} tokens")
+    weights = read_weights(folder)
+    fingerprints = {f.name: sha256_file(f) for f in sorted(folder.glob("model*.safetensors"))}
+    meta: dict[str, Any] = {
+        "kind": "base",
+        "config": {"data": {"path": None}},
+        "environment": environment(torch.device("cpu")),
+        "prepared": {},
+        "data": {"fingerprint": None},
+    }
+    origin = read_json(folder / ORIGIN_FILE) if (folder / ORIGIN_FILE).exists() else {}
+    if origin.get("weights") == fingerprints:
+        meta, config = origin["meta"], ModelConfig(**origin["meta"]["model"])
+    if dropout is not None:
+        config = replace(config, dropout=dropout)
+    model = GPT(config, tokenizer.n_vocab)
+    try:
+        import_weights(model, weights, n_known)
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be imported: {error}") from None
+    meta = meta | {"imported": {"from": source, "files": fingerprints}}
+    step, metrics = meta.get("step", 0), meta.get("metrics", {})
+    path = save_checkpoint(out, model, [], tokenizer, meta, step, metrics)
+    print(f"{meta['kind']} checkpoint of {model.n_params():,} parameters: {path}")
+    return path
+
+
+def from_hub(name: str, downloads: Path) -> Path:
+    """Downloads a model of the hub; returns the folder that holds it.
+
+    Raises:
+        ValueError: no such model, or the hub cannot be reached.
+    """
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(f"{name} is neither a folder nor a name on the Hugging Face hub")
+    if "/" not in name and name not in GPT2_NAMES:
+        known = ", ".join(GPT2_NAMES)
+        raise ValueError(f"{name} is neither a folder nor a GPT-2; it can be {known} or owner/name")
+    repo = name if "/" in name else f"openai-community/{name}"
+    folder = downloads / name
+    download(hub_files(repo, "models", HUB_FILES), folder)
+    return folder
+
+
+def export_checkpoint(path: str, out: Path) -> None:
+    """Writes a folder that transformers loads.
+
+    Raises:
+        ValueError: no checkpoint, or one that transformers has no architecture for.
+        OSError: `out` is there already, or cannot be written.
+    """
+    checkpoint = load_checkpoint(path)
+    tokenizer = checkpoint.tokenizer
+    end = END_OF_TURN if checkpoint.meta["kind"] == "instruct" else END_OF_TEXT
+    # Padding by the end token: any other id, found in a prompt, would be taken for padding there.
+    special = {"bos_token": END_OF_TEXT, "eos_token": end, "pad_token": end}
+    ids = {f"{name}_id": tokenizer.control(token) for name, token in special.items()}
+    config = export_config(checkpoint.model) | ids
+    with new_directory(out) as folder:
+        weights = folder / "model.safetensors"
+        with writing(out):
+            save_file(export_weights(checkpoint.model), weights, {"format": "pt"})
+        tokenizer_config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": checkpoint.model.config.block_size,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": chat_template(),
+            **{name: marked(token) for name, token in special.items()},
+        }
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json", ids)
+        write_json(folder / "tokenizer.json", export_tokenizer(tokenizer))
+        write_json(folder / "tokenizer_config.json", tokenizer_config)
+        origin = {"weights": {weights.name: sha256_file(weights)}, "meta": checkpoint.meta}
+        write_json(folder / ORIGIN_FILE, origin)
+    kind = f"{checkpoint.meta['kind']} checkpoint"
+    print(f"{out}: the {kind} of step {checkpoint.meta['step']} as a {config['model_type']}")
+
+
+def main() -> None:
+    """Runs one command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = p.add_subparsers(dest="command", required=True)
+    i = commands.add_parser("import", help="from transformers: a base checkpoint for train_sft.py")
+    i.add_argument("source", help=f"{', '.join(GPT2_NAMES)}, owner/name on the hub, or a folder")
+    i.add_argument("out", type=Path, help="run folder to make")
+    i.add_argument("--dropout", type=float, help="of training from here on (default: its own)")
+    downloads = Path("out/downloads")
+    i.add_argument("--downloads", type=Path, default=downloads, help=f"(default {downloads})")
+    e = commands.add_parser("export", help="a folder for transformers")
+    e.add_argument("checkpoint", help="checkpoint, or its run")
+    e.add_argument("out", type=Path, help="folder to make")
+    a = p.parse_args()
+    with one_line_errors():
+        if a.command == "import":
+            import_checkpoint(a.source, a.out, a.downloads, a.dropout)
+        else:
+            export_checkpoint(a.checkpoint, a.out)
+
+
+if __name__ == "__main__":
+    main()
