@@ -23,6 +23,7 @@ from data.files import fingerprint, sha256_file
 
 RETRIES = 4  # failures in a row that bring no byte more than the best before them
 BACKOFF = 0.5  # seconds before the first retry, doubled for each further one
+BLOCK = 1 << 16  # bytes; a cut loses what has come of a block
 BY_HAND = (
     "set HF_ENDPOINT to a mirror, or fetch the files elsewhere (text then goes to "
     "`python -m data.prepare text FILES`, Q&A to `... qa FILES`)"
@@ -139,8 +140,8 @@ def _download(
             best = max(best, there)
             if failures > RETRIES:
                 raise ValueError(
-                    f"{file.url} broke off ({_reason(error)}); {there:,} bytes are kept: give the "
-                    f"same command again to go on, or {BY_HAND}"
+                    f"{file.url} cannot be fetched ({_reason(error)}); {there:,} bytes are kept: "
+                    f"give the same command again to go on, or {BY_HAND}"
                 ) from None
             time.sleep(BACKOFF * 2 ** (failures - 1))
         except OSError as error:
@@ -181,7 +182,7 @@ def _append(
                 raise requests.ConnectionError("the file has changed on the server")
         position = start * resumed
         with open(part, "ab" if resumed else "wb") as f:
-            for block in response.iter_content(1 << 20):
+            for block in response.iter_content(BLOCK):
                 f.write(block)
                 show(position := position + len(block))
             f.flush()

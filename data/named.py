@@ -110,12 +110,17 @@ NAMED = {
 }
 
 
+def in_words(n_bytes: float) -> str:
+    """A size such as 28.0 GB or 13.1 MB."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
 def print_names() -> None:
     """The sets, as a table."""
     table = Table("name", "kind", "about", "licence", "source", "shape", box=None)
     for name, s in NAMED.items():
         source = s.source.removeprefix("https://").partition("/master/")[0]
-        table.add_row(name, s.kind, f"{s.size / 1e6:,.0f} MB", s.licence, source, s.shape)
+        table.add_row(name, s.kind, in_words(s.size), s.licence, source, s.shape)
     console = Console()
     console.width = max(console.width, 0 if console.is_terminal else 200)
     console.print(table)
@@ -143,10 +148,10 @@ def print_plan(
     tokens = text * (2 if tokenizer == "byte" else 0.5) * (1.5 if named.kind == "qa" else 1)
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     print(
-        f"{name}: {len(files)} file(s), {download / 1e9:.3f} GB from {named.source} "
+        f"{name}: {len(files)} file(s), {in_words(download)} from {named.source} "
         f"({named.licence})\n"
-        f"disk: about {(download + 2 * tokens) / 1e9:.3f} GB for the download, the token files and "
-        f"a scratch copy of them; {shutil.disk_usage(existing).free / 1e9:.1f} GB are free\n"
+        f"disk: about {in_words(download + 2 * tokens)} for the download, the token files and "
+        f"a scratch copy of them; {in_words(shutil.disk_usage(existing).free)} are free\n"
         f"preparing: about {text / 60e6 / MEGABYTES_PER_SECOND / n_cores:.1f} minutes, "
         f"at {MEGABYTES_PER_SECOND} MB/s of text on each of {n_cores} core(s)"
     )

@@ -29,7 +29,6 @@ import numpy as np
 from rich.progress import Progress
 
 from data.chat import Message, render, template_fingerprint
-from data.download import download
 from data.files import (
     load_examples,
     new_directory,
@@ -39,7 +38,6 @@ from data.files import (
     verify_checksums,
     write_meta,
 )
-from data.named import NAMED, print_names, print_plan, remote_files
 from data.read import (
     PIECE,
     QA_SUFFIXES,
@@ -423,6 +421,9 @@ def fetch(
     Raises:
         ValueError: no such name, or a step of it fails.
     """
+    from data.download import download
+    from data.named import NAMED, print_plan, remote_files
+
     if name not in NAMED:
         raise ValueError(f"no data set is called {name!r}; there are {', '.join(NAMED)}")
     named, out = NAMED[name], out or Path("out") / name / "data"
@@ -526,8 +527,8 @@ def parser() -> argparse.ArgumentParser:
     qa.add_argument("--inspect", type=int, default=0, metavar="N", help="print N examples")
 
     p = command("fetch", "a data set by its name, downloaded and prepared", 0.1, False)
-    p.add_argument("name", nargs="?", help="; ".join(NAMED))
-    p.add_argument("--list", action="store_true", help="show them, with sizes and licences")
+    p.add_argument("name", nargs="?", help="one of those that --list shows")
+    p.add_argument("--list", action="store_true", help="show names, sizes and licences")
     p.add_argument("--downloads", type=Path, help="where the files go (out/downloads/NAME)")
     p.add_argument("--tokenizer", help="gpt2, byte, or for text bpe:N")
     p.add_argument("--tokenizer-of", type=Path, help="of Q&A: data folder or checkpoint")
@@ -546,6 +547,8 @@ def main() -> None:
             prepare_text(a.paths, a.out, a.tokenizer, a.val_fraction, a.field, a.seed)
         elif a.command == "fetch":
             if a.list or not a.name:
+                from data.named import print_names  # takes a while to import, as `download` does
+
                 print_names()
             else:
                 options = (a.tokenizer, a.tokenizer_of, a.files, a.val_fraction, a.seed)

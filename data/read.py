@@ -52,7 +52,9 @@ def read_files(
         with open(file, "rb") as raw:
             for item in read(file, raw):
                 yield item
-                if advance and (at := raw.tell()) != seen:
+                # A reader that has seen it all may have closed the file.
+                at = file.stat().st_size if raw.closed else raw.tell()
+                if advance and at != seen:
                     advance(at - seen)
                     seen = at
 
