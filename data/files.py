@@ -162,9 +162,9 @@ def open_prepared(path: str, part: str) -> dict[str, Any]:
 
 
 def load_examples(folder: Path, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, mask) of each rendered conversation of "train" or "val"."""
+    """(ids, mask) of each rendered conversation of "train" or "val": views of the files."""
     ids, mask, offsets = (
-        np.load(folder / f"qa_{part}_{name}.npy", allow_pickle=False)
+        np.asarray(np.load(folder / f"qa_{part}_{name}.npy", mmap_mode="r", allow_pickle=False))
         for name in ("ids", "mask", "offsets")
     )
     cuts = offsets[1:-1]

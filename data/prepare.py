@@ -1,4 +1,4 @@
-"""Text and Q&A into token files: `python -m data.prepare {world,text,qa} --help`.
+"""Text and Q&A into token files: `python -m data.prepare {world,text,qa,fetch} --help`.
 
 A prepared folder holds its tokenizer, token files and a meta.json with counts, checksums and
 sources. Text is `train.bin` and `val.bin`: token ids one after another, each document preceded
@@ -9,15 +9,21 @@ end to end, what is supervised, and where each begins. A folder of the world hol
 from __future__ import annotations
 
 import argparse
+import array
 import contextlib
 import math
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from rich.progress import Progress
@@ -32,10 +38,20 @@ from data.files import (
     verify_checksums,
     write_meta,
 )
-from data.read import TEXT_SUFFIXES, read_conversations, read_documents, text_files
+from data.read import (
+    PIECE,
+    QA_SUFFIXES,
+    TEXT_SUFFIXES,
+    read_conversations,
+    read_documents,
+    read_files,
+    text_files,
+)
 from data.tokenizer import CONTROL_TOKENS, Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 
+T = TypeVar("T")
+R = TypeVar("R")
 FORMAT = 1
 WORLD_HELP = {
     "people": "people with biographies, half of them known, half held out",
@@ -52,12 +68,54 @@ def progress() -> Progress:
     return Progress(transient=True, disable=not sys.stdout.isatty())
 
 
+@contextlib.contextmanager
+def reading(label: str, files: Sequence[Path]) -> Iterator[Callable[[int], object]]:
+    """A progress bar over the bytes of files; yields what is to be told the bytes gone over."""
+    with progress() as bar:
+        yield partial(bar.advance, bar.add_task(label, total=sum(f.stat().st_size for f in files)))
+
+
 # ---- writing -------------------------------------------------------------------------------
 
 
 def id_dtype(tokenizer: Tokenizer) -> np.dtype:
     """The smallest unsigned integer type that holds every id."""
     return np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+
+
+def n_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def in_threads(
+    pool: ThreadPoolExecutor,
+    work: Callable[[list[T]], R],
+    items: Iterable[T],
+    size: Callable[[T], int],
+) -> Iterator[R]:
+    """What `work` makes of the items, in order: lists of about PIECE characters, few at a time."""
+    waiting, batch, held = deque[Future[R]](), list[T](), 0
+    for item in items:
+        batch.append(item)
+        held += size(item)
+        if held >= PIECE:
+            waiting.append(pool.submit(work, batch))
+            batch, held = [], 0
+            if len(waiting) > 2 * n_cores():
+                yield waiting.popleft().result()
+    if batch:
+        waiting.append(pool.submit(work, batch))
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def copy_spans(scratch: IO[bytes], dtype: np.dtype, spans: np.ndarray, f: IO[bytes]) -> None:
+    """Writes to `f` the stretches (start, end), (n, 2), of a file of numbers."""
+    scratch.flush()
+    numbers = np.asarray(np.memmap(scratch, dtype, mode="r"))
+    for start, end in spans:
+        f.write(numbers[start:end].data)
 
 
 def write_text(
@@ -70,42 +128,44 @@ def write_text(
 ) -> dict[str, Any]:
     """Writes train.bin and val.bin; returns the `text` part of meta.json.
 
-    Documents are encoded once into a scratch file, then copied out in shuffled order, so memory
-    holds only their offsets. Without `shuffle` the training documents stay in their given order.
+    Documents are encoded once into a scratch file, a thread per core, then copied out in shuffled
+    order, so memory holds only their offsets. Without `shuffle` the training documents stay in
+    their given order.
 
     Raises:
         ValueError: no text at all, or a share that leaves training or validation empty.
     """
     dtype = id_dtype(tokenizer)
-    starts, position, n_bytes = [], 0, 0
+    end_of_text = np.array([tokenizer.end_of_text], dtype)
+
+    def encode(pieces: list[tuple[int, str]]) -> tuple[np.ndarray, int]:
+        ids = [(end_of_text[:first], tokenizer.encode_array(piece)) for first, piece in pieces]
+        n_bytes = sum(len(piece.encode()) for _, piece in pieces)
+        return np.concatenate([*chain(*ids)]).astype(dtype), n_bytes
+
+    # With each piece, how many end-of-text tokens go before it. A document without any is none.
+    pieces = ((int(i == 0), piece) for d in documents for i, piece in enumerate(d))
+    bounds, position, n_bytes = array.array("q"), 0, 0
     with tempfile.TemporaryFile(dir=out) as scratch:
-        for document in documents:
-            starts.append(position)
-            ids: list[int] = [tokenizer.end_of_text]
-            for piece in document:
-                n_bytes += len(piece.encode())
-                ids += tokenizer.encode(piece)
-                scratch.write(np.array(ids, dtype).tobytes())
+        with ThreadPoolExecutor(n_cores()) as pool:
+            for ids, size in in_threads(pool, encode, pieces, lambda item: len(item[1])):
+                scratch.write(ids.data)
+                bounds.extend((position + np.flatnonzero(ids == end_of_text)).tolist())
                 position += len(ids)
-                ids = []
-            if ids:  # an empty document is no document
-                starts.pop()
+                n_bytes += size
         if not position:
             raise ValueError("the corpus is empty: there is no text to train on")
-        scratch.flush()
-        tokens = np.memmap(scratch, dtype, mode="r")
-        spans = list(zip(starts, [*starts[1:], position], strict=True))
-        order = np.random.default_rng(seed).permutation(len(spans))
-        parts = split_documents([spans[i] for i in order], val_fraction)
-        meta: dict[str, Any] = {"dtype": dtype.str, "documents": len(starts), "bytes": n_bytes}
+        meta: dict[str, Any] = {"dtype": dtype.str, "documents": len(bounds), "bytes": n_bytes}
+        order = np.random.default_rng(seed).permutation(len(bounds))
+        bounds.append(position)
+        spans = np.stack([bounds[:-1], bounds[1:]], axis=1)
+        parts = split_documents(spans[order], val_fraction)
         if not shuffle:
-            parts["train"].sort()
+            parts["train"] = parts["train"][parts["train"][:, 0].argsort()]
         for part, part_spans in parts.items():
             with open(out / f"{part}.bin", "wb") as f:
-                for start, end in part_spans:
-                    tokens[start:end].tofile(f)
-            meta[f"{part}_tokens"] = sum(end - start for start, end in part_spans)
-        del tokens
+                copy_spans(scratch, dtype, part_spans, f)
+            meta[f"{part}_tokens"] = int(np.diff(part_spans).sum())
     if min(meta["train_tokens"], meta["val_tokens"]) < 2:
         raise ValueError(
             f"--val-fraction {val_fraction} leaves training or validation empty; use more text"
@@ -113,33 +173,31 @@ def write_text(
     return meta
 
 
-def split_documents(
-    spans: list[tuple[int, int]], val_fraction: float
-) -> dict[str, list[tuple[int, int]]]:
-    """Divides documents (start, end) into train and val, so that val has that share of the tokens.
+def split_documents(spans: np.ndarray, val_fraction: float) -> dict[str, np.ndarray]:
+    """Divides documents, (n, 2) as (start, end), so that val has that share of the tokens.
 
     Validation takes whole documents, in order, as long as they fit. Where that gives less than half
     of the share (a single document, a few unlike ones), the tail of the longest one is added.
     """
     # The end-of-text token before each document does not count.
-    wanted = sum(end - start - 1 for start, end in spans) * val_fraction
-    parts: dict[str, list[tuple[int, int]]] = {"train": [], "val": []}
-    taken = 0
-    for start, end in spans:
-        fits = taken + end - start - 1 <= wanted
-        parts["val" if fits else "train"].append((start, end))
-        taken += (end - start - 1) * fits
+    lengths = np.diff(spans)[:, 0] - 1
+    wanted, taken, held_back = int(lengths.sum()) * val_fraction, 0, np.zeros(len(spans), bool)
+    for i, length in enumerate(lengths):
+        if taken + length <= wanted:
+            held_back[i] = True
+            taken += int(length)
+    parts = {"train": spans[~held_back], "val": spans[held_back]}
     if taken < wanted / 2:
-        longest = max(range(len(parts["train"])), key=lambda i: np.diff(parts["train"][i])[0])
-        start, end = parts["train"][longest]
+        longest = np.diff(parts["train"])[:, 0].argmax()
+        end = parts["train"][longest, 1]
         cut = end - math.ceil(wanted - taken - 1e-6)
-        parts["train"][longest] = (start, cut)
-        parts["val"].append((cut, end))
+        parts["train"][longest, 1] = cut
+        parts["val"] = np.concatenate([parts["val"], [[cut, end]]])
     return parts
 
 
 def write_qa(
-    conversations: list[list[Message]],
+    conversations: Iterable[list[Message]],
     tokenizer: Tokenizer,
     out: Path,
     val_fraction: float,
@@ -147,28 +205,52 @@ def write_qa(
 ) -> dict[str, Any]:
     """Renders and writes the Q&A files; returns the `qa` part of meta.json.
 
+    As with text, memory holds only lengths.
+
     Raises:
         ValueError: a share that leaves training or validation empty.
     """
-    with progress() as bar:
-        rendered = [render(c, tokenizer) for c in bar.track(conversations, description="rendering")]
-    order = np.random.default_rng(seed).permutation(len(rendered))
-    n_val = max(1, round(len(rendered) * val_fraction))
-    if n_val >= len(rendered):
-        raise ValueError(
-            f"{len(rendered)} example(s) with --val-fraction {val_fraction} leave none to train on"
-        )
-    meta: dict[str, Any] = {"template": template_fingerprint()}
-    for part, chosen in (("train", order[n_val:]), ("val", order[:n_val])):
-        lengths = [len(rendered[i][0]) for i in chosen]
-        ids = np.concatenate([np.array(rendered[i][0], id_dtype(tokenizer)) for i in chosen])
-        mask = np.concatenate([np.array(rendered[i][1], np.uint8) for i in chosen])
-        np.save(out / f"qa_{part}_ids.npy", ids)
-        np.save(out / f"qa_{part}_mask.npy", mask)
-        np.save(out / f"qa_{part}_offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-        meta[f"{part}_examples"] = len(lengths)
-        meta[f"{part}_tokens"] = len(ids)
-        meta[f"{part}_supervised"] = int(mask.sum())
+    dtypes = {"ids": id_dtype(tokenizer), "mask": np.dtype(np.uint8)}
+
+    def rendered(batch: list[list[Message]]) -> list[tuple[list[int], list[int]]]:
+        return [render(conversation, tokenizer) for conversation in batch]
+
+    def size(conversation: list[Message]) -> int:
+        return sum(len(message["content"]) for message in conversation)
+
+    counts = array.array("q"), array.array("q")  # of tokens, and of the supervised ones
+    with contextlib.ExitStack() as stack:
+        scratch = {n: stack.enter_context(tempfile.TemporaryFile(dir=out)) for n in dtypes}
+        with ThreadPoolExecutor(n_cores()) as pool:
+            for batch in in_threads(pool, rendered, conversations, size):
+                for ids, mask in batch:
+                    scratch["ids"].write(np.array(ids, dtypes["ids"]).data)
+                    scratch["mask"].write(bytes(mask))
+                    counts[0].append(len(ids))
+                    counts[1].append(sum(mask))
+        lengths, supervised = map(np.array, counts)
+        ends = lengths.cumsum()
+        order = np.random.default_rng(seed).permutation(len(lengths))
+        n_val = max(1, round(len(lengths) * val_fraction))
+        if n_val >= len(lengths):
+            raise ValueError(
+                f"{len(lengths)} example(s) with --val-fraction {val_fraction} leave none to "
+                "train on"
+            )
+        meta: dict[str, Any] = {"template": template_fingerprint()}
+        for part, chosen in (("train", order[n_val:]), ("val", order[:n_val])):
+            offsets = np.append(0, lengths[chosen].cumsum())
+            n_tokens = int(offsets[-1])
+            spans = np.stack([ends[chosen] - lengths[chosen], ends[chosen]], axis=1)
+            for name, dtype in dtypes.items():
+                with open(out / f"qa_{part}_{name}.npy", "wb") as f:
+                    header = {"descr": dtype.str, "fortran_order": False, "shape": (n_tokens,)}
+                    np.lib.format.write_array_header_1_0(f, header)
+                    copy_spans(scratch[name], dtype, spans, f)
+            np.save(out / f"qa_{part}_offsets.npy", offsets)
+            meta[f"{part}_examples"] = len(chosen)
+            meta[f"{part}_tokens"] = n_tokens
+            meta[f"{part}_supervised"] = int(supervised[chosen].sum())
     return meta
 
 
@@ -247,7 +329,10 @@ def prepare_world(
             documents = ([b] for b in bar.track(biographies, description="encoding"))
             shuffle = not config.adjacent
             text = write_text(documents, tokenizer, folder, val_fraction, config.seed, shuffle)
-        qa = write_qa(conversations, tokenizer, folder, val_fraction, config.seed)
+            qa = write_qa(
+                bar.track(conversations, description="rendering"),
+                *(tokenizer, folder, val_fraction, config.seed),
+            )
         return tokenizer, {"text": text, "qa": qa, **made}
 
     made = {"world": asdict(config), "world_fingerprint": world.fingerprint}
@@ -263,26 +348,17 @@ def prepare_text(
     field: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Token files from .txt, .md, .jsonl and .jsonl.gz files."""
+    """Token files from files of TEXT_SUFFIXES, and from folders of them."""
     files = text_files(paths)
-
-    def documents(label: str) -> Generator[Iterator[str]]:
-        with progress() as bar:
-            task = bar.add_task(label, total=sum(f.stat().st_size for f in files))
-            for file in files:
-                read = 0
-                with open(file, "rb") as raw:
-                    for document in read_documents(file, raw, field):
-                        yield document
-                        bar.advance(task, raw.tell() - read)
-                        read = raw.tell()
+    read = partial(read_documents, field=field)
 
     def fill(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
-        # Closed at once after an error: a bar that is collected later can block another one.
-        with contextlib.closing(documents("reading")) as read:
-            tokenizer = create_tokenizer(tokenizer_spec, (p for d in read for p in d))
-        with contextlib.closing(documents("encoding")) as read:
-            text = write_text(read, tokenizer, folder, val_fraction, seed)
+        with reading("reading", files) as advance:
+            pieces = (piece for d in read_files(files, read, advance) for piece in d)
+            tokenizer = create_tokenizer(tokenizer_spec, pieces)
+        with reading("encoding", files) as advance:
+            documents = read_files(files, read, advance)
+            text = write_text(documents, tokenizer, folder, val_fraction, seed)
         return tokenizer, {"text": text}
 
     request = {
@@ -298,17 +374,25 @@ def prepare_text(
 def prepare_qa(
     files: Sequence[Path],
     out: Path,
-    tokenizer_of: Path,
+    tokenizer_of: Path | Tokenizer,
     val_fraction: float,
     seed: int,
     skip_bad: bool = False,
+    trees: bool = False,
+    shown: int | None = None,
 ) -> dict[str, Any]:
-    """Rendered conversations from .json and .jsonl files, in the tokens of `tokenizer_of`."""
-    tokenizer = Tokenizer.load(tokenizer_of)
-    conversations = read_conversations(files, skip_bad)
+    """Rendered conversations from files of QA_SUFFIXES, in the tokens of `tokenizer_of`.
+
+    `trees` and `shown` are those of `read_conversations`.
+    """
+    tokenizer = (
+        tokenizer_of if isinstance(tokenizer_of, Tokenizer) else Tokenizer.load(tokenizer_of)
+    )
 
     def fill(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
-        return tokenizer, {"qa": write_qa(conversations, tokenizer, folder, val_fraction, seed)}
+        with reading("rendering", files) as advance:
+            conversations = read_conversations(files, skip_bad, trees, shown, advance)
+            return tokenizer, {"qa": write_qa(conversations, tokenizer, folder, val_fraction, seed)}
 
     request = {
         "qa": sources(files),
@@ -317,12 +401,64 @@ def prepare_qa(
         "val_fraction": val_fraction,
         "seed": seed,
         "skip_bad": skip_bad,
+        **({"trees": True} if trees else {}),
     }
     return write_folder(out, request, fill)
 
 
+def fetch(
+    name: str,
+    out: Path | None = None,
+    downloads: Path | None = None,
+    tokenizer: str | None = None,
+    tokenizer_of: Path | None = None,
+    n_files: int | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 1,
+) -> dict[str, Any]:
+    """Downloads a named data set, or its first `n_files` files, and prepares it.
+
+    Raises:
+        ValueError: no such name, or a step of it fails.
+    """
+    from data.download import download
+    from data.named import NAMED, print_plan, remote_files
+
+    if name not in NAMED:
+        raise ValueError(f"no data set is called {name!r}; there are {', '.join(NAMED)}")
+    named, out = NAMED[name], out or Path("out") / name / "data"
+    downloads, spec = downloads or Path("out/downloads") / name, tokenizer or named.tokenizer
+    if named.kind == "text" and tokenizer_of:
+        raise ValueError("--tokenizer-of is for Q&A; text takes --tokenizer gpt2, byte or bpe:N")
+    if named.kind == "qa" and spec.startswith("bpe"):
+        raise ValueError(f"{spec} is trained on text: name the base with --tokenizer-of FOLDER")
+    # Before anything is downloaded: no such folder, or a vocabulary that cannot be had.
+    tokens = Tokenizer.load(tokenizer_of) if tokenizer_of else create_tokenizer(spec, [])
+    files = remote_files(named, n_files)
+    print_plan(name, files, downloads, tokens.kind, n_cores())
+    paths = download(files, downloads)
+    stage, run = "pretrain", "--run.dir"
+    if named.kind == "text":
+        meta = prepare_text(paths, out, spec, val_fraction, named.field, seed)
+    else:
+        trees = named.shape == "trees"
+        meta = prepare_qa(paths, out, tokens, val_fraction, seed, True, trees, shown=1)
+        stage, run = "sft", "--base=BASE --run.dir"
+    print(
+        f"next: python train_{stage}.py --config configs/books/{stage}.toml --data.path={out} "
+        f"{run}={out.parent / stage}"
+    )
+    return meta
+
+
 def sources(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Name, size and sha256 of each input, for meta.json."""
+    """Name, size and sha256 of each input, for meta.json.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    if missing := [f for f in files if not f.is_file()]:
+        raise ValueError(f"{missing[0]} not found")
     return [{"file": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files]
 
 
@@ -358,11 +494,13 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(name: str, about: str, val_fraction: float) -> argparse.ArgumentParser:
+    def command(
+        name: str, about: str, val_fraction: float, out_is_needed: bool = True
+    ) -> argparse.ArgumentParser:
         p = commands.add_parser(
             name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        p.add_argument("--out", type=Path, required=True, help="folder to make")
+        p.add_argument("--out", type=Path, required=out_is_needed, help="folder to make")
         p.add_argument("--val-fraction", type=fraction, default=val_fraction, help="held back")
         p.add_argument("--seed", type=int, default=1, help="of the world, shuffle and split")
         return p
@@ -380,13 +518,21 @@ def parser() -> argparse.ArgumentParser:
     text = command("text", f"your own text: {', '.join(TEXT_SUFFIXES)}", 0.1)
     text.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
     text.add_argument("--tokenizer", required=True, help="gpt2, byte or bpe:N such as bpe:4096")
-    text.add_argument("--field", default="text", help="field of a .jsonl line that holds the text")
+    text.add_argument("--field", default="text", help="the key or column that holds the text")
 
-    qa = command("qa", "your own questions and answers: .json, .jsonl", 0.1)
+    qa = command("qa", f"your own questions and answers: {', '.join(QA_SUFFIXES)}", 0.1)
     qa.add_argument("files", nargs="+", type=Path, metavar="FILE", help="Q&A files")
     qa.add_argument("--tokenizer-of", type=Path, required=True, help="data folder or checkpoint")
     qa.add_argument("--skip-bad", action="store_true", help="leave out bad lines, counted")
     qa.add_argument("--inspect", type=int, default=0, metavar="N", help="print N examples")
+
+    p = command("fetch", "a data set by its name, downloaded and prepared", 0.1, False)
+    p.add_argument("name", nargs="?", help="one of those that --list shows")
+    p.add_argument("--list", action="store_true", help="show names, sizes and licences")
+    p.add_argument("--downloads", type=Path, help="where the files go (out/downloads/NAME)")
+    p.add_argument("--tokenizer", help="gpt2, byte, or for text bpe:N")
+    p.add_argument("--tokenizer-of", type=Path, help="of Q&A: data folder or checkpoint")
+    p.add_argument("--files", type=int, metavar="N", help="take only the first N files")
     return top
 
 
@@ -399,6 +545,14 @@ def main() -> None:
             prepare_world(WorldConfig(**values), a.out, a.tokenizer, a.val_fraction)
         elif a.command == "text":
             prepare_text(a.paths, a.out, a.tokenizer, a.val_fraction, a.field, a.seed)
+        elif a.command == "fetch":
+            if a.list or not a.name:
+                from data.named import print_names  # takes a while to import, as `download` does
+
+                print_names()
+            else:
+                options = (a.tokenizer, a.tokenizer_of, a.files, a.val_fraction, a.seed)
+                fetch(a.name, a.out, a.downloads, *options)
         else:
             prepare_qa(a.files, a.out, a.tokenizer_of, a.val_fraction, a.seed, a.skip_bad)
             if a.inspect:

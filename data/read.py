@@ -7,13 +7,17 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from data.chat import ROLES, Message
 
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz")
+T = TypeVar("T")
+TEXT_SUFFIXES = tuple(".txt .md .jsonl .parquet .txt.gz .jsonl.gz .txt.zst .jsonl.zst".split())
+QA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 PIECE = 1 << 20  # characters read at a time, so that memory does not grow with a document
 
 
@@ -35,39 +39,106 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
+def read_files(
+    files: Sequence[Path],
+    read: Callable[[Path, IO[bytes]], Iterator[T]],
+    advance: Callable[[int], object] | None = None,
+) -> Iterator[T]:
+    """What `read` finds in the files one after another; `advance` is told the bytes gone over."""
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} not found")
+        seen = 0
+        with open(file, "rb") as raw:
+            for item in read(file, raw):
+                yield item
+                # A reader that has seen it all may have closed the file.
+                at = file.stat().st_size if raw.closed else raw.tell()
+                if advance and at != seen:
+                    advance(at - seen)
+                    seen = at
+
+
 def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[Iterator[str]]:
     """The documents of one open file, each as pieces of at most about PIECE characters.
 
     Raises:
-        ValueError: not UTF-8, not JSON, or a line without text under `field`; with the line.
+        ValueError: damaged, not UTF-8, not JSON, or no text under `field`; with the place.
     """
-    source = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if file.suffix.lower() == ".gz" else raw
-    f = io.TextIOWrapper(source, encoding="utf-8-sig", newline="\n")
+    name = file.name.lower()
+    if name.endswith((".txt", ".md", ".txt.gz", ".txt.zst")):
+        f = open_text(file, raw)
 
-    def pieces() -> Iterator[str]:
-        with readable(file):
-            while piece := f.read(PIECE):
-                yield piece
+        def pieces() -> Iterator[str]:
+            with readable(file):
+                while piece := f.read(PIECE):
+                    yield piece
 
-    if file.name.lower().endswith((".txt", ".md")):
         yield pieces()
         return
+    rows = read_rows(file, raw, [field]) if name.endswith(".parquet") else read_lines(file, raw)
+    for place, document in rows:
+        if isinstance(document, ValueError):
+            raise ValueError(f"{place}: {document}")
+        text = document.get(field) if isinstance(document, dict) else None
+        if not isinstance(text, str):
+            held = f"; it has {', '.join(document)}" if isinstance(document, dict) else ""
+            raise ValueError(f"{place}: no text under {field!r}; name the field with --field{held}")
+        if not is_unicode(text):
+            raise ValueError(f"{place}: half a surrogate pair")
+        yield iter([text[i : i + PIECE] for i in range(0, len(text), PIECE)])
+
+
+def open_text(file: Path, raw: IO[bytes]) -> io.TextIOWrapper:
+    """The text of an open file, unpacked as it is read."""
+    source, suffix = raw, file.suffix.lower()
+    if suffix == ".gz":
+        source = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    elif suffix == ".zst":
+        source = import_pyarrow(file).CompressedInputStream(raw, "zstd")
+    return io.TextIOWrapper(source, encoding="utf-8-sig", newline="\n")
+
+
+def read_lines(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """(place, JSON value) of each line that is not blank; a ValueError where it is not JSON."""
     with readable(file):
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                document = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
-            text = document.get(field) if isinstance(document, dict) else None
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{file}, line {number}: no text under {field!r}; name the field with --field"
-                )
-            if not is_unicode(text):
-                raise ValueError(f"{file}, line {number}: half a surrogate pair")
-            yield iter([text[i : i + PIECE] for i in range(0, len(text), PIECE)])
+        for number, line in enumerate(open_text(file, raw), 1):
+            if line.strip():
+                value: Any
+                try:
+                    value = json.loads(line)
+                except ValueError as error:
+                    value = ValueError(f"not JSON ({error})")
+                yield f"{file}, line {number}", value
+
+
+def read_rows(file: Path, raw: IO[bytes], columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a parquet file; only those columns, or all if it has none of them."""
+    pyarrow, before = import_pyarrow(file), 0
+    with readable(file):
+        try:
+            # Unbuffered, it would hold a whole column of a row group, which may be the whole file.
+            shard = pyarrow.parquet.ParquetFile(raw, buffer_size=PIECE)
+            kept = [c for c in shard.schema_arrow.names if c in columns] or None
+            for batch in shard.iter_batches(256, columns=kept, use_threads=False):
+                for number, row in enumerate(batch.to_pylist(), before + 1):
+                    yield f"{file}, row {number}", row
+                before += batch.num_rows
+        except pyarrow.ArrowException as error:
+            raise EOFError(error) from None
+
+
+def import_pyarrow(file: Path) -> Any:
+    """The library, which takes a while to import and is only needed for some kinds of files.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{file} needs pyarrow to be read; pip install pyarrow") from None
+    return pyarrow
 
 
 def is_unicode(text: str) -> bool:
@@ -86,27 +157,34 @@ def readable(file: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error.reason}") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file} is not a whole gzip file: {error}") from None
+    except (EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        kind = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower(), "parquet")
+        raise ValueError(f"{file} is not a whole {kind} file: {error}") from None
 
 
-def read_examples(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, JSON value) of each example of a .jsonl file or of a .json list.
+def read_examples(file: Path, raw: IO[bytes], trees: bool = False) -> Iterator[tuple[str, Any]]:
+    """(place, JSON value) of each example of an open Q&A file; of `trees`, one from each tree.
 
     A line that is not JSON comes as the ValueError that says so, for the caller to count.
     """
+    name = file.name.lower()
+    if not name.endswith(QA_SUFFIXES):
+        raise ValueError(f"{file}: Q&A comes as {', '.join(QA_SUFFIXES)}")
+    if name.endswith(".json"):
+        examples = read_list(file, raw)
+    elif name.endswith(".parquet"):
+        examples = read_rows(file, raw, TREE_KEYS if trees else ())
+    else:
+        examples = read_lines(file, raw)
+    return best_paths(examples) if trees else examples
+
+
+def read_list(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each example of a .json file, which must hold a list."""
     with readable(file):
-        text = file.read_text(encoding="utf-8-sig")
-    if file.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    yield number, ValueError(f"not JSON ({error})")
-        return
-    if file.suffix != ".json":
-        raise ValueError(f"{file}: Q&A comes as .json or .jsonl")
+        text = raw.read().decode("utf-8-sig")
     position = _skip_space(text, 0)
     if text[position : position + 1] != "[":
         raise ValueError(f"{file}: a .json file must hold a list of examples")
@@ -118,7 +196,7 @@ def read_examples(file: Path) -> Iterator[tuple[int, Any]]:
             value, position = decoder.raw_decode(text, position)
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
-        yield number, value
+        yield f"{file}, line {number}", value
         position = _skip_space(text, position)
         if text[position : position + 1] not in (",", "]"):
             raise ValueError(f"{file}, line {number}: no comma or bracket after this example")
@@ -136,33 +214,67 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def read_conversations(files: Sequence[Path], skip_bad: bool) -> list[list[Message]]:
-    """All conversations of Q&A files, in order.
+TREE_KEYS = ("message_id", "parent_id", "role", "text", "lang", "rank", "deleted")
+
+
+def best_paths(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """OASST's messages, a row each, as conversations: (place of the root, example).
+
+    Only English, one per tree: at every step the reply of the best rank (0), or the first one.
+    """
+    replies: dict[str | None, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    for place, row in rows:
+        if not isinstance(row, dict) or not row.keys() >= set(TREE_KEYS[:4]):
+            yield place, ValueError(f"no message of a tree: needs {', '.join(TREE_KEYS[:4])}")
+        elif row.get("lang", "en") == "en" and not row.get("deleted"):
+            replies[row["parent_id"]].append((place, row))
+    for place, row in replies.pop(None, []):
+        path = [row]
+        while below := replies.pop(path[-1]["message_id"], []):
+            ranks = [(r.get("rank") is None, r.get("rank")) for _, r in below]
+            path.append(below[ranks.index(min(ranks))][1])
+        if path[-1]["role"] != "assistant":
+            path.pop()
+        yield place, {"messages": [{"role": r["role"], "content": r["text"]} for r in path]}
+
+
+def read_conversations(
+    files: Sequence[Path],
+    skip_bad: bool,
+    trees: bool = False,
+    shown: int | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> Iterator[list[Message]]:
+    """All conversations of Q&A files, in order, as they are read.
+
+    With `skip_bad`, bad examples are counted, and all or `shown` of them printed at the end.
 
     Raises:
-        ValueError: a bad example (unless `skip_bad`, which prints and counts them), or none good.
+        ValueError: at the end, a bad example (unless `skip_bad`), or none good.
     """
-    conversations, bad = [], []
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} not found")
-        for number, example in read_examples(file):
-            try:
-                if isinstance(example, ValueError):
-                    raise example
-                conversations.append(parse_example(example))
-            except ValueError as error:
-                bad.append(f"{file}, line {number}: {error}")
-    if bad and not skip_bad:
-        more = f" (and {len(bad) - 1} more bad examples)" if len(bad) > 1 else ""
+    bad, n_bad, n_good = list[str](), 0, 0
+    for place, example in read_files(files, partial(read_examples, trees=trees), advance):
+        try:
+            if isinstance(example, ValueError):
+                raise example
+            conversation = parse_example(example)
+        except ValueError as error:
+            n_bad += 1
+            if shown is None or n_bad <= shown:
+                bad.append(f"{place}: {error}")
+            continue
+        n_good += 1
+        if skip_bad or not n_bad:
+            yield conversation
+    if n_bad and not skip_bad:
+        more = f" (and {n_bad - 1} more bad examples)" if n_bad > 1 else ""
         raise ValueError(f"{bad[0]}{more}; mend the file, or prepare it with --skip-bad")
     for line in bad:
         print(f"skipped {line}")
-    if bad:
-        print(f"skipped {len(bad)} of {len(bad) + len(conversations)} examples")
-    if not conversations:
+    if n_bad:
+        print(f"skipped {n_bad:,} of {n_bad + n_good:,} examples")
+    if not n_good:
         raise ValueError(f"{', '.join(map(str, files))}: no usable example")
-    return conversations
 
 
 def check_messages(messages: Any) -> list[Message]:
@@ -197,8 +309,14 @@ def check_messages(messages: Any) -> list[Message]:
     return checked
 
 
-# How other formats name the roles (ShareGPT's `from`).
-_ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+# How other formats name the roles (ShareGPT's `from`, OASST).
+_ROLE_NAMES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
 
 
 def parse_example(example: Any) -> list[Message]:
@@ -206,6 +324,7 @@ def parse_example(example: Any) -> list[Message]:
 
     `messages` (role, content), `conversations` (from, value), `question` / `answer`, or
     `instruction` / `output`; an `input` beside the last two is added to what the user says.
+    Dolly calls the last ones `response` and `context`.
 
     Raises:
         ValueError: the reason why it cannot be used.
@@ -218,6 +337,8 @@ def parse_example(example: Any) -> list[Message]:
             if isinstance(messages, list):
                 messages = [_rename_turn(m) if isinstance(m, dict) else m for m in messages]
             return check_messages(messages)
+    if "response" in example and "output" not in example:
+        example = {**example, "output": example["response"], "input": example.get("context")}
     for prompt, answer in (("question", "answer"), ("instruction", "output")):
         if prompt in example:
             if answer not in example:

@@ -56,6 +56,10 @@ class Tokenizer:
         """Ids of plain text. Text that looks like a control token is encoded as plain text."""
         return self._encoding.encode_ordinary(text)
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same ids as uint32, (n,); no Python integer is made, so that threads run at once."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD, control tokens their names.
 

@@ -151,7 +151,7 @@ def read_qa(path: Path) -> list[list[Message]]:
         ValueError: not readable.
     """
     if not path.is_dir():
-        return read_conversations([path], skip_bad=False)
+        return list(read_conversations([path], skip_bad=False))
     open_prepared(str(path), "qa")
     tokenizer = Tokenizer.load(path)
     return [parse(ids.tolist(), tokenizer) for ids, _ in load_examples(path, "val")]

@@ -336,7 +336,7 @@ def test_bad_lines_are_refused_with_their_place_or_skipped_and_counted(
         ("a.json", "[]", "a.json: no usable example"),
         ("a.jsonl", "\n", "a.jsonl: no usable example"),
         ("a.jsonl", jsonl([GOOD]), "leave none to train on"),
-        ("a.csv", "q,a", "comes as .json or .jsonl"),
+        ("a.csv", "q,a", "comes as .json, .jsonl"),
         ("a.jsonl", b'{"question": "\xff"}', "a.jsonl is not UTF-8"),
         (None, "", "a.jsonl not found"),
     ],
@@ -394,7 +394,7 @@ def test_the_command_line_prepares_inspects_and_fails_in_one_line(tmp_path: Path
     arguments = ("qa", str(tmp_path / "q.jsonl"), "--out", str(qa), "--tokenizer-of", str(out))
     done = call(*arguments, "--skip-bad", "--inspect", "1")
     assert "<|user|>q<|end|><|assistant|>[a<|end|>]" in done.stdout
-    failed = call(*arguments)
+    failed = call(*arguments[:2], "--out", str(tmp_path / "other"), *arguments[4:])
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
     assert failed.stderr.startswith(f"error: {tmp_path / 'q.jsonl'}, line 5: 'question' without")
 

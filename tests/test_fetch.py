@@ -1,0 +1,596 @@
+"""Data by name, against a hub of our own on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import data.prepare as prepare
+from data import download as downloads
+from data.chat import parse
+from data.download import RemoteFile, download, hub_files
+from data.files import load_examples, sha256_file
+from data.named import NAMED
+from data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = 2  # entries of a listing's page
+
+
+class Hub(ThreadingHTTPServer):
+    """The hub's listing and files; what goes wrong is set by the tests."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files: dict[str, dict[str, bytes]] = defaultdict(dict)  # of "datasets/owner/name"
+        self.log: list[tuple[str, dict[str, str]]] = []
+        self.cuts: dict[str, list[int]] = {}  # bytes after which the next answers for a file end
+        self.refuse: dict[str, int] = {}  # status of every answer whose path begins so
+        self.ranges = True
+        self.listed: dict[str, dict[str, Any]] = {}  # lies of the listing about a file
+
+    def requests(self, part: str) -> list[dict[str, str]]:
+        """Headers of the requests whose path contains `part`."""
+        return [headers for path, headers in self.log if part in path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        hub, path = self.server, unquote(urlsplit(self.path).path)
+        hub.log.append((path, dict(self.headers)))
+        for prefix, status in hub.refuse.items():
+            if path.startswith(prefix):
+                return self.answer(status, b"no")
+        if path.startswith("/api/"):
+            repo = path.removeprefix("/api/").partition("/tree/")[0]
+            return self.send_listing(repo)
+        if path.startswith("/cdn/"):
+            return self.send_content(path.removeprefix("/cdn/"))
+        repo, _, rest = path.strip("/").partition("/resolve/main/")
+        if rest in hub.files.get(repo, {}):  # another host, as the hub's own
+            where = f"http://localhost:{hub.server_port}/cdn/{repo}/resolve/main/{rest}"
+            return self.answer(302, b"", {"Location": where})
+        return self.answer(404, b"no such file")
+
+    def send_listing(self, repo: str) -> None:
+        hub = self.server
+        if repo not in hub.files:
+            self.answer(401, b"unknown or private")
+            return
+        entries: list[dict[str, Any]] = [{"type": "directory", "path": "data", "size": 0}]
+        for name, content in hub.files[repo].items():
+            entry = {"type": "file", "path": name, "size": len(content), "oid": "0"}
+            if name.endswith(".parquet"):
+                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
+            entries.append(entry | hub.listed.get(name, {}))
+        query = urlsplit(self.path).query
+        assert "recursive=true" in query
+        at = int(query.partition("cursor=")[2] or 0)
+        headers = {}
+        if at + PAGE < len(entries):
+            here = f"https://elsewhere.invalid{urlsplit(self.path).path}"
+            headers["Link"] = f'<{here}?recursive=true&cursor={at + PAGE}>; rel="next"'
+        self.answer(200, json.dumps(entries[at : at + PAGE]).encode(), headers)
+
+    def send_content(self, path: str) -> None:
+        hub = self.server
+        repo, _, name = path.partition("/resolve/main/")
+        content = hub.files[repo][name]
+        headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'}
+        start, status, wanted = 0, 200, self.headers.get("Range")
+        if wanted and hub.ranges:
+            start, status = int(wanted.removeprefix("bytes=").removesuffix("-")), 206
+            if start >= len(content):
+                self.answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+                return
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        cut = hub.cuts.get(name)
+        limit = cut.pop(0) if cut else None
+        self.answer(status, content[start:], headers, limit)
+
+    def answer(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        cut: int | None = None,
+    ) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(downloads, "BACKOFF", 0)
+        monkeypatch.setattr(downloads, "BLOCK", 500)
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+REPO, CONTENT = "datasets/me/mine", bytes(range(256)) * 999
+
+
+@pytest.fixture
+def one(hub: Hub) -> RemoteFile:
+    """The only file of a repository, of which size and sha256 are known."""
+    hub.files[REPO]["data/one.parquet"] = CONTENT
+    [file] = hub_files("me/mine", "datasets", ["data/*"])
+    return file
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.rglob("*") if p.is_file())
+
+
+def ranges(hub: Hub) -> list[str | None]:
+    return [headers.get("Range") for headers in hub.requests("/cdn/")]
+
+
+# ---- the listing ---------------------------------------------------------------------------
+
+
+def test_the_listing_is_read_to_its_end_and_filtered(hub: Hub) -> None:
+    names = [f"data/train-{i}.parquet" for i in range(5)] + ["data/test-0.parquet", "card é.md"]
+    hub.files["me/model"] = {name: name.encode() for name in names}
+    hub.files["models/me/model"] = hub.files["me/model"]
+    found = hub_files("me/model", "models", ["data/train-*.parquet", "*.md"])
+    assert [f.name for f in found] == ["card é.md", *names[:5]]
+    assert found[0].sha256 is None
+    assert found[1].sha256 == hashlib.sha256(names[0].encode()).hexdigest()
+    assert found[1].size == len(names[0])
+    assert found[0].url == f"{hub.url}/me/model/resolve/main/card%20%C3%A9.md"
+
+
+def test_the_token_goes_to_the_hub_and_to_nobody_else(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    hub.files[REPO]["a.txt"] = b"words"
+    files = hub_files("me/mine", "datasets", ["*"])
+    download(files, tmp_path)
+    assert (tmp_path / "a.txt").read_bytes() == b"words"
+    assert hub.requests("/api/")[0]["Authorization"] == "Bearer secret"
+    assert [p for p, headers in hub.log if "Authorization" in headers and "/cdn/" in p] == []
+    other = f"http://localhost:{hub.server_port}/{REPO}/resolve/main/a.txt"
+    download([RemoteFile("b.txt", other)], tmp_path)
+    assert "Authorization" not in hub.log[-2][1]
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(404, "answers 404; check the name"), (401, "set HF_TOKEN"), (403, "accept its terms")],
+)
+def test_a_refused_repository_is_one_clear_error(hub: Hub, status: int, reason: str) -> None:
+    hub.refuse["/api/"] = status
+    with pytest.raises(ValueError, match=reason):
+        hub_files("me/nothing", "datasets", ["*"])
+
+
+def test_what_is_no_hub_is_one_clear_error(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files[REPO]["a.txt"] = b""
+    with pytest.raises(ValueError, match=r"no file matches \*\.parquet; it holds a\.txt"):
+        hub_files("me/mine", "datasets", ["*.parquet"])
+    hub.refuse["/api/"] = 503
+    with pytest.raises(ValueError, match=r"cannot reach .* answers 503.*HF_ENDPOINT to a mirror"):
+        hub_files("me/mine", "datasets", ["*"])
+    hub.refuse["/api/"] = 200  # with a page that is no listing
+    with pytest.raises(ValueError, match="is not the listing of a hub"):
+        hub_files("me/mine", "datasets", ["*"])
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"cannot reach http://127.0.0.1:1 \(ConnectionError\)"):
+        hub_files("me/mine", "datasets", ["*"])
+
+
+# ---- downloads -----------------------------------------------------------------------------
+
+
+def test_a_second_call_asks_for_nothing(
+    hub: Hub, one: RemoteFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [path] = download([one], tmp_path)
+    assert path == tmp_path / "data" / "one.parquet"
+    assert path.read_bytes() == CONTENT
+    assert capsys.readouterr().out == f"{path}: {len(CONTENT):,} bytes\n"
+    before = len(hub.log)
+    assert download([one], tmp_path) == [path]
+    assert len(hub.log) == before
+    path.write_bytes(CONTENT[:-1] + b"?")  # of the right size
+    download([one], tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert left(tmp_path) == ["one.parquet"]
+
+
+def test_a_cut_connection_goes_on_where_it_was(hub: Hub, one: RemoteFile, tmp_path: Path) -> None:
+    hub.cuts["data/one.parquet"] = [1000, *[499] * 3, 5000, 70_000, *[500] * 9]
+    [path] = download([one], tmp_path)
+    assert path.read_bytes() == CONTENT
+    starts = [1000] * 4 + [6000, *range(76_000, 80_501, 500)]
+    assert ranges(hub) == [None, *(f"bytes={start}-" for start in starts)]
+    assert left(tmp_path) == ["one.parquet"]
+
+
+def test_without_ranges_it_begins_again(hub: Hub, one: RemoteFile, tmp_path: Path) -> None:
+    hub.ranges = False
+    hub.cuts["data/one.parquet"] = [1000, 500, 2000]
+    [path] = download([one], tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert left(tmp_path) == ["one.parquet"]
+
+
+@pytest.mark.parametrize("with_ranges", [True, False])
+def test_what_stays_cut_is_one_clear_error_and_can_go_on(
+    hub: Hub, one: RemoteFile, with_ranges: bool, tmp_path: Path
+) -> None:
+    hub.ranges = with_ranges
+    hub.cuts["data/one.parquet"] = [1000] + [0 if with_ranges else 1000] * 20
+    with pytest.raises(ValueError, match=r"cannot be fetched.*1,000 bytes are kept") as info:
+        download([one], tmp_path)
+    assert "\n" not in str(info.value)
+    [part] = left(tmp_path)
+    assert part.endswith(".part")
+    assert len(ranges(hub)) == 1 + downloads.RETRIES
+    hub.cuts.clear()
+    hub.log.clear()
+    [path] = download([one], tmp_path)  # another process, for all it knows
+    assert path.read_bytes() == CONTENT
+    assert ranges(hub) == ["bytes=1000-"]
+    assert left(tmp_path) == ["one.parquet"]
+
+
+def interrupted(hub: Hub, file: RemoteFile, folder: Path, n_bytes: int) -> None:
+    """What a killed process leaves: the first bytes under the temporary name."""
+    hub.cuts[file.name] = [n_bytes] + [0] * 20
+    with pytest.raises(ValueError, match="bytes are kept"):
+        download([file], folder)
+    hub.cuts.clear()
+    hub.log.clear()
+
+
+@pytest.mark.parametrize("size", [len(CONTENT), len(CONTENT) + 5])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_file_that_changed_on_the_server_begins_again(
+    hub: Hub, one: RemoteFile, known: bool, size: int, tmp_path: Path
+) -> None:
+    if not known:
+        one = RemoteFile(one.name, one.url)
+    interrupted(hub, one, tmp_path, 1000)
+    hub.files[REPO][one.name] = new = bytes(size)
+    if known:
+        one = dataclasses.replace(one, size=size, sha256=hashlib.sha256(new).hexdigest())
+    [path] = download([one], tmp_path)
+    assert path.read_bytes() == new
+    assert ranges(hub) == ["bytes=1000-", None]
+    assert left(tmp_path) == ["one.parquet"]
+
+
+def test_a_partial_file_longer_than_the_servers_begins_again(
+    hub: Hub, one: RemoteFile, tmp_path: Path
+) -> None:
+    interrupted(hub, one, tmp_path, 1000)
+    hub.files[REPO][one.name] = new = b"short"
+    [path] = download([RemoteFile(one.name, one.url)], tmp_path)  # the answer to the range is 416
+    assert path.read_bytes() == new
+    assert left(tmp_path) == ["one.parquet"]
+
+
+def test_a_whole_partial_file_is_only_checked(hub: Hub, one: RemoteFile, tmp_path: Path) -> None:
+    interrupted(hub, one, tmp_path, 1000)
+    [part] = (tmp_path / "data").iterdir()
+    part.write_bytes(CONTENT)  # killed before the last step
+    download([one], tmp_path)
+    assert hub.log == []
+    assert left(tmp_path) == ["one.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [({"sha256": "0" * 64}, f"sha256 .* instead of {'0' * 64}"), ({"size": 7}, "instead of 7")],
+)
+def test_a_wrong_byte_leaves_nothing(
+    hub: Hub, one: RemoteFile, lie: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"data/one.parquet .* damaged.*{reason}") as info:
+        download([dataclasses.replace(one, **lie)], tmp_path)
+    assert "\n" not in str(info.value)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/a", "", ".", "..\\a", "C:\\a", "C:a"])
+def test_a_name_that_leaves_the_folder_is_refused(hub: Hub, name: str, tmp_path: Path) -> None:
+    hub.files[REPO]["a"] = b"x"
+    with pytest.raises(ValueError, match="not inside"):
+        download([RemoteFile(name, f"{hub.url}/{REPO}/resolve/main/a")], tmp_path / "in")
+    assert hub.log == []
+    assert left(tmp_path) == []
+
+
+def test_what_cannot_fit_is_refused_before_it_begins(
+    hub: Hub, one: RemoteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(hub, one, tmp_path, 1000)
+    free = len(CONTENT) - 1001
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(ValueError, match=r"GB to download do not fit in .* GB of free disk"):
+        download([one], tmp_path)
+    assert hub.log == []
+    free += 1
+    download([one], tmp_path)
+
+
+def test_a_full_disk_leaves_what_is_there_to_go_on_with(
+    hub: Hub, one: RemoteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() + len(data) > 3000:
+                super().write(data[: 3000 - self.tell()])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(downloads, "open", Full, raising=False)
+        with pytest.raises(ValueError, match=r"one\.parquet: the disk is full; make room") as info:
+            download([one], tmp_path)
+    assert "\n" not in str(info.value)
+    assert not (tmp_path / "data" / "one.parquet").exists()
+    hub.log.clear()
+    download([one], tmp_path)
+    assert ranges(hub) == ["bytes=3000-"]
+    assert left(tmp_path) == ["one.parquet"]
+
+
+# ---- the named sets ------------------------------------------------------------------------
+
+STORIES = [f"Story {i}: é <|endoftext|>" + " once" * (i % 7) for i in range(40)]
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    f = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), f, row_group_size=7)
+    return f.getvalue()
+
+
+def shards(folder: str) -> dict[str, bytes]:
+    """The stories in two files, and others that are not part of the set."""
+    rows = [{"id": i, "text": story, "score": 0.5} for i, story in enumerate(STORIES)]
+    parts = {f"{folder}-0000{i}-of-00002.parquet": rows[i * 25 : i * 25 + 25] for i in range(2)}
+    others = {"data/test-0.parquet": parquet(rows[:1]), "README.md": b"# card"}
+    return {name: parquet(part) for name, part in parts.items()} | others
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
+
+
+def lines(values: list[Any]) -> bytes:
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+def tree(i: int) -> list[dict[str, Any]]:
+    """A tree whose best path is q, a, q2, a2; it goes on with a question that nobody answered."""
+
+    def message(name: str, parent: str | None, rank: int | None, **more: Any) -> dict[str, Any]:
+        role = "prompter" if name.startswith("q") else "assistant"
+        content = {"message_id": f"{name}{i}", "parent_id": parent and f"{parent}{i}", "rank": rank}
+        more = {"lang": "en", "deleted": False, "labels": {"name": ["x"]}, **more}
+        return {**content, "text": f"{name} of {i}", "role": role, **more}
+
+    return [
+        message("q", None, None),
+        message("abad", "q", 1),
+        message("a", "q", 0),
+        message("agone", "q", -1, deleted=True),
+        message("q2", "a", None),
+        message("qother", "a", None),
+        message("aforeign", "q2", 0, lang="de"),
+        message("a2", "q2", 1),
+        message("qend", "a2", 0),
+    ]
+
+
+N = 12
+QA_FILES: dict[str, dict[str, bytes]] = {
+    "dolly": {
+        "databricks-dolly-15k.jsonl": lines(
+            [
+                {"instruction": f"q{i}", "context": "c" * (i % 2), "response": f"a{i}"}
+                for i in range(N)
+            ]
+            + [{"instruction": "q", "context": "", "response": " "}] * 2
+        )
+    },
+    "alpaca": {
+        "alpaca_data_cleaned.json": json.dumps(
+            [{"instruction": f"q{i}", "input": "c" * (i % 2), "output": f"a{i}"} for i in range(N)]
+        ).encode(),
+        "alpaca_data.json": b"[]",
+    },
+    "smoltalk": {
+        "data/all/train-00000-of-00001.parquet": parquet(
+            [{"messages": turns(f"q{i}", "a", "b", "c" * (i + 1)), "source": "x"} for i in range(N)]
+        ),
+        "data/all/test-00000-of-00001.parquet": b"",
+        "data/other/train-00000-of-00001.parquet": b"",
+    },
+    "oasst1": {
+        "data/train-00000-of-00001-b42a.parquet": parquet(
+            [row for i in range(N) for row in tree(i)]
+            + [{**tree(99)[0], "lang": "es"}, {**tree(98)[0], "message_id": "lonely"}]
+        )
+    },
+}
+CONTEXTS = [turns(f"q{i}" + "\n\nc" * (i % 2), f"a{i}") for i in range(N)]
+QA_EXPECTED = {
+    "dolly": CONTEXTS,
+    "alpaca": CONTEXTS,
+    "smoltalk": [turns(f"q{i}", "a", "b", "c" * (i + 1)) for i in range(N)],
+    "oasst1": [turns(*(f"{name} of {i}" for name in ("q", "a", "q2", "a2"))) for i in range(N)],
+}
+SHARDS = {
+    "tinystories": "data/train",
+    "fineweb-edu": "sample/10BT/000",
+    "openwebtext": "plain_text/train",
+}
+
+
+def conversations(folder: Path) -> list[Any]:
+    tokenizer = Tokenizer.load(folder)
+    rows = [row for part in ("train", "val") for row in load_examples(folder, part)]
+    return sorted([parse(ids.tolist(), tokenizer) for ids, _ in rows], key=repr)
+
+
+def tokens_of(folder: Path) -> dict[str, str]:
+    return {f.name: sha256_file(f) for f in folder.iterdir() if f.name != "meta.json"}
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_a_named_text_set_has_the_tokens_of_its_text(
+    name: str, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.files[f"datasets/{NAMED[name].source}"] = shards(SHARDS[name])
+    out, folder = tmp_path / "out", tmp_path / "downloads"
+    meta = prepare.fetch(name, out, folder, "byte", seed=3)
+    assert meta["text"]["documents"] == len(STORIES)
+    (tmp_path / "same.jsonl").write_bytes(lines([{"text": story} for story in STORIES]))
+    prepare.prepare_text([tmp_path / "same.jsonl"], tmp_path / "same", "byte", 0.1, "text", 3)
+    assert tokens_of(out) == tokens_of(tmp_path / "same")
+    printed = capsys.readouterr().out
+    assert f"{name}: 2 file(s), " in printed
+    assert NAMED[name].licence in printed
+    assert f"train_pretrain.py --config configs/books/pretrain.toml --data.path={out} " in printed
+    hub.log.clear()
+    assert prepare.fetch(name, out, folder, "byte", seed=3) == meta
+    assert "nothing to do" in capsys.readouterr().out
+    assert hub.requests("/resolve/") == []
+    first = prepare.fetch(name, tmp_path / "first", folder, "byte", n_files=1)
+    assert first["text"]["documents"] == 25
+
+
+def test_a_set_that_is_one_file_is_checked_against_its_sha256(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files[REPO]["input.txt"] = play = b"First Citizen:\r\nBefore we proceed" * 9
+    real = NAMED["tinyshakespeare"]
+    local = dataclasses.replace(real, source=f"{hub.url}/{REPO}/resolve/main/input.txt")
+    monkeypatch.setitem(NAMED, "tinyshakespeare", local)
+    with pytest.raises(ValueError, match=r"input\.txt .*297 bytes instead of 1,115,394"):
+        prepare.fetch("tinyshakespeare", tmp_path / "out", tmp_path / "downloads")
+    assert left(tmp_path) == []
+    digest = hashlib.sha256(play).hexdigest()
+    local = dataclasses.replace(local, size=len(play), sha256=digest)
+    monkeypatch.setitem(NAMED, "tinyshakespeare", local)
+    prepare.fetch("tinyshakespeare", tmp_path / "out", tmp_path / "downloads")
+    (tmp_path / "same.txt").write_bytes(play)
+    prepare.prepare_text([tmp_path / "same.txt"], tmp_path / "same", "byte", 0.1, "text", 1)
+    assert tokens_of(tmp_path / "out") == tokens_of(tmp_path / "same")
+    shared = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    if shared.exists():
+        assert (shared.stat().st_size, sha256_file(shared)) == (real.size, real.sha256)
+
+
+@pytest.mark.parametrize("name", QA_FILES)
+def test_a_named_qa_set_has_its_conversations(
+    name: str, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.files[f"datasets/{NAMED[name].source}"] = QA_FILES[name]
+    out = tmp_path / "out"
+    meta = prepare.fetch(name, out, tmp_path / "downloads", "byte")
+    assert conversations(out) == sorted(QA_EXPECTED[name], key=repr)
+    assert meta["tokenizer"]["kind"] == "byte"
+    printed = capsys.readouterr().out
+    assert "python train_sft.py --config configs/books/sft.toml --data.path=" in printed
+    n_bad = {"dolly": 2, "oasst1": 1}.get(name, 0)
+    assert (f"skipped {n_bad} of {N + n_bad} examples" in printed) == bool(n_bad)
+    assert printed.count("skipped") == 2 * bool(n_bad)
+    again = prepare.fetch(name, tmp_path / "other", tmp_path / "downloads", tokenizer_of=out)
+    assert again["tokenizer"] == meta["tokenizer"]
+    assert tokens_of(tmp_path / "other") == tokens_of(out)
+
+
+def test_trees_end_even_if_a_message_answers_itself(tmp_path: Path) -> None:
+    rows = [*tree(0), {**tree(0)[7], "message_id": "a0", "rank": 0}]
+    (tmp_path / "a.jsonl").write_bytes(lines([*rows, {"text": "x"}, *tree(1), *tree(2)]))
+    base, file = tmp_path / "base", tmp_path / "a.jsonl"
+    (tmp_path / "a.txt").write_text("words " * 20)
+    prepare.prepare_text([tmp_path / "a.txt"], base, "byte", 0.1, "text", 1)
+    options: dict[str, Any] = {"val_fraction": 0.1, "seed": 1, "skip_bad": True, "trees": True}
+    prepare.prepare_qa([file], tmp_path / "qa", base, **options)
+    assert len(conversations(tmp_path / "qa")) == 3
+
+
+def test_a_damaged_shard_is_one_clear_error_and_no_folder(hub: Hub, tmp_path: Path) -> None:
+    files = shards("data/train")
+    hub.files["datasets/roneneldan/TinyStories"] = files
+    files["data/train-00001-of-00002.parquet"] = files["data/train-00001-of-00002.parquet"][:-30]
+    with pytest.raises(ValueError, match=r"00001-of-00002\.parquet is not a whole parquet file"):
+        prepare.fetch("tinystories", tmp_path / "out", tmp_path / "downloads", "byte")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_fetches_and_fails_in_one_line(hub: Hub, tmp_path: Path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "data.prepare", "fetch", *arguments]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+
+    listed = call("--list").stdout
+    assert all(name in listed and s.licence in listed for name, s in NAMED.items())
+    assert len(listed.splitlines()) == 1 + len(NAMED)
+    hub.files["datasets/databricks/databricks-dolly-15k"] = QA_FILES["dolly"]
+    done = call("dolly", "--tokenizer", "byte")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert left(tmp_path / "out" / "downloads" / "dolly") == ["databricks-dolly-15k.jsonl"]
+    assert len(conversations(tmp_path / "out" / "dolly" / "data")) == N
+    for arguments, reason in (
+        (("alpaca", "--tokenizer", "byte"), "the server answers 401; check the name"),
+        (("dolly", "--tokenizer", "bpe:300"), "name the base with --tokenizer-of"),
+        (("tinystories", "--tokenizer-of", "x"), "--tokenizer-of is for Q&A"),
+        (("novels",), "no data set is called 'novels'; there are tinyshakespeare, "),
+    ):
+        failed = call(*arguments)
+        assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
+        assert failed.stderr.startswith("error: ")
+        assert reason in failed.stderr
