@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data.files import write_json
 from data.pretrain import PretrainDataConfig
-from model.gpt import ModelConfig
+from model.gpt import GPT, ModelConfig
 from train_pretrain import PretrainConfig
 from train_sft import SFTConfig
 from training.config import RunConfig, parse_config, run_cli
@@ -127,6 +128,11 @@ def test_every_config_file_parses_and_says_no_more_than_it_means() -> None:
         sft = "base" in given
         assert sft is file.name.startswith("sft"), file
         config: Any = parse_config(SFTConfig if sft else PretrainConfig, [f"--config={file}"])
+        head = file.read_text(encoding="utf-8").partition("\n\n")[0]
+        assert re.search(r"^# (Measured|Expected time and loss: not measured)", head, re.M), file
+        if not sft:
+            with torch.device("meta"):
+                assert GPT(config.model, 50261).n_params() > 0
         values = asdict(config)
         for section, keys in given.items():
             for key, value in keys.items() if isinstance(keys, dict) else ():
