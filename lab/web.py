@@ -42,6 +42,11 @@ MAX_NEW_TOKENS = 4096  # of a reply, so that nobody holds the models for hours
 MAX_BYTES = 1 << 20  # of a request
 EXAMPLES = 5
 GENERAL_EXAMPLES = ["What is a whale?", "How do I make tea?", "The best thing about winter is"]
+# What a browser lets the page do: ask this server, draw itself, and nothing else.
+POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
 
 Event = dict[str, Any]  # what becomes a line of JSON
 
@@ -227,6 +232,12 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     timeout = 60  # seconds in which the other side sends or takes nothing
+    disable_nagle_algorithm = True  # a token leaves when it is known
+
+    def handle(self) -> None:
+        """Ends without a word where the other side has gone."""
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            super().handle()
 
     def parse_request(self) -> bool:
         """Refuses other names for this machine: a foreign site may point its own at it."""
@@ -245,10 +256,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         nonce = secrets.token_urlsafe()
         page = self.server.page.render(self.server.about, nonce=nonce)
-        policy = (
-            f"default-src 'none'; connect-src 'self'; img-src data:; script-src 'nonce-{nonce}'"
-        )
-        policy += "; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
+        policy = f"{POLICY}; script-src 'nonce-{nonce}'"
         self.begin("text/html; charset=utf-8", {"Content-Security-Policy": policy})
         self.wfile.write(page.encode())
 
@@ -262,12 +270,11 @@ class Handler(BaseHTTPRequestHandler):
         elif not size.isdecimal() or int(size) > MAX_BYTES:
             self.send_error(413)
         else:
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                body = self.rfile.read(int(size))
-                self.begin("application/x-ndjson", {})
-                with contextlib.closing(self.server.answer(self.path, body)) as events:
-                    for event in events:
-                        self.wfile.write(json.dumps(event).encode() + b"\n")
+            body = self.rfile.read(int(size))
+            self.begin("application/x-ndjson", {})
+            with contextlib.closing(self.server.answer(self.path, body)) as events:
+                for event in events:
+                    self.wfile.write(json.dumps(event).encode() + b"\n")
 
     def begin(self, content_type: str, more: dict[str, str]) -> None:
         """Sends the head of an answer."""
@@ -312,9 +319,8 @@ def main() -> None:
             raise ValueError(
                 f"cannot listen at --host {a.host} --port {a.port}: {reason}"
             ) from None
-        print(
-            f"open http://{a.host}:{server.server_address[1]} in a browser; Ctrl-C ends", flush=True
-        )
+        address = f"http://{a.host}:{server.server_address[1]}"
+        print(f"open {address} in a browser; Ctrl-C ends", flush=True)
         with server, contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
 

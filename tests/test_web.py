@@ -98,11 +98,20 @@ def byte_by_byte(text: str, tokenizer: Tokenizer) -> list[int]:
 def test_models_take_turns_and_end_when_nobody_listens(
     pair: tuple[Checkpoint, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive = count_streams(monkeypatch)
-    events = web.Panels(*pair).reply(web.read_request(request("Who?")))
+    alive, panels = count_streams(monkeypatch), web.Panels(*pair)
+    speak = web.speak
+
+    def locked(*arguments: Any) -> Iterator[web.Event]:
+        for event in speak(*arguments):
+            assert panels.lock.locked()
+            yield event
+
+    monkeypatch.setattr(web, "speak", locked)
+    events = panels.reply(web.read_request(request("Who?")))
     order = [next(events)["model"] for _ in range(8)]
     assert order == ["base", "instruct"] * 4
     assert len(alive) == 2
+    assert not panels.lock.locked()  # others may go on while this token is on its way
     events.close()  # type: ignore[attr-defined]
     assert not alive
 
@@ -389,6 +398,9 @@ def test_a_conversation_goes_on_as_in_sample_and_outlives_a_reload(
     assert (tab.texts(), tab.texts(".prompt"), tab.texts(".foot")) == before
     assert tab.page.get_by_label("seed").input_value() == "5"
     assert tab.page.get_by_label("prompt", exact=True).input_value() == "half a qu"
+    another = tab.page.context.new_page()
+    another.goto(tab.page.url)
+    assert another.locator(".turn").count() == 0
     tab.ask("Why?")
     assert tab.texts()[-1] == conversation.ask("Why?")["instruct"].text
 
