@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data.chat import Message, render_prompt, template_fingerprint
+from data.chat import Message, Prompt, render_prompt, template_fingerprint
 from data.files import one_line_errors, write_json
+from data.tokenizer import Tokenizer
 from model.generate import Sampling, generate
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.runtime import has_bf16, set_up
@@ -39,15 +40,20 @@ class Reply:
 
 def reply(checkpoint: Checkpoint, ids: list[int], sampling: Sampling) -> Reply:
     """Samples up to the end-of-turn token, which the text leaves out."""
-    end, block_size = checkpoint.tokenizer.end_of_turn, checkpoint.model.config.block_size
-    if len(ids) > block_size:
-        note = (
-            f"note: of the {len(ids)} tokens of this prompt, the model sees the last {block_size}"
-        )
-        print(note, file=sys.stderr)
+    end = checkpoint.tokenizer.end_of_turn
+    if note := unseen(checkpoint, ids):
+        print(f"note: {note}", file=sys.stderr)
     new = generate(checkpoint.model, [ids], sampling, stop={end})[0]
     stopped = new[-1] == end
     return Reply(checkpoint.tokenizer.decode(new[:-1] if stopped else new), len(new), stopped)
+
+
+def unseen(checkpoint: Checkpoint, ids: list[int]) -> str:
+    """A note on a prompt of which the model sees the end only; empty if it sees all."""
+    block_size = checkpoint.model.config.block_size
+    if len(ids) <= block_size:
+        return ""
+    return f"of the {len(ids)} tokens of this prompt, the model sees the last {block_size}"
 
 
 def load_pair(base: str, instruct: str, device: str) -> tuple[Checkpoint, Checkpoint]:
@@ -69,35 +75,56 @@ def load_pair(base: str, instruct: str, device: str) -> tuple[Checkpoint, Checkp
     return pair[0], pair[1]
 
 
+def load_to_sample(base: str, instruct: str, device: str) -> tuple[Checkpoint, Checkpoint]:
+    """`load_pair`, in bf16 where the device computes in it."""
+    pair = load_pair(base, instruct, device)
+    for checkpoint in pair:
+        if has_bf16(checkpoint.model.wte.weight.device):
+            checkpoint.model.bfloat16()  # every token reads all weights: half the bytes and time
+    return pair
+
+
+def continue_text(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+    """A conversation as one text to go on with, in which each prompt begins a line."""
+    lines = [("\n" if m["role"] == "user" else "") + m["content"] for m in messages]
+    return [tokenizer.end_of_text, *tokenizer.encode("".join(lines)[1:])]
+
+
+def put(
+    prompt: Prompt, messages: list[Message], checkpoint: Checkpoint, max_new_tokens: int
+) -> list[int]:
+    """Token ids of a conversation. Removes the oldest turns that leave no room for a reply.
+
+    Whole turns are forgotten, so that the newest question is never cut. A text to be continued has
+    no turns: of a long one the model sees the end.
+    """
+    block_size = checkpoint.model.config.block_size
+    room = min(max_new_tokens, block_size // 2)
+    ids = prompt(messages, checkpoint.tokenizer)
+    while prompt is not continue_text and len(messages) > 1 and len(ids) + room > block_size:
+        del messages[:2]
+        ids = prompt(messages, checkpoint.tokenizer)
+    return ids
+
+
 class Conversation:
     """One conversation with each of the three columns, each with its own replies as history."""
 
     def __init__(self, base: Checkpoint, instruct: Checkpoint, sampling: Sampling) -> None:
         self.base, self.instruct, self.sampling = base, instruct, sampling
-        self.text = ""
-        self.messages: dict[str, list[Message]] = {"base_chat": [], "instruct": []}
+        self.messages: dict[str, list[Message]] = {column: [] for column in COLUMNS}
 
     def ask(self, prompt: str) -> dict[str, Reply]:
         """The replies to the next prompt, by column."""
-        self.text = f"{self.text}\n{prompt}" if self.text else prompt
-        tokenizer = self.base.tokenizer
-        raw = [tokenizer.end_of_text, *tokenizer.encode(self.text)]
-        replies = {"base_raw": reply(self.base, raw, self.sampling)}
-        self.text += replies["base_raw"].text
-        for column, checkpoint in (("base_chat", self.base), ("instruct", self.instruct)):
-            messages = self.messages[column]
+        replies = {}
+        for column, messages in self.messages.items():
+            checkpoint = self.instruct if column == "instruct" else self.base
+            form = continue_text if column == "base_raw" else render_prompt
             messages.append(Message(role="user", content=prompt))
-            # Whole old turns are forgotten, so that the newest question is never cut.
-            while len(messages) > 1 and self._length(messages) > checkpoint.model.config.block_size:
-                del messages[:2]
-            prompt_ids = render_prompt(messages, tokenizer)
-            replies[column] = reply(checkpoint, prompt_ids, self.sampling)
+            ids = put(form, messages, checkpoint, self.sampling.max_new_tokens)
+            replies[column] = reply(checkpoint, ids, self.sampling)
             messages.append(Message(role="assistant", content=replies[column].text))
         return replies
-
-    def _length(self, messages: list[Message]) -> int:
-        room = min(self.sampling.max_new_tokens, self.base.model.config.block_size // 2)
-        return len(render_prompt(messages, self.base.tokenizer)) + room
 
 
 def show(console: Console, prompt: str, replies: dict[str, Reply]) -> None:
@@ -158,10 +185,7 @@ def run(a: argparse.Namespace) -> None:
     if a.json is not None and not a.json.absolute().parent.is_dir():
         raise ValueError(f"--json {a.json}: there is no folder {a.json.parent}")
     sampling = Sampling(a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
-    base, instruct = load_pair(a.base, a.instruct, a.device)
-    for model in (base.model, instruct.model):
-        if has_bf16(model.wte.weight.device):
-            model.bfloat16()  # every token reads all weights: half the bytes, half the time
+    base, instruct = load_to_sample(a.base, a.instruct, a.device)
     console = Console()
     if a.prompt is None and a.prompts is None:
         results = chat(console, Conversation(base, instruct, sampling))

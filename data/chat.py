@@ -8,6 +8,7 @@ message can forge a turn. A reply is supervised together with the <|end|> that c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypedDict
 
 from data.files import fingerprint
@@ -21,6 +22,10 @@ class Message(TypedDict):
 
     role: str
     content: str
+
+
+# How a conversation is put to a model: the token ids after which its reply is sampled.
+Prompt = Callable[[list[Message], Tokenizer], list[int]]
 
 
 def render(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

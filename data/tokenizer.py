@@ -71,6 +71,10 @@ class Tokenizer:
             raise ValueError(f"token id {bad[0]} is outside the vocabulary of {self.n_vocab}")
         return self._encoding.decode(list(ids), errors="replace")
 
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes of one id, a control token's being its name: not always whole characters."""
+        return self._encoding.decode_single_token_bytes(i)
+
     @cached_property
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each id stands for, (n_vocab,); a control token stands for none."""

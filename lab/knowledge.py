@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from data.chat import Message, render_prompt
+from data.chat import Message, Prompt, render_prompt
 from data.world import (
     ATTRIBUTES,
     DONT_KNOW,
@@ -25,7 +25,7 @@ from data.world import (
     exchange,
 )
 from lab.likelihood import ask, reply_limit, score_choices
-from lab.pair import CONTEXTS, Pair, Prompt, plain_prompt, run_instrument
+from lab.pair import CONTEXTS, Pair, plain_prompt, run_instrument
 from lab.stats import Mean, Share
 from training.checkpoint import Checkpoint
 

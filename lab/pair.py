@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.chat import Message, parse, render_prompt
+from data.chat import Message, Prompt, parse, render_prompt
 from data.files import (
     fingerprint,
     load_examples,
@@ -27,8 +27,6 @@ from lab.stats import lines, pool, to_json
 from sample import load_pair
 from training.checkpoint import PREPARED_QA, Checkpoint
 from training.runtime import environment
-
-Prompt = Callable[[list[Message], Tokenizer], list[int]]
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,7 @@ def measured_by() -> str:
         f for folder in ("data", "model", "training", "lab") for f in (root / folder).glob("*.py")
     ]
     files += [root / "sample.py", root / "train_pretrain.py"]
-    drawn = ("plots.py", "report.py", "sweep.py")
+    drawn = ("plots.py", "report.py", "sweep.py", "web.py")
     return fingerprint(sorted(sha256_file(f) for f in files if f.name not in drawn))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from data.chat import Message
 from data.tokenizer import Tokenizer
@@ -92,12 +93,10 @@ def measure(
         mine = predictions(pair.instruct, marked[rows], replies[rows])
         its = predictions(pair.base, theirs[rows], replies[rows])
         for reply, p, q in zip(replies[rows], mine, its, strict=True):
-            own = q.gather(1, torch.tensor(reply, device=q.device)[:, None])
-            ranks = 1 + (q > own).sum(dim=1)
             kl = (p.exp() * (p - q)).sum(dim=1)
             texts = [tokenizer.decode([token]) for token in reply]
             roles = roles_of(reply, tokenizer) if pair.world else plain_roles(reply, tokenizer)
-            parts = zip(texts, ranks.tolist(), kl.tolist(), roles, strict=True)
+            parts = zip(texts, ranks_of(reply, q), kl.tolist(), roles, strict=True)
             found.append([Token(*part) for part in parts])
     every = [token for reply in found for token in reply]
     roles_found = dict.fromkeys(token.role for token in every)
@@ -110,7 +109,7 @@ def measure(
             str(n + 1): agreement(reply[n] for reply in found if len(reply) > n)
             for n in range(longest)
         },
-        kl={c: Mean.of(t.kl for t in every if class_of(t) == c) for c in CLASSES},
+        kl={c: Mean.of(t.kl for t in every if class_of(t.rank) == c) for c in CLASSES},
         strips=[
             (c[-2]["content"], reply)
             for c, reply in zip(conversations[:STRIPS], found, strict=False)
@@ -118,15 +117,22 @@ def measure(
     )
 
 
-def class_of(token: Token) -> str:
+def ranks_of(reply: list[int], logprobs: Tensor) -> list[int]:
+    """The rank of each token of a reply among (len(reply), vocab_size) that it might have been."""
+    own = logprobs.gather(1, torch.tensor(reply, device=logprobs.device)[:, None])
+    ranks: list[int] = (1 + (logprobs > own).sum(dim=1)).tolist()
+    return ranks
+
+
+def class_of(rank: int) -> str:
     """One of CLASSES."""
-    return CLASSES[(token.rank > 1) + (token.rank > 3)]
+    return CLASSES[(rank > 1) + (rank > 3)]
 
 
 def agreement(tokens: Iterable[Token]) -> Agreement:
     """Classes and mean KL of some tokens."""
     tokens = list(tokens)
-    classes = {c: Share.of(class_of(t) == c for t in tokens) for c in CLASSES}
+    classes = {c: Share.of(class_of(t.rank) == c for t in tokens) for c in CLASSES}
     return Agreement(classes, Mean.of(t.kl for t in tokens))
 
 

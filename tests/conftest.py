@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ def runs(world_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     pretrain(pretrain_config(world_dir, out / "base", steps=12))
     sft(sft_config(world_dir, out / "base", out / "instruct", steps=6))
     return out / "base", out / "instruct"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A running Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as p:
+        running = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()
 
 
 def pretrain_config(data: Path, out: Path, steps: int) -> PretrainConfig:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 from data.world import SPLITS
 from lab import report
 from lab.pair import open_pair
 
 Runs = tuple[Path, Path]
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECTIONS = ("table", "replies", "behaviour", "shift", "weights", "forgetting", "limits", "settings")
 
 
@@ -124,16 +122,6 @@ class Browser:
         assert all(alt and size > 100 for alt, size in pictures)
         text = self.page.inner_text("body")
         assert not any(word in text for word in ("None", "nan", "undefined", "{{", "%}"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Any:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    with sync_playwright() as p:
-        running = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.mark.parametrize("width", [1280, 768, 360])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import sample
-from data.chat import render_prompt
+from data.chat import Message, render_prompt
 from model.generate import Sampling
 from training.checkpoint import load_checkpoint
 
@@ -72,6 +72,27 @@ def test_a_long_conversation_forgets_whole_turns(runs: Runs) -> None:
         assert messages[-2]["content"] == f"What of number {turn}?"
         block = pair[0].model.config.block_size
         assert len(render_prompt(messages[:-1], pair[0].tokenizer)) <= block
+
+
+@pytest.mark.parametrize("max_new_tokens", [4, 20, 1000])
+def test_turns_make_room_for_a_reply_and_no_more(runs: Runs, max_new_tokens: int) -> None:
+    checkpoint = load_checkpoint(runs[0])
+    tokenizer, block_size = checkpoint.tokenizer, checkpoint.model.config.block_size
+    said = [Message(role=r, content=f"{n}?") for n in range(20) for r in ("user", "assistant")]
+    said.append(Message(role="user", content="And?"))
+    kept = list(said)
+    ids = sample.put(render_prompt, kept, checkpoint, max_new_tokens)
+    assert kept == said[-len(kept) :]
+    one_more = render_prompt(said[-len(kept) - 2 :], tokenizer)
+    room = min(max_new_tokens, block_size // 2)
+    assert len(ids) + room <= block_size < len(one_more) + room
+    text = list(said)
+    assert len(sample.put(sample.continue_text, text, checkpoint, max_new_tokens)) > block_size
+    assert text == said
+    ids = sample.continue_text(
+        [said[0], Message(role="assistant", content=" I."), said[2]], tokenizer
+    )
+    assert tokenizer.decode(ids) == "<|endoftext|>0? I.\n1?"
 
 
 def test_pairs_that_cannot_be_compared_are_refused(

@@ -1,0 +1,505 @@
+"""lab.web: the replies are those of sample.py, and the page holds in a real browser."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import sample
+from data.chat import Message, render_prompt
+from data.tokenizer import Tokenizer
+from lab import web
+from lab.likelihood import ask
+from lab.pair import CONTEXTS
+from lab.plots import CLASS_COLORS
+from model.generate import Sampling, stream
+from training.checkpoint import Checkpoint, load_checkpoint
+
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+
+Runs = tuple[Path, Path]
+SAMPLED = {"temperature": "1", "seed": "3", "max_new_tokens": "8"}
+PATIENCE = 20  # seconds after which something that should happen did not
+
+
+@pytest.fixture(scope="module")
+def pair(runs: Runs) -> tuple[Checkpoint, Checkpoint]:
+    return load_checkpoint(runs[0]), load_checkpoint(runs[1])
+
+
+def request(prompt: str, turns: object = (), form: str = "chat", **more: Any) -> bytes:
+    asked = {"prompt": prompt, "turns": list(turns), "form": form, "settings": SAMPLED}  # type: ignore
+    return json.dumps(asked | more).encode()
+
+
+def said(panels: web.Panels, body: bytes) -> dict[str, sample.Reply]:
+    """What both models say in the end."""
+    events = list(panels.reply(web.read_request(body)))
+    found = {}
+    for model in web.MODELS:
+        mine = [e for e in events if e["model"] == model]
+        text = "".join(e.get("text", "") for e in mine)
+        found[model] = sample.Reply(text, sum("id" in e for e in mine), mine[-1]["stopped"])
+    return found
+
+
+@pytest.mark.parametrize(("form", "column"), [("chat", "base_chat"), ("raw", "base_raw")])
+def test_replies_are_those_of_sample_over_more_turns_than_fit(
+    pair: tuple[Checkpoint, Checkpoint], form: str, column: str
+) -> None:
+    conversation = sample.Conversation(*pair, web.read_sampling(SAMPLED))
+    panels, turns = web.Panels(*pair), list[dict[str, str]]()
+    for n in range(6):
+        prompt = f"What of {n}?"
+        expected = conversation.ask(prompt)
+        found = said(panels, request(prompt, turns, form))
+        assert found == {"base": expected[column], "instruct": expected["instruct"]}
+        turns.append({"prompt": prompt, **{model: r.text for model, r in found.items()}})
+    forgetting = list(panels.reply(web.read_request(request("And?", turns, form))))
+    assert "no longer fit" in forgetting[1]["note"]
+
+
+def test_the_base_in_plain_text_replies_as_in_the_lab(pair: tuple[Checkpoint, Checkpoint]) -> None:
+    settings = {"temperature": "0", "max_new_tokens": "5", "top_k": " ", "top_p": ""}
+    body = request("Who?", form="plain", settings=settings)
+    prompt = CONTEXTS["plain"](web.read_request(body).messages["base"], pair[0].tokenizer)
+    (expected,) = ask(pair[0], [prompt], 5)
+    assert said(web.Panels(*pair), body)["base"].text == pair[0].tokenizer.decode(expected)
+
+
+def test_a_character_is_held_back_until_it_is_whole(
+    pair: tuple[Checkpoint, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, text = pair[0].tokenizer, "né 猫 🙂."
+    ids = byte_by_byte(text + "猫", tokenizer)
+    cut = [*ids[:-2], tokenizer.end_of_turn]
+    monkeypatch.setattr(web, "stream", lambda *_: ([i] for i in cut))
+    events = list(web.speak(pair[0], [0], Sampling()))
+    assert not any("\ufffd" in e["text"] for e in events[:-1])
+    assert "".join(e["text"] for e in events) == tokenizer.decode(cut[:-1]) == text + "\ufffd"
+    assert [e["id"] for e in events[:-1]] == cut
+    assert events[-1]["stopped"]
+
+
+def byte_by_byte(text: str, tokenizer: Tokenizer) -> list[int]:
+    """A text in the most tokens that it can have."""
+    single = {tokenizer.token_bytes(i): i for i in range(tokenizer.n_vocab)}
+    return [single[bytes([b])] for b in text.encode()]
+
+
+def test_models_take_turns_and_end_when_nobody_listens(
+    pair: tuple[Checkpoint, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, panels = count_streams(monkeypatch), web.Panels(*pair)
+    speak = web.speak
+
+    def locked(*arguments: Any) -> Iterator[web.Event]:
+        for event in speak(*arguments):
+            assert panels.lock.locked()
+            yield event
+
+    monkeypatch.setattr(web, "speak", locked)
+    events = panels.reply(web.read_request(request("Who?")))
+    order = [next(events)["model"] for _ in range(8)]
+    assert order == ["base", "instruct"] * 4
+    assert len(alive) == 2
+    assert not panels.lock.locked()  # others may go on while this token is on its way
+    events.close()  # type: ignore[attr-defined]
+    assert not alive
+
+
+def count_streams(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A list that has one entry for each generation that goes on."""
+    alive = list[object]()
+
+    def counted(*arguments: Any) -> Iterator[list[int | None]]:
+        alive.append(arguments)
+        try:
+            yield from stream(*arguments)
+        finally:
+            alive.remove(arguments)
+
+    monkeypatch.setattr(web, "stream", counted)
+    return alive
+
+
+def test_ranks_are_those_of_the_base(pair: tuple[Checkpoint, Checkpoint]) -> None:
+    base, tokenizer = pair[0], pair[0].tokenizer
+    body = request("Who?", settings={"max_new_tokens": "5"}, form="plain")
+    messages = web.read_request(body).messages["base"]
+    (own,) = ask(base, [CONTEXTS["plain"](messages, tokenizer)], 5)
+    tokens = list(web.Panels(*pair).ranks(web.read_request(request("Who?", form="plain", ids=own))))
+    assert [t["rank"] for t in tokens] == [1] * len(own)  # what it would have said itself
+    assert "".join(t["text"] for t in tokens) == tokenizer.decode(own)
+    other = [own[0], tokenizer.end_of_turn]
+    last = list(web.Panels(*pair).ranks(web.read_request(request("Who?", form="plain", ids=other))))
+    assert last[1]["rank"] > 1
+    assert last[1]["favourite"] == tokenizer.decode([own[1]])
+    assert last[1]["class"] in CLASS_COLORS
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"[", "not a request of the page"),
+        (b"[" * 99_999, "not a request of the page"),
+        (b'{"prompt": "Who?"}', "not a request of the page"),
+        (request("Who?", [{"prompt": 1, "base": "", "instruct": ""}]), "not a request of the page"),
+        (request("Who?", form="song"), "not a request of the page"),
+        (request(" \n"), "prompt is empty"),
+        (request("Who?", settings={"seed": "1.5"}), "seed is '1.5'; it must be a whole number"),
+        (request("Who?", settings={"temperature": "hot"}), "temperature is 'hot'"),
+        (request("Who?", settings={"temperature": "nan"}), "temperature is nan"),
+        (request("Who?", settings={"top_p": "2"}), "top_p is 2.0"),
+        (request("Who?", settings={"max_new_tokens": "5000"}), "at most 4096"),
+    ],
+)
+def test_what_cannot_be_answered_says_why(
+    body: bytes, reason: str, pair: tuple[Checkpoint, Checkpoint]
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        web.read_request(body)
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [10**6], ["1"], [5] * 65])
+def test_only_replies_of_these_models_are_ranked(
+    ids: list[Any], pair: tuple[Checkpoint, Checkpoint]
+) -> None:
+    with pytest.raises(ValueError, match=r"not a reply|too long"):
+        next(web.Panels(*pair).ranks(web.read_request(request("Who?", ids=ids))))
+
+
+def test_without_the_data_there_are_other_examples(
+    pair: tuple[Checkpoint, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about_people = web.examples(*pair)
+    assert len(set(about_people)) == web.EXAMPLES
+    monkeypatch.setattr(web, "world_of", lambda *_: None)  # its Q&A is in the same folder
+    assert len(set(web.examples(*pair)) - set(about_people)) > 0
+    monkeypatch.setattr(web, "qa_of", lambda _: Path("nowhere"))
+    assert web.examples(*pair) == web.GENERAL_EXAMPLES
+
+
+def test_command_lines_that_cannot_work_end_in_one_line(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    base, instruct = runs
+    for options, reason in (
+        ((base, base), "other kind"),
+        ((base / "nowhere", instruct), "not found"),
+        ((base, instruct, "--device", "abacus"), "device 'abacus'"),
+        ((base, instruct, "--port", taken.getsockname()[1]), "already in use"),
+        ((base, instruct, "--port", 70_000), "--port 70000"),
+    ):
+        arguments = ["web", "--base", options[0], "--instruct", *options[1:]]
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        with pytest.raises(SystemExit) as stop:
+            web.main()
+        error = capsys.readouterr().err
+        assert stop.value.code == 1
+        assert reason in error
+        assert error.count("\n") == 1
+    taken.close()
+
+
+# ---- over the network ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(pair: tuple[Checkpoint, Checkpoint]) -> Iterator[SimpleNamespace]:
+    """The page's address; `alive` generations; `steps`, which lets so many events pass if set."""
+    with pytest.MonkeyPatch.context() as patch:
+        alive = count_streams(patch)
+        passed = web.Panels.reply
+        state = SimpleNamespace(alive=alive, steps=None)
+
+        def held_back(panels: web.Panels, asked: web.Asked) -> Iterator[web.Event]:
+            for event in passed(panels, asked):
+                if state.steps is not None:
+                    assert state.steps.acquire(timeout=PATIENCE)
+                yield event
+
+        patch.setattr(web.Panels, "reply", held_back)
+        listening = socket.create_server(("127.0.0.1", 0))
+        state.port = listening.getsockname()[1]
+        state.url = f"http://127.0.0.1:{state.port}/"
+        app = web.make_app(*pair, ["127.0.0.1", "localhost"])
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        yield state
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def held(served: SimpleNamespace) -> Iterator[SimpleNamespace]:
+    """Generations wait for `steps.release(n)`: n events more. The first two are no tokens."""
+    served.steps = threading.Semaphore(0)
+    yield served
+    served.steps.release(10**6)
+    served.steps = None
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "size", "status"),
+    [
+        ("/reply", {"Content-Type": "text/plain"}, 2, 415),
+        ("/reply", {"Host": "evil.example"}, 2, 400),
+        ("/reply", {}, web.MAX_BYTES + 1, 413),
+        ("/elsewhere", {}, 2, 404),
+        ("/reply", {}, 2, 200),
+    ],
+)
+def test_only_the_page_is_answered(
+    served: SimpleNamespace, path: str, headers: dict[str, str], size: int, status: int
+) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", served.port)
+    always = {"Content-Type": "application/json"}
+    connection.request("POST", path, body=b"{}".ljust(size), headers=always | headers)
+    assert connection.getresponse().status == status
+    connection.close()
+
+
+def test_a_model_that_fails_says_so_and_the_next_request_works(
+    served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fetch() -> list[web.Event]:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port)
+        connection.request("POST", "/reply", request("Who?"), {"Content-Type": "application/json"})
+        return [json.loads(line) for line in connection.getresponse().read().splitlines()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(web, "speak", lambda *_: iter([1 // 0]))
+        assert "the model failed: ZeroDivisionError" in fetch()[-1]["error"]
+    assert "stopped" in fetch()[-1]
+
+
+# ---- in a browser ----------------------------------------------------------------------------
+
+
+class Tab:
+    """A page of its own browser context, with short names for what a person does and sees."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self.page = browser.new_context().new_page()
+        self.page.set_default_timeout(PATIENCE * 1000)
+        self.complaints, self.requests = list[str](), list[str]()
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(url)
+        self.set("max new tokens", "6")
+
+    def set(self, label: str, value: str) -> None:
+        self.page.get_by_label(label, exact=True).fill(value)
+
+    def type(self, prompt: str) -> None:
+        self.set("prompt", prompt)
+        self.page.keyboard.press("Enter")
+
+    def press(self, button: str) -> None:
+        self.page.get_by_role("button", name=button, exact=True).click()
+
+    def ask(self, prompt: str) -> None:
+        """Waits for the end of both replies."""
+        n = self.page.locator(".turn").count()
+        self.type(prompt)
+        self.see(f".turn:nth-child({n + 1})", "token")
+        self.idle()
+
+    def idle(self) -> None:
+        self.page.locator("#send:enabled").wait_for()
+
+    def see(self, selector: str, text: str, n: int = 0) -> None:
+        self.page.locator(selector).filter(has_text=text).nth(n).wait_for()
+
+    def texts(self, selector: str = ".text") -> list[str]:
+        found: list[str] = self.page.locator(selector).all_text_contents()
+        return found
+
+
+@pytest.fixture
+def tab(browser: Any, served: SimpleNamespace) -> Iterator[Tab]:
+    opened = Tab(browser, served.url)
+    yield opened
+    assert not opened.complaints
+    assert all(url.startswith((served.url, "data:")) for url in opened.requests)
+    opened.page.context.close()
+    wait_until(lambda: not served.alive)  # nobody listens, so nothing goes on
+
+
+def wait_until(condition: Any) -> None:
+    done = threading.Event()
+    for _ in range(PATIENCE * 50):
+        if condition():
+            return
+        done.wait(0.02)
+    raise AssertionError("waited in vain")
+
+
+def test_replies_grow_token_by_token_and_say_how_they_ended(
+    tab: Tab, held: SimpleNamespace
+) -> None:
+    tab.type("Who?")
+    seen = []
+    for tokens in (1, 3):
+        held.steps.release(2 + 2 * tokens if tokens == 1 else 4)
+        tab.see(".foot", f"{tokens} token", n=1)
+        tab.see(".foot", "writing", n=1)
+        seen.append(tab.texts())
+    assert all(later.startswith(earlier) for earlier, later in zip(*seen, strict=True))
+    assert all(len(later) > len(earlier) for earlier, later in zip(*seen, strict=True))
+    held.steps.release(100)
+    tab.see(".foot", "6 tokens, ran into the limit", n=1)
+    assert tab.texts("h2") == ["base, given the chat template", "instruct"]
+
+
+def test_stop_keeps_what_was_said_and_clear_begins_again(tab: Tab, held: SimpleNamespace) -> None:
+    tab.set("max new tokens", "4096")
+    tab.type("Who?")
+    held.steps.release(2 + 6)
+    tab.see(".foot", "3 tokens, writing", n=1)
+    before = tab.texts()
+    tab.press("Stop")
+    tab.see(".foot", "3 tokens, stopped by you", n=1)
+    assert tab.texts() == before
+    assert all(before)
+    held.steps.release(1000)
+    wait_until(lambda: not held.alive)
+    tab.set("max new tokens", "6")
+    tab.ask("And where?")
+    assert tab.texts(".prompt") == ["Who?", "And where?"]
+    tab.press("Clear")
+    assert tab.page.locator(".turn").count() == 0
+    tab.page.locator(".examples button").first.click()
+    tab.see(".foot", "ran into the limit", n=1)
+    assert len(tab.texts(".prompt")) == 1
+
+
+def test_a_conversation_goes_on_as_in_sample_and_outlives_a_reload(
+    tab: Tab, pair: tuple[Checkpoint, Checkpoint]
+) -> None:
+    conversation = sample.Conversation(*pair, Sampling(6, temperature=1.0, seed=5))
+    tab.set("temperature", "1")
+    tab.set("seed", "5")
+    for prompt in ("Who?", "And\nwhere?"):
+        tab.ask(prompt)
+        replies = conversation.ask(prompt)
+        assert tab.texts()[-2:] == [replies["base_chat"].text, replies["instruct"].text]
+    before = tab.texts(), tab.texts(".prompt"), tab.texts(".foot")
+    tab.set("prompt", "half a qu")
+    tab.page.reload()
+    assert (tab.texts(), tab.texts(".prompt"), tab.texts(".foot")) == before
+    assert tab.page.get_by_label("seed").input_value() == "5"
+    assert tab.page.get_by_label("prompt", exact=True).input_value() == "half a qu"
+    another = tab.page.context.new_page()
+    another.goto(tab.page.url)
+    assert another.locator(".turn").count() == 0
+    tab.ask("Why?")
+    assert tab.texts()[-1] == conversation.ask("Why?")["instruct"].text
+
+
+def test_a_reload_while_models_write_ends_that_and_keeps_the_beginning(
+    tab: Tab, held: SimpleNamespace
+) -> None:
+    tab.type("Who?")
+    held.steps.release(2 + 4)
+    tab.see(".foot", "2 tokens, writing", n=1)
+    tab.page.reload()
+    tab.see(".foot", "2 tokens, broken off", n=1)
+    held.steps.release(1000)
+    wait_until(lambda: not held.alive)
+
+
+def test_errors_are_shown_and_do_no_harm(tab: Tab, pair: tuple[Checkpoint, Checkpoint]) -> None:
+    tab.type("   ")
+    tab.see("#error", "the prompt is empty")
+    tab.set("temperature", "warm")
+    tab.type("Who?")
+    tab.see("#error", "temperature is 'warm'; it must be a number")
+    assert tab.page.locator(".turn").count() == 0
+    assert tab.page.get_by_label("prompt", exact=True).input_value() == "Who?"
+    tab.set("temperature", "")
+    long = "word " * 100
+    tab.ask(long)
+    assert tab.texts("#error") == [""]
+    n = len(render_prompt([Message(role="user", content=long)], pair[0].tokenizer))
+    tab.see(".foot", f"of the {n} tokens of this prompt, the model sees the last 64", n=1)
+
+
+def test_text_is_shown_as_text(
+    tab: Tab, pair: tuple[Checkpoint, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = "<img src=x onerror=alert(1)> **bold** <b>é</b>"
+    ids = byte_by_byte(attack, pair[0].tokenizer)
+    monkeypatch.setattr(web, "stream", lambda *_: ([i] for i in ids))
+    tab.ask(attack)
+    assert tab.texts(".prompt") == [attack]
+    assert tab.texts() == [attack] * 2
+    assert tab.page.locator("main img, main b").count() == 0
+
+
+def test_two_people_at_once_keep_apart(tab: Tab, held: SimpleNamespace, browser: Any) -> None:
+    other = Tab(browser, held.url)
+    tab.type("Who is the first?")
+    other.type("Who is the second?")
+    held.steps.release(12)
+    wait_until(lambda: len(held.alive) == 4)
+    held.steps.release(1000)
+    for opened, prompt in ((tab, "Who is the first?"), (other, "Who is the second?")):
+        opened.see(".foot", "6 tokens", n=1)
+        opened.idle()
+        assert opened.texts(".prompt") == [prompt]
+    assert not other.complaints
+    other.page.context.close()
+
+
+def test_colour_shows_every_token_of_the_reply(tab: Tab) -> None:
+    tab.ask("Who?")
+    tab.ask("Where?")
+    plain = tab.texts()
+    tab.page.get_by_label("colour by the base's rank").check()
+    for form in ("chat", "plain", "raw"):
+        tab.page.get_by_label("the base reads").select_option(form)
+        turn = ".turn:nth-child(2)"
+        tab.see(f"{turn} .token", "")
+        assert tab.page.locator(f"{turn} .token").count() == 6
+        titles = tab.page.locator(".token[title]").evaluate_all("all => all.map(e => e.title)")
+        assert all("has rank" in title for title in titles)
+    colour = tab.page.locator("#legend .marginal").evaluate("e => getComputedStyle(e).borderColor")
+    assert CLASS_COLORS["marginal"].lower() in "#" + "".join(
+        f"{int(part):02x}" for part in re.findall(r"\d+", colour)[-3:]
+    )
+    tab.page.get_by_label("colour by the base's rank").uncheck()
+    assert tab.texts() == plain
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_panels_stand_side_by_side_or_stacked(tab: Tab, width: int) -> None:
+    tab.page.set_viewport_size({"width": width, "height": 800})
+    tab.ask("Who" * 200)
+    left, right = (box.bounding_box() for box in tab.page.locator(".reply").all())
+    assert (left["y"] == right["y"]) == (width == 1280)
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    tab.set("prompt", "a")
+    tab.page.keyboard.press("Shift+Enter")
+    tab.page.keyboard.type("b")
+    assert tab.page.get_by_label("prompt", exact=True).input_value() == "a\nb"
+    unnamed = tab.page.locator("input, select, textarea").evaluate_all(
+        "all => all.filter(e => !e.labels.length).length"
+    )
+    assert unnamed == 0
