@@ -229,7 +229,7 @@ def measured_by() -> str:
         f for folder in ("data", "model", "training", "lab") for f in (root / folder).glob("*.py")
     ]
     files += [root / "sample.py", root / "train_pretrain.py"]
-    drawn = ("plots.py", "report.py", "sweep.py")
+    drawn = ("plot.py", "plots.py", "report.py", "sweep.py")
     return fingerprint(sorted(sha256_file(f) for f in files if f.name not in drawn))
 
 
