@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,18 +35,20 @@ def reply_limit(checkpoint: Checkpoint, replies: Iterable[str]) -> int:
     return min(4 * (longest + 1), checkpoint.model.config.block_size // 2)
 
 
-def batches(checkpoint: Checkpoint, lengths: list[int]) -> list[list[int]]:
-    """Indices of rows of like length, as many at a time as ROWS and TOKENS allow."""
+def batches(checkpoint: Checkpoint, lengths: list[int], size: int | None = None) -> list[list[int]]:
+    """Indices of rows of like length, so many at a time, or as many as ROWS and TOKENS allow."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    size = max(1, min(ROWS, TOKENS // checkpoint.model.config.block_size))
+    size = size or max(1, min(ROWS, TOKENS // checkpoint.model.config.block_size))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 @torch.inference_mode()
 def predictions(
     checkpoint: Checkpoint, prompts: Sequence[list[int]], continuations: Sequence[list[int]]
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Log-probabilities (len(continuation), vocab_size) of what each token of it might have been.
+
+    Yields one continuation's at a time: of all at once they can be too many to hold.
 
     Raises:
         ValueError: a prompt and its continuation do not fit into the model's block_size.
@@ -56,11 +58,9 @@ def predictions(
     width = max(map(len, rows)) - 1
     padded = [row[:-1] + [0] * (width + 1 - len(row)) for row in rows]
     x = model.hidden(torch.tensor(padded, device=model.wte.weight.device))
-    found = []
     for r, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
         places = slice(len(prompt) - 1, len(prompt) - 1 + len(continuation))
-        found.append(model.logits(x[r, places]).log_softmax(dim=-1))
-    return found
+        yield model.logits(x[r, places]).log_softmax(dim=-1)
 
 
 @torch.inference_mode()
@@ -107,9 +107,14 @@ def log_likelihoods(
     for chosen in batches(checkpoint, lengths):
         parts = [continuations[i] for i in chosen]
         logprobs = predictions(checkpoint, [prompts[i] for i in chosen], parts)
-        ids = torch.tensor([i for part in parts for i in part], device=logprobs[0].device)
-        picked = torch.cat(logprobs).gather(1, ids[:, None]).squeeze(1).tolist()
+        picked = [of_tokens(p, part) for p, part in zip(logprobs, parts, strict=True)]
+        values = torch.cat(picked).tolist()
         for i, part in zip(chosen, parts, strict=True):
-            found[i] = picked[: len(part)]
-            del picked[: len(part)]
+            found[i] = values[: len(part)]
+            del values[: len(part)]
     return found
+
+
+def of_tokens(logprobs: Tensor, ids: list[int]) -> Tensor:
+    """The log-probability (n,) of each of n ids, from those of all ids in its place (n, V)."""
+    return logprobs.gather(1, torch.tensor(ids, device=logprobs.device)[:, None]).squeeze(1)

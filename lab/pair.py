@@ -211,23 +211,24 @@ def pairs_of(a: argparse.Namespace) -> list[tuple[str, str]]:
 
 def provenance(pair: Pair) -> dict[str, Any]:
     """Where the figures of a pair come from."""
-    return {
-        c.meta["kind"]: {
-            "path": str(c.path),
-            **{k: c.meta[k] for k in ("step", "config", "environment", "data")},
-        }
-        for c in (pair.base, pair.instruct)
-    }
+    return {c.meta["kind"]: origin(c) for c in (pair.base, pair.instruct)}
+
+
+def origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where a checkpoint comes from."""
+    kept = {k: checkpoint.meta[k] for k in ("step", "config", "environment", "data")}
+    return {"path": str(checkpoint.path), **kept}
 
 
 def measured_by() -> str:
-    """A fingerprint of the code that figures depend on: not of what draws and arranges them."""
+    """A fingerprint of the code that figures depend on: not of what draws and arranges them,
+    or measures for others."""
     root = Path(__file__).parents[1]
     files = [
         f for folder in ("data", "model", "training", "lab") for f in (root / folder).glob("*.py")
     ]
     files += [root / "sample.py", root / "train_pretrain.py"]
-    drawn = ("plots.py", "report.py", "sweep.py", "web.py")
+    drawn = ("harness.py", "plot.py", "plots.py", "report.py", "sweep.py", "web.py")
     return fingerprint(sorted(sha256_file(f) for f in files if f.name not in drawn))
 
 

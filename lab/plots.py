@@ -45,6 +45,15 @@ def draw(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Ax
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
+def stack(width: float, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """An empty figure, in inches, with axes of one x axis above each other."""
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    axes = figure.subplots(
+        len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    return figure, list(axes[:, 0])
+
+
 def svg(figure: Figure) -> str:
     """A figure as SVG text."""
     text = io.StringIO()
@@ -185,8 +194,7 @@ def timeline(curves: dict[str, dict[str, Any]], end: int) -> tuple[Any, Any]:
 def forgetting_plot(forgetting: dict[str, Any]) -> Figure:
     """What the model does, and its loss on text, during tuning and the return to text."""
     with_loss = bool(forgetting["text_loss"])
-    figure = Figure(figsize=(4.6, 4.6 if with_loss else 3.0), layout="constrained")
-    panels = figure.subplots(1 + with_loss, 1, sharex=True, squeeze=False)[:, 0]
+    figure, panels = stack(4.6, [2.3, 2.3] if with_loss else [3.0])
     end = max(map(int, forgetting["tuning"]))
     point_lines(panels[0], *timeline(forgetting, end))
     as_share(panels[0])

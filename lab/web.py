@@ -183,7 +183,7 @@ class Panels:
         messages, limit = asked.messages["instruct"], asked.sampling.max_new_tokens
         context = put(CONTEXTS[asked.form], messages, base, limit)
         with self.lock:
-            logprobs = predictions(base, [context[-room:]], [ids])[0]
+            logprobs = next(predictions(base, [context[-room:]], [ids]))
             ranks, favourites = ranks_of(ids, logprobs), logprobs.argmax(dim=1).tolist()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for n, (i, rank, favourite) in enumerate(zip(ids, ranks, favourites, strict=True), 1):

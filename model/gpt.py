@@ -186,6 +186,16 @@ class Attention(nn.Module):
         self.value = nn.Linear(C, C, bias=bias)
         self.proj = nn.Linear(C, C, bias=bias)
 
+    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, T, D) of x (B, T, C), as they meet each other."""
+        shape = (*x.shape[:2], self.config.n_head, -1)
+        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
+        if rope is not None:  # before the QK-norm, as in nanochat
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if self.config.qk_norm:
+            q, k = (F.rms_norm(t, t.shape[-1:], eps=1e-6) for t in (q, k))
+        return q, k, v
+
     def forward(
         self,
         x: Tensor,
@@ -200,12 +210,7 @@ class Attention(nn.Module):
         holds the `document_bounds` of the rows, within which tokens look causally.
         """
         B, T, C = x.shape
-        shape = (B, T, self.config.n_head, -1)
-        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
-        if rope is not None:  # before the QK-norm, as in nanochat
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if self.config.qk_norm:
-            q, k = (F.rms_norm(t, t.shape[-1:], eps=1e-6) for t in (q, k))
+        q, k, v = self.heads(x, rope)
         dropout = self.config.dropout if self.training else 0.0
         if cache is not None:
             k, v = cache.update(self.layer, k, v)

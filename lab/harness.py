@@ -1,0 +1,304 @@
+"""The tasks of EleutherAI's lm-evaluation-harness, asked of one of our checkpoints.
+
+Each text begins a document, as in training; with --chat each question is put in the chat template.
+Where a text is longer than the model's context, its newest tokens are seen.
+
+python -m lab.harness out/quickstart/base --tasks lambada_openai,arc_easy --limit 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from data.chat import ROLES, Message, render_prompt, template_fingerprint
+from data.files import one_line_errors, write_json
+from lab.likelihood import batches, of_tokens, predictions
+from lab.pair import origin
+from model.generate import Sampling, stream
+from training.checkpoint import Checkpoint, load_checkpoint
+from training.runtime import environment, has_bf16, set_up
+
+try:
+    from lm_eval.api.model import LM
+except ModuleNotFoundError:  # the rest of the lab works without it; `run` says what is missing
+    LM = object
+
+MAX_NEW = 256  # tokens of a reply for which a task sets no limit: the harness's own default
+Row = tuple[list[int], list[int]]  # a prompt and its continuation
+
+
+class HarnessModel(LM):  # type: ignore[misc]
+    """A checkpoint as the harness sees it: three kinds of requests, each a batch of texts.
+
+    The harness passes prompts on as strings. In chat those are JSON, in which a message cannot end
+    itself or begin another, and which only here becomes the template's tokens.
+
+    Args:
+        checkpoint: base or instruct.
+        chat: whether prompts are conversations; `simple_evaluate` must be told the same.
+        batch_size: rows at once; None for as many as the lab takes.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, chat: bool = False, batch_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.checkpoint, self.chat, self.batch_size = checkpoint, chat, batch_size
+        self.tokenizer, self.model = checkpoint.tokenizer, checkpoint.model
+        self.block_size = self.model.config.block_size
+        self._device = self.model.wte.weight.device
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness tells prompts in its caches apart by."""
+        return f"{self.tokenizer.fingerprint}-{template_fingerprint()}"
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as JSON; without a generation prompt its last message goes on.
+
+        Raises:
+            ValueError: a message of a role that the template lacks.
+        """
+        for message in chat_history:
+            if message["role"] not in ROLES:
+                raise ValueError(f"the chat template has no role {message['role']!r}: {ROLES}")
+        return json.dumps({"messages": chat_history, "goes_on": not add_generation_prompt})
+
+    def begin(self, context: str) -> tuple[list[int], str]:
+        """Ids that begin a prompt, and the plain text after them, which what follows continues.
+
+        Raises:
+            ValueError: in chat, a prompt that is no conversation.
+        """
+        if not self.chat or not context:
+            return [self.tokenizer.end_of_text], context
+        try:
+            prompt = json.loads(context)
+            messages = [Message(role=m["role"], content=m["content"]) for m in prompt["messages"]]
+            last = messages.pop()["content"] if prompt["goes_on"] else ""
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"a task puts its prompts together by itself and cannot be asked with --chat; "
+                f"one begins {context[:40]!r}"
+            ) from None
+        return render_prompt(messages, self.tokenizer), last
+
+    def pair(self, context: str, continuation: str) -> Row:
+        """Ids of both. Spaces at the end of a context go to the continuation, as in the harness."""
+        ids, text = self.begin(context)
+        kept = text.rstrip()
+        whole = self.tokenizer.encode(kept + text[len(kept) :] + continuation)
+        before = self.tokenizer.encode(kept)
+        return ids + before, whole[len(before) :]
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        """The log-likelihood of each continuation, and whether greedy decoding would write it."""
+        pairs = [self.pair(*request.args) for request in requests]
+        self.tell(len(c) + len(k) > self.block_size + 1 for c, k in pairs)
+        return self.score([self.windows(*pair) for pair in pairs])
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        """The log-likelihood of each text, however long, every token predicted once."""
+        texts = [self.tokenizer.encode(request.args[0]) for request in requests]
+        scores = self.score([self.windows([self.tokenizer.end_of_text], ids) for ids in texts])
+        return [total for total, _ in scores]
+
+    def windows(self, context: list[int], continuation: list[int]) -> list[Row]:
+        """Rows that fit and in which each token of the continuation is predicted once.
+
+        It is one row, with as much of the context as there is room for, if the continuation fits.
+        """
+        if len(continuation) <= self.block_size:
+            return [(context[-(self.block_size + 1 - len(continuation)) :], continuation)]
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        rolling = get_rolling_token_windows(continuation, context[-1], self.block_size, 1)
+        return [make_disjoint_window(window) for window in rolling]
+
+    def score(self, texts: list[list[Row]]) -> list[tuple[float, bool]]:
+        """For each text, given in windows: its log-likelihood, and whether all of it is greedy."""
+        rows = [(i, row) for i, windows in enumerate(texts) for row in windows if row[1]]
+        totals, greedy = [0.0] * len(texts), [True] * len(texts)
+        lengths = [len(prompt) + len(continuation) for _, (prompt, continuation) in rows]
+        for chosen in self.progress(batches(self.checkpoint, lengths, self.batch_size)):
+            owners = [rows[i][0] for i in chosen]
+            prompts, continuations = zip(*(rows[i][1] for i in chosen), strict=True)
+            logprobs = predictions(self.checkpoint, prompts, continuations)
+            for i, ids, found in zip(owners, continuations, logprobs, strict=True):
+                totals[i] += float(of_tokens(found, ids).double().sum())
+                greedy[i] &= found.argmax(dim=1).tolist() == ids
+        return list(zip(totals, greedy, strict=True))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """A reply to each prompt, up to the first of the strings that end it."""
+        replies = [""] * len(requests)
+        groups: dict[str, list[int]] = defaultdict(list)
+        asked: dict[str, int] = defaultdict(int)
+        for i, request in enumerate(requests):
+            settings = json.dumps(request.args[1], sort_keys=True)
+            # Asked again, a question is sampled with another seed.
+            asked[request.args[0] + settings] += 1
+            groups[f"{asked[request.args[0] + settings]} {settings}"].append(i)
+        for group, members in groups.items():
+            seed, _, settings = group.partition(" ")
+            sampling, until = sampling_of(json.loads(settings), int(seed))
+            room = self.block_size - min(sampling.max_new_tokens, self.block_size // 2)
+            prompts = []
+            for i in members:
+                ids, text = self.begin(requests[i].args[0])
+                prompts.append(ids + self.tokenizer.encode(text))
+            self.tell(len(prompt) > room for prompt in prompts)
+            prompts = [prompt[-room:] for prompt in prompts]
+            lengths = [len(prompt) for prompt in prompts]
+            for chosen in self.progress(batches(self.checkpoint, lengths, self.batch_size)):
+                texts = self.write([prompts[j] for j in chosen], sampling, until)
+                for j, text in zip(chosen, texts, strict=True):
+                    replies[members[j]] = text
+        return replies
+
+    def write(self, prompts: list[list[int]], sampling: Sampling, until: list[str]) -> list[str]:
+        """Replies to some prompts, without what ended them."""
+        ends = {self.tokenizer.end_of_text, self.tokenizer.end_of_turn}
+        tail = max((len(text.encode()) for text in until), default=0)  # a token is a byte or more
+        replies: list[list[int]] = [[] for _ in prompts]
+        unfinished = set(range(len(prompts)))
+        for step in stream(self.model, prompts, sampling, ends):
+            for r in list(unfinished):
+                new = step[r]
+                if new is None or new in ends:
+                    unfinished.discard(r)
+                    continue
+                replies[r].append(new)
+                if any(text in self.tokenizer.decode(replies[r][-tail:]) for text in until):
+                    unfinished.discard(r)
+            if not unfinished:
+                break
+        texts = [self.tokenizer.decode(reply) for reply in replies]
+        for end in until:
+            texts = [text.split(end)[0] for text in texts]
+        return texts
+
+    def tell(self, cut: Iterator[bool]) -> None:
+        """Says how many of some texts are longer than the model's context."""
+        flags = list(cut)
+        if any(flags):
+            note = f"{sum(flags)} of {len(flags)} texts are too long; the model sees their ends"
+            print(f"note: {note}", file=sys.stderr)
+
+    def progress(self, steps: Collection[list[int]]) -> Iterator[list[int]]:
+        """The steps, with a bar on a terminal."""
+        console = Console(stderr=True)
+        hidden = not console.is_terminal
+        yield from track(steps, "batches", console=console, transient=True, disable=hidden)
+
+
+def sampling_of(settings: dict[str, Any], seed: int) -> tuple[Sampling, list[str]]:
+    """How a task wants replies to be drawn, and the strings that end them.
+
+    Raises:
+        ValueError: a setting that we do not have, or that is out of range.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    found: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_NEW))
+    temperature = found.pop("temperature", 1.0) if found.pop("do_sample") else 0.0
+    found.pop("temperature", None)
+    sampling = Sampling(
+        found.pop("max_gen_toks"),
+        float(temperature),
+        found.pop("top_k", None) or None,  # 0 turns it off, as in Hugging Face's
+        found.pop("top_p", None),
+        seed,
+    )
+    until = [text for text in found.pop("until") if text]
+    if found:
+        raise ValueError(f"a task asks for {', '.join(found)}, which our sampling does not have")
+    return sampling, until
+
+
+def run(a: argparse.Namespace) -> None:
+    """Runs the tasks that a command line names."""
+    if LM is object:
+        raise ValueError("lm_eval is not installed: pip install -r requirements-eval.txt")
+    for name in ("limit", "batch_size", "num_fewshot"):
+        value, least = getattr(a, name), int(name != "num_fewshot")
+        if value is not None and value < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {value}; it must be {least} or more")
+    if a.include_path is not None and not a.include_path.is_dir():
+        raise ValueError(f"--include-path {a.include_path} is no folder")
+    if a.out is not None and (a.out.is_dir() or not a.out.absolute().parent.is_dir()):
+        raise ValueError(f"--out {a.out} is no file that could be written")
+    checkpoint = load_checkpoint(a.checkpoint, set_up(a.device))
+    if a.chat and checkpoint.meta.get("template", template_fingerprint()) != template_fingerprint():
+        raise ValueError(f"{checkpoint.path} was trained with another chat template")
+    device = checkpoint.model.wte.weight.device
+    if has_bf16(device):
+        checkpoint.model.bfloat16()
+
+    from lm_eval import simple_evaluate, tasks
+    from lm_eval.utils import make_table
+
+    include = None if a.include_path is None else str(a.include_path)
+    manager = tasks.TaskManager(include_path=include)
+    names = [name for name in a.tasks.split(",") if name]
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise ValueError(f"--tasks: the harness has no {', '.join(unknown)}; `lm_eval ls tasks`")
+    found = simple_evaluate(
+        HarnessModel(checkpoint, a.chat, a.batch_size),
+        tasks=names,
+        num_fewshot=a.num_fewshot,
+        limit=a.limit,
+        apply_chat_template=a.chat,
+        task_manager=manager,
+        log_samples=False,
+    )
+    print(make_table(found))
+    if found.get("groups"):
+        print(make_table(found, "groups"))
+    if a.out is not None:
+        settings = {
+            **{k: getattr(a, k) for k in ("chat", "limit", "num_fewshot", "batch_size")},
+            "lm_eval": version("lm_eval"),
+            "precision": str(checkpoint.model.wte.weight.dtype).removeprefix("torch."),
+            **environment(device),
+        }
+        kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+        results = {key: found[key] for key in kept if key in found}
+        of = {checkpoint.meta["kind"]: origin(checkpoint)}
+        write_json(a.out, {"settings": settings, "runs": [of], **results})
+        print(f"written: {a.out}")
+
+
+def main() -> None:
+    """Runs one command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("checkpoint", help="base or instruct checkpoint, or its run")
+    p.add_argument("--tasks", required=True, help="names of the harness, with commas between them")
+    p.add_argument("--chat", action="store_true", help="put questions in the chat template")
+    p.add_argument("--limit", type=int, help="examples of each task (default: all)")
+    p.add_argument("--num-fewshot", type=int, help="examples with answers before each question")
+    p.add_argument("--batch-size", type=int, help="rows at once (default: as the rest of the lab)")
+    p.add_argument("--include-path", type=Path, help="a folder with tasks of your own, in YAML")
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    p.add_argument("--out", type=Path, help="a .json file to write, settings and run included")
+    with one_line_errors():
+        run(p.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""lab.plot: what is drawn is what was logged, whatever state a run is in."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from lab import plot
+from lab.plots import svg
+from tests.test_log import log_steps, make_log
+from training.log import read_metrics
+
+Runs = tuple[Path, Path]
+
+
+def row(step: int, **values: Any) -> dict[str, Any]:
+    speed = {"tokens_per_second": 9000.0 + step, "seconds": step / 2}
+    logged = {"loss": 4 / step, "lr": 0.1, "grad_norm": 1.5 / step**3}
+    return {"step": step, "tokens": 64 * step, **logged, **speed, **values}
+
+
+def make_run(run: Path, rows: list[dict[str, Any]], end: str = "") -> Path:
+    run.mkdir(parents=True)
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    (run / "metrics.jsonl").write_text(lines + end, encoding="utf-8")
+    return run
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["plot", *map(str, arguments)])
+    plot.main()
+
+
+def drawn(axes: Axes) -> list[list[tuple[float, float]]]:
+    """The points of each line that has any."""
+    lines = [np.column_stack(line.get_data()).tolist() for line in axes.lines]
+    return [[(x, y) for x, y in line] for line in lines if line]
+
+
+def logged(rows: list[dict[str, Any]], key: str, against: str) -> list[tuple[float, float]]:
+    return [(r[against], r[key]) for r in rows if key in r]
+
+
+@pytest.mark.parametrize("against", plot.AXES)
+def test_every_line_holds_what_both_stages_logged(runs: Runs, against: str) -> None:
+    rows = {run.name: plot.read_run(run, against) for run in runs}
+    base, instruct = rows.values()
+    figure = plot.plot(rows, against)
+    assert len(figure.axes) == 6  # no MFU on a CPU; bits per byte of one, stop rate of the other
+    for axes, keys in zip(figure.axes, [k for k in plot.PANELS if k != ("mfu",)], strict=True):
+        expected = [logged(r, key, against) for key in keys for r in (base, instruct)]
+        assert drawn(axes) == [line for line in expected if line]
+        assert expected[0] or expected[1]
+    assert base == read_metrics(runs[0] / "metrics.jsonl")
+    assert figure.axes[-1].get_xlabel() == plot.AXES[against]
+
+
+def test_only_what_is_noisy_is_smoothed_and_stays_to_be_seen() -> None:
+    rows = [row(step, val_loss=1.0 * step) for step in range(1, 10)]
+    figure = plot.plot({"a": rows}, smooth=3)
+    loss, speed = figure.axes[0], figure.axes[3]
+    assert [len(axes.lines) for axes in figure.axes] == [3, 1, 2, 2]
+    assert drawn(loss)[0] == logged(rows, "loss", "step")
+    assert drawn(loss)[2] == logged(rows, "val_loss", "step")
+    means = [sum(r["loss"] for r in rows[i - 1 : i + 2]) / 3 for i in range(1, 8)]
+    assert [y for _, y in drawn(loss)[1][1:-1]] == pytest.approx(means)
+    assert drawn(loss)[1][0] == drawn(loss)[0][0]
+    assert drawn(loss)[1][-1] == drawn(loss)[0][-1]
+    assert drawn(speed)[1] == drawn(speed)[0]  # a slope stays where it is
+
+
+def test_an_axis_is_logarithmic_where_that_helps_and_says_so() -> None:
+    def scales(**values: float) -> list[str]:
+        rows = [row(1), row(2), row(3, **values)]
+        axes = plot.plot({"a": rows}).axes
+        for a in axes:
+            assert ("log" in a.get_ylabel().split(", ")) == (a.get_yscale() == "log")
+        return [a.get_yscale() for a in axes]
+
+    assert scales() == ["linear", "linear", "log", "linear"]
+    assert scales(grad_norm=1.0) == ["linear"] * 4
+    assert scales(grad_norm=0.0) == ["linear"] * 4
+    assert scales(val_loss=0.01)[0] == "log"
+
+
+def test_mfu_has_a_panel_if_any_run_has_it() -> None:
+    rows = [row(1), row(2, mfu=0.4)]
+    axes = plot.plot({"a": [row(1)], "b": rows}).axes
+    assert drawn(axes[-1]) == [[(2, 0.4)]]
+    assert len(axes) == 5
+
+
+def test_a_file_is_whole_the_same_each_time_and_names_its_runs(
+    tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = make_run(tmp_path / "_a $x$ <&> \x01 é", [row(1)])
+    call(monkeypatch, *runs, odd, "--out", tmp_path / "1.svg")
+    call(monkeypatch, *runs, odd, "--out", tmp_path / "2.svg")
+    assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
+    texts = {t.text for t in ElementTree.parse(tmp_path / "1.svg").iter() if t.tag.endswith("text")}
+    assert {"base", "instruct", "_a $x$ <&> ? é", "training", "validation"} <= texts
+    for suffix, magic in ((".png", b"\x89PNG"), (".pdf", b"%PDF")):
+        call(monkeypatch, runs[0], "--out", tmp_path / f"x{suffix}")
+        call(monkeypatch, runs[0], "--out", tmp_path / f"y{suffix}")
+        written = (tmp_path / f"x{suffix}").read_bytes()
+        assert written.startswith(magic)
+        assert written == (tmp_path / f"y{suffix}").read_bytes()
+    assert b"/Type3" not in written  # bitmaps of letters, which no publisher takes
+    call(monkeypatch, odd)
+    assert (odd / "plot.svg").is_file()
+    assert capsys.readouterr().out.splitlines()[-1] == f"written: {odd / 'plot.svg'}"
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / "x" / seed / "base" for seed in ("1", "2")]
+    assert plot.names_of([paths[0]]) == ["base"]
+    assert plot.names_of(paths) == ["1/base", "2/base"]
+    assert plot.names_of([paths[0], tmp_path / "y" / "1" / "base"]) == ["x/1/base", "y/1/base"]
+    many = {str(i): [row(1), row(2)] for i in range(21)}
+    lines = plot.plot(many).axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 21
+
+
+def test_a_resumed_run_is_drawn_once(tmp_path: Path) -> None:
+    saved = log_steps(make_log(tmp_path), 3)
+    log_steps(make_log(tmp_path, saved), 6)  # killed at 6, its last checkpoint was at 3
+    log_steps(make_log(tmp_path, saved), 5)
+    loss = plot.plot({"run": plot.read_run(tmp_path, "step")}).axes[0]
+    assert [x for x, _ in drawn(loss)[0]] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("end", ['{"step": 3, "lo', '{"step": 3, "loss": 1.0}'])
+def test_a_run_is_drawn_as_far_as_it_is_whole(
+    tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", [row(1), row(2)], end)
+    rows = plot.read_run(run, "step")
+    assert [r["step"] for r in rows] == ([1, 2, 3] if end.endswith("}") else [1, 2])
+    noted = capsys.readouterr().err
+    assert ("up to line 2" in noted) == (len(rows) == 2)
+    call(monkeypatch, run)
+    svg(plot.plot({"run": rows}))
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        ([row(1), row(2, loss=float("nan"))], [], "step 2: loss is nan"),
+        ([row(1, lr="high")], [], "step 1: lr is high"),
+        ([row(1, val_loss=None)], [], "step 1: val_loss is None"),
+        ([{"step": 1, "loss": 2.0}], ["--against", "tokens"], "step 1: there is no tokens"),
+        ([{"step": 1}], [], "nothing to draw"),
+        ([], [], "no whole row yet"),
+        (None, [], "run is no run that has begun"),
+        ([row(1)], ["--out", "x.jpg"], "must end in .svg, .png, .pdf"),
+        ([row(1)], ["--out", "x"], "must end in .svg, .png, .pdf"),
+        ([row(1)], ["--out", "gone/x.svg"], "no file that could be written"),
+        ([row(1)], ["--smooth", "0"], "--smooth is 0"),
+        ([row(1)], ["--smooth", "4"], "must be odd"),
+        ([row(1)], ["./run"], "named twice"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    lines: list[dict[str, Any]] | None,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if lines is not None:
+        make_run(tmp_path / "run", lines)
+    with pytest.raises(SystemExit, match="1"):
+        call(monkeypatch, "run", *options)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.svg"))
+
+
+def test_matplotlib_says_nothing_of_real_figures(tmp_path: Path, runs: Runs) -> None:
+    extreme = make_run(tmp_path / ("long name " * 5), [row(s, val_loss=10.0**-s) for s in (1, 5)])
+    command = [sys.executable, "-W", "error", "-m", "lab.plot", *map(str, (*runs, extreme))]
+    command += ["--out", str(tmp_path / "x.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
