@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
@@ -254,6 +255,25 @@ def held(served: SimpleNamespace) -> Iterator[SimpleNamespace]:
     served.steps = None
 
 
+class Meeting:
+    """Lets an event of one generation pass only together with one of another, until released."""
+
+    def __init__(self) -> None:
+        self.met = 0
+        self.barrier = threading.Barrier(2, self.count)
+
+    def count(self) -> None:
+        self.met += 1
+
+    def acquire(self, timeout: float) -> bool:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.barrier.wait(timeout)
+        return True
+
+    def release(self, n: int = 1) -> None:
+        self.barrier.abort()
+
+
 @pytest.mark.parametrize(
     ("path", "headers", "size", "status"),
     [
@@ -454,12 +474,11 @@ def test_text_is_shown_as_text(
 
 
 def test_two_people_at_once_keep_apart(tab: Tab, held: SimpleNamespace, browser: Any) -> None:
-    other = Tab(browser, held.url)
+    other, held.steps = Tab(browser, held.url), Meeting()
     tab.type("Who is the first?")
     other.type("Who is the second?")
-    held.steps.release(12)
-    wait_until(lambda: len(held.alive) == 4)
-    held.steps.release(1000)
+    wait_until(lambda: held.steps.met >= 8)  # two events of each say no token yet
+    held.steps.release()
     for opened, prompt in ((tab, "Who is the first?"), (other, "Who is the second?")):
         opened.see(".foot", "6 tokens", n=1)
         opened.idle()
@@ -476,8 +495,7 @@ def test_colour_shows_every_token_of_the_reply(tab: Tab) -> None:
     for form in ("chat", "plain", "raw"):
         tab.page.get_by_label("the base reads").select_option(form)
         turn = ".turn:nth-child(2)"
-        tab.see(f"{turn} .token", "")
-        assert tab.page.locator(f"{turn} .token").count() == 6
+        wait_until(lambda at=f"{turn} .token": tab.page.locator(at).count() == 6)
         titles = tab.page.locator(".token[title]").evaluate_all("all => all.map(e => e.title)")
         assert all("has rank" in title for title in titles)
     colour = tab.page.locator("#legend .marginal").evaluate("e => getComputedStyle(e).borderColor")
