@@ -158,8 +158,8 @@ def write_text(
         meta: dict[str, Any] = {"dtype": dtype.str, "documents": len(bounds), "bytes": n_bytes}
         order = np.random.default_rng(seed).permutation(len(bounds))
         bounds.append(position)
-        spans = np.stack([bounds[:-1], bounds[1:]], axis=1)
-        parts = split_documents(spans[order], val_fraction)
+        spans = np.stack([bounds[:-1], bounds[1:]], axis=1)[order]
+        parts = split_documents(spans, val_fraction)
         if not shuffle:
             parts["train"] = parts["train"][parts["train"][:, 0].argsort()]
         for part, part_spans in parts.items():
@@ -212,23 +212,22 @@ def write_qa(
     """
     dtypes = {"ids": id_dtype(tokenizer), "mask": np.dtype(np.uint8)}
 
-    def rendered(batch: list[list[Message]]) -> list[tuple[list[int], list[int]]]:
-        return [render(conversation, tokenizer) for conversation in batch]
+    def rendered(batch: list[list[Message]]) -> tuple[list[int], np.ndarray, bytes]:
+        ids, masks = zip(*(render(conversation, tokenizer) for conversation in batch), strict=True)
+        return [len(i) for i in ids], np.array([*chain(*ids)], dtypes["ids"]), bytes(chain(*masks))
 
     def size(conversation: list[Message]) -> int:
         return sum(len(message["content"]) for message in conversation)
 
-    counts = array.array("q"), array.array("q")  # of tokens, and of the supervised ones
+    counted = array.array("q")  # tokens of each
     with contextlib.ExitStack() as stack:
         scratch = {n: stack.enter_context(tempfile.TemporaryFile(dir=out)) for n in dtypes}
         with ThreadPoolExecutor(n_cores()) as pool:
-            for batch in in_threads(pool, rendered, conversations, size):
-                for ids, mask in batch:
-                    scratch["ids"].write(np.array(ids, dtypes["ids"]).data)
-                    scratch["mask"].write(bytes(mask))
-                    counts[0].append(len(ids))
-                    counts[1].append(sum(mask))
-        lengths, supervised = map(np.array, counts)
+            for batch_lengths, ids, mask in in_threads(pool, rendered, conversations, size):
+                counted.extend(batch_lengths)
+                scratch["ids"].write(ids.data)
+                scratch["mask"].write(mask)
+        lengths = np.array(counted)
         ends = lengths.cumsum()
         order = np.random.default_rng(seed).permutation(len(lengths))
         n_val = max(1, round(len(lengths) * val_fraction))
@@ -250,7 +249,8 @@ def write_qa(
             np.save(out / f"qa_{part}_offsets.npy", offsets)
             meta[f"{part}_examples"] = len(chosen)
             meta[f"{part}_tokens"] = n_tokens
-            meta[f"{part}_supervised"] = int(supervised[chosen].sum())
+            mask_file = np.load(out / f"qa_{part}_mask.npy", mmap_mode="r")
+            meta[f"{part}_supervised"] = int(mask_file.sum())
     return meta
 
 
@@ -489,6 +489,13 @@ def fraction(text: str) -> float:
     return value
 
 
+def positive(text: str) -> int:
+    """An argparse type: 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__)
@@ -532,7 +539,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--downloads", type=Path, help="where the files go (out/downloads/NAME)")
     p.add_argument("--tokenizer", help="gpt2, byte, or for text bpe:N")
     p.add_argument("--tokenizer-of", type=Path, help="of Q&A: data folder or checkpoint")
-    p.add_argument("--files", type=int, metavar="N", help="take only the first N files")
+    p.add_argument("--files", type=positive, metavar="N", help="take only the first N files")
     return top
 
 
