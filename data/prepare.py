@@ -110,12 +110,12 @@ def in_threads(
         yield waiting.popleft().result()
 
 
-def copy_spans(scratch: IO[bytes], dtype: np.dtype, spans: np.ndarray, f: IO[bytes]) -> None:
-    """Writes to `f` the stretches (start, end), (n, 2), of a file of numbers."""
-    scratch.flush()
-    numbers = np.asarray(np.memmap(scratch, dtype, mode="r"))
+def copy_spans(scratch: IO[bytes], spans: np.ndarray, f: IO[bytes]) -> None:
+    """Writes to `f` the stretches of a file that `spans` gives: (n, 2), first byte and end."""
     for start, end in spans:
-        f.write(numbers[start:end].data)
+        scratch.seek(start)
+        for position in range(start, end, PIECE):
+            f.write(scratch.read(min(PIECE, end - position)))
 
 
 def write_text(
@@ -164,7 +164,7 @@ def write_text(
             parts["train"] = parts["train"][parts["train"][:, 0].argsort()]
         for part, part_spans in parts.items():
             with open(out / f"{part}.bin", "wb") as f:
-                copy_spans(scratch, dtype, part_spans, f)
+                copy_spans(scratch, part_spans * dtype.itemsize, f)
             meta[f"{part}_tokens"] = int(np.diff(part_spans).sum())
     if min(meta["train_tokens"], meta["val_tokens"]) < 2:
         raise ValueError(
@@ -214,20 +214,21 @@ def write_qa(
 
     def rendered(batch: list[list[Message]]) -> tuple[list[int], np.ndarray, bytes]:
         ids, masks = zip(*(render(conversation, tokenizer) for conversation in batch), strict=True)
-        return [len(i) for i in ids], np.array([*chain(*ids)], dtypes["ids"]), bytes(chain(*masks))
+        counts = [n for mask in masks for n in (len(mask), sum(mask))]
+        return counts, np.array([*chain(*ids)], dtypes["ids"]), bytes(chain(*masks))
 
     def size(conversation: list[Message]) -> int:
         return sum(len(message["content"]) for message in conversation)
 
-    counted = array.array("q")  # tokens of each
+    counted = array.array("q")  # of each: its tokens, and how many of them are supervised
     with contextlib.ExitStack() as stack:
         scratch = {n: stack.enter_context(tempfile.TemporaryFile(dir=out)) for n in dtypes}
         with ThreadPoolExecutor(n_cores()) as pool:
-            for batch_lengths, ids, mask in in_threads(pool, rendered, conversations, size):
-                counted.extend(batch_lengths)
+            for counts, ids, mask in in_threads(pool, rendered, conversations, size):
+                counted.extend(counts)
                 scratch["ids"].write(ids.data)
                 scratch["mask"].write(mask)
-        lengths = np.array(counted)
+        lengths, supervised = np.array(counted, np.int64).reshape(-1, 2).T
         ends = lengths.cumsum()
         order = np.random.default_rng(seed).permutation(len(lengths))
         n_val = max(1, round(len(lengths) * val_fraction))
@@ -245,12 +246,11 @@ def write_qa(
                 with open(out / f"qa_{part}_{name}.npy", "wb") as f:
                     header = {"descr": dtype.str, "fortran_order": False, "shape": (n_tokens,)}
                     np.lib.format.write_array_header_1_0(f, header)
-                    copy_spans(scratch[name], dtype, spans, f)
+                    copy_spans(scratch[name], spans * dtype.itemsize, f)
             np.save(out / f"qa_{part}_offsets.npy", offsets)
             meta[f"{part}_examples"] = len(chosen)
             meta[f"{part}_tokens"] = n_tokens
-            mask_file = np.load(out / f"qa_{part}_mask.npy", mmap_mode="r")
-            meta[f"{part}_supervised"] = int(mask_file.sum())
+            meta[f"{part}_supervised"] = int(supervised[chosen].sum())
     return meta
 
 
