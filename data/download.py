@@ -16,6 +16,7 @@ from typing import Literal
 from urllib.parse import quote, urlsplit
 
 import requests
+from rich.markup import escape
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from data.files import fingerprint, sha256_file
@@ -101,17 +102,17 @@ def download(files: Sequence[RemoteFile], folder: Path) -> list[Path]:
                 f"{folder}: {needed / 1e9:.2f} GB to download do not fit in {free / 1e9:.2f} GB "
                 "of free disk; make room, or choose another folder"
             )
-        done = sum(pair[1].stat().st_size for pair in pairs if pair not in missing)
+        done = sum(t.stat().st_size for f, t in pairs if (f, t) not in missing)
 
         def show(n_bytes: int) -> None:
             bar.update(task, completed=done + n_bytes)
 
         for file, target in missing:
-            bar.update(task, description=file.name)
+            bar.update(task, description=escape(file.name))
             _download(session, file, target, show)
             done += target.stat().st_size
             if bar.disable:
-                print(f"{target}: {target.stat().st_size:,} bytes")
+                print(f"{target}: {target.stat().st_size:,} bytes", flush=True)
     return [target for _, target in pairs]
 
 

@@ -125,5 +125,6 @@ def print_plan(
         f"disk: about {in_words(download + 2 * tokens)} for the download, the token files and "
         f"a scratch copy of them; {in_words(free)} are free\n"
         f"preparing: about {minutes:.1f} minutes, "
-        f"at {MEGABYTES_PER_SECOND} MB/s of text on each of {n_cores} core(s)"
+        f"at {MEGABYTES_PER_SECOND} MB/s of text on each of {n_cores} core(s)",
+        flush=True,
     )

@@ -430,7 +430,7 @@ def fetch(
     downloads, spec = downloads or Path("out/downloads") / name, tokenizer or named.tokenizer
     if named.kind == "text" and tokenizer_of:
         raise ValueError("--tokenizer-of is for Q&A; text takes --tokenizer gpt2, byte or bpe:N")
-    if named.kind == "qa" and spec.startswith("bpe"):
+    if named.kind == "qa" and spec.startswith("bpe") and not tokenizer_of:
         raise ValueError(f"{spec} is trained on text: name the base with --tokenizer-of FOLDER")
     # Before anything is downloaded: no such folder, or a vocabulary that cannot be had.
     tokens = Tokenizer.load(tokenizer_of) if tokenizer_of else create_tokenizer(spec, [])

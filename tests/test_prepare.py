@@ -21,7 +21,7 @@ import pytest
 import data.prepare as prepare
 from data.chat import Message, render, template_fingerprint
 from data.files import load_examples, open_prepared, read_meta, sha256_file
-from data.read import parse_example, read_documents, read_files
+from data.read import parse_example, read_documents, read_examples, read_files
 from data.tokenizer import Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 
@@ -144,6 +144,28 @@ def test_memory_does_not_grow_with_what_is_read(
     prepare.write_text(counted(documents), BYTE, tmp_path, 0.1, 1)
     assert read == encoded == 300
     assert ahead <= 2 * 2 + 2
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_files_are_read_a_little_at_a_time(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.read.PIECE", 1000)
+    letters = np.random.default_rng(1).choice(list("abcdefghijklmnop"), (2000, 500))
+    rows = [{"messages": [{"role": "user", "content": "".join(line)}]} for line in letters]
+    content, file = jsonl(rows).encode(), tmp_path / name
+    if name.endswith(".parquet"):  # one group of rows, in small pages
+        table = pa.Table.from_pylist(rows)
+        pq.write_table(table, file, data_page_size=2000, write_batch_size=9, use_dictionary=False)
+    elif name.endswith(".jsonl"):
+        file.write_bytes(content)
+    else:
+        file.write_bytes(gzip.compress(content) if name.endswith(".gz") else zstd(content))
+    steps: list[int] = []
+    examples = read_files([file], read_examples, steps.append)
+    assert [row for _, row in examples] == rows
+    assert max(steps) < file.stat().st_size / 3
+    assert sum(steps) > file.stat().st_size * 0.9
 
 
 def test_the_split_follows_the_seed(tmp_path: Path) -> None:
