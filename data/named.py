@@ -68,7 +68,7 @@ NAMED = {
         "cc-by-sa-3.0", "instruction, context, response",
     ),
     "alpaca": NamedSet(
-        "qa", "yahma/alpaca-cleaned", ("alpaca_data_cleaned.json",), 44_000_000,
+        "qa", "yahma/alpaca-cleaned", ("alpaca_data_cleaned.json",), 44_300_000,
         "cc-by-4.0", "instruction, input, output",
     ),
     "smoltalk": NamedSet(

@@ -81,7 +81,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
 def test_token_streams_decode_back_to_the_documents(
     tokenizer: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.read.PIECE", piece)
+    for module in ("read", "prepare"):
+        monkeypatch.setattr(f"data.{module}.PIECE", piece)
     meta = text(corpus(tmp_path / "a.jsonl"), out=tmp_path / "out", tokenizer=tokenizer)
     train, val = (stream(tmp_path / "out", part) for part in ("train", "val"))
     tokens = {part: meta["text"][f"{part}_tokens"] for part in ("train", "val")}
@@ -357,6 +358,16 @@ def test_unusable_text_is_one_clear_error(
     assert not left
     assert info.match(reason)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_kind_of_file_whose_library_is_missing_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for name, content in (("a.parquet", parquet(ROWS)), ("a.txt.zst", zstd(b"words"))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} needs pyarrow to be read; pip install pyar"):
+            text(tmp_path / name, out=tmp_path / "out")
 
 
 def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
