@@ -14,8 +14,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +26,7 @@ import tiktoken
 from bench import inputs
 from bench.rounds import LAUNCH, Bench, Figures, arguments, interleave, opened, parse, start
 from data.files import one_line_errors
+from data.prepare import n_cores
 
 HAS_DATASETS = importlib.util.find_spec("datasets") is not None
 
@@ -73,7 +72,7 @@ def map_documents(text: str, out: str) -> None:
     gpt2 = tiktoken.get_encoding("gpt2")
     loaded = datasets.load_dataset("json", data_files=text, split="train")
     parts = loaded.train_test_split(test_size=0.1, seed=1, shuffle=True)
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = n_cores()
 
     def encode(document: dict[str, str]) -> dict[str, Any]:
         ids = [*gpt2.encode_ordinary(document["text"]), gpt2.eot_token]

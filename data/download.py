@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 from urllib.parse import quote, urlsplit
 
 import requests
-from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
+from rich.markup import escape
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from data.files import fingerprint, sha256_file
 
@@ -102,18 +102,18 @@ def download(files: Sequence[RemoteFile], folder: Path) -> list[Path]:
                 f"{folder}: {needed / 1e9:.2f} GB to download do not fit in {free / 1e9:.2f} GB "
                 "of free disk; make room, or choose another folder"
             )
-        done = sum(pair[1].stat().st_size for pair in pairs if pair not in missing)
+        done = sum(t.stat().st_size for f, t in pairs if (f, t) not in missing)
+
+        def show(n_bytes: int) -> None:
+            bar.update(task, completed=done + n_bytes)
+
         for file, target in missing:
-            bar.update(task, description=file.name)
-            _download(session, file, target, partial(_show, bar, task, done))
+            bar.update(task, description=escape(file.name))
+            _download(session, file, target, show)
             done += target.stat().st_size
             if bar.disable:
-                print(f"{target}: {target.stat().st_size:,} bytes")
+                print(f"{target}: {target.stat().st_size:,} bytes", flush=True)
     return [target for _, target in pairs]
-
-
-def _show(bar: Progress, task: TaskID, before: int, n_bytes: int) -> None:
-    bar.update(task, completed=before + n_bytes)
 
 
 def _target(folder: Path, name: str) -> Path:
@@ -187,8 +187,6 @@ def _append(
                 show(position := position + len(block))
             f.flush()
             os.fsync(f.fileno())
-    if position < total:
-        raise requests.ConnectionError(f"{position:,} of {total:,} bytes came")
     return part
 
 

@@ -13,20 +13,23 @@ from rich.table import Table
 
 from data.download import RemoteFile, hub_files
 
-# Text encoded per core and second, with gpt2 or byte tokens, on one core of a 2-core CPU machine.
-MEGABYTES_PER_SECOND = 15
+MEGABYTES_PER_SECOND = {
+    "text": 15,
+    "qa": 9,
+}  # into gpt2 tokens, measured on one core of an AMD EPYC
 
 
 @dataclass(frozen=True)
 class NamedSet:
-    """Facts about a data set. Sizes are of the download; where a set grows, they are about right.
+    """Facts about a data set.
 
     Attributes:
         source: a hub repository, of which the files that match `patterns` are taken, or a URL.
+        size: of the download, in bytes; about right, but exact with a `sha256`.
         shape: what a document or an example looks like; "trees" are OASST's single messages.
-        field: of a text set, the column that holds the text.
+        field: of text, the key or column that holds it.
         tokenizer: what it is prepared with unless told otherwise.
-        sha256: of a URL's file; the hub names that of its files.
+        sha256: of a URL's file (the hub names those of its own).
     """
 
     kind: Literal["text", "qa"]
@@ -40,74 +43,44 @@ class NamedSet:
     sha256: str | None = None
 
 
+GITHUB = "https://raw.githubusercontent.com"
+# fmt: off
 NAMED = {
     "tinyshakespeare": NamedSet(
-        "text",
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        (),
-        1_115_394,
-        "public domain",
-        "one document",
-        tokenizer="byte",
+        "text", f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", (), 1_115_394,
+        "public domain", "one document", tokenizer="byte",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
     "tinystories": NamedSet(
-        "text",
-        "roneneldan/TinyStories",
-        ("data/train-*.parquet",),
-        1_000_000_000,
-        "cdla-sharing-1.0",
-        "2 million short stories",
+        "text", "roneneldan/TinyStories", ("data/train-*.parquet",), 1_000_000_000,
+        "cdla-sharing-1.0", "2 million short stories",
     ),
     "fineweb-edu": NamedSet(
-        "text",
-        "HuggingFaceFW/fineweb-edu",
-        ("sample/10BT/*.parquet",),
-        28_000_000_000,
-        "odc-by",
-        "web pages, a sample of 10 billion tokens",
+        "text", "HuggingFaceFW/fineweb-edu", ("sample/10BT/*.parquet",), 28_000_000_000,
+        "odc-by", "web pages, a sample of 10 billion tokens",
     ),
     "openwebtext": NamedSet(
-        "text",
-        "Skylion007/openwebtext",
-        ("*train-*.parquet",),
-        24_000_000_000,
-        "cc0-1.0",
-        "8 million web pages",
+        "text", "Skylion007/openwebtext", ("*train-*.parquet",), 24_000_000_000,
+        "cc0-1.0", "8 million web pages",
     ),
     "dolly": NamedSet(
-        "qa",
-        "databricks/databricks-dolly-15k",
-        ("databricks-dolly-15k.jsonl",),
-        13_000_000,
-        "cc-by-sa-3.0",
-        "instruction, context, response",
+        "qa", "databricks/databricks-dolly-15k", ("databricks-dolly-15k.jsonl",), 13_000_000,
+        "cc-by-sa-3.0", "instruction, context, response",
     ),
     "alpaca": NamedSet(
-        "qa",
-        "yahma/alpaca-cleaned",
-        ("alpaca_data_cleaned.json",),
-        44_000_000,
-        "cc-by-4.0",
-        "instruction, input, output",
+        "qa", "yahma/alpaca-cleaned", ("alpaca_data_cleaned.json",), 44_300_000,
+        "cc-by-4.0", "instruction, input, output",
     ),
     "smoltalk": NamedSet(
-        "qa",
-        "HuggingFaceTB/smoltalk",
-        ("data/all/train-*.parquet",),
-        2_000_000_000,
-        "apache-2.0",
-        "messages",
+        "qa", "HuggingFaceTB/smoltalk", ("data/all/train-*.parquet",), 2_000_000_000,
+        "apache-2.0", "messages",
     ),
     "oasst1": NamedSet(
-        "qa",
-        "OpenAssistant/oasst1",
-        ("data/train-*.parquet",),
-        40_000_000,
-        "apache-2.0",
-        "trees",
+        "qa", "OpenAssistant/oasst1", ("data/train-*.parquet",), 40_000_000,
+        "apache-2.0", "trees",
     ),
 }
+# fmt: on
 
 
 def in_words(n_bytes: float) -> str:
@@ -141,17 +114,20 @@ def remote_files(named: NamedSet, n_files: int | None) -> list[RemoteFile]:
 def print_plan(
     name: str, files: Sequence[RemoteFile], folder: Path, tokenizer: str, n_cores: int
 ) -> None:
-    """What fetching these files takes; all but the download is estimated from its size."""
+    """What fetching these files takes; all but the download is guessed from its size."""
     named, download = NAMED[name], sum(file.size or 0 for file in files)
-    text = download * (2 if files[0].name.endswith(".parquet") else 1)
-    # A token is two bytes in the file, and 4 characters of text; a byte of Q&A says what is taught.
+    text = download * (2 if files[0].name.endswith(".parquet") else 1)  # packed to about a half
+    # A token is 2 bytes of a file and about 4 of text; in Q&A another byte says what is taught.
     tokens = text * (2 if tokenizer == "byte" else 0.5) * (1.5 if named.kind == "qa" else 1)
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    rate = MEGABYTES_PER_SECOND[named.kind]
     print(
         f"{name}: {len(files)} file(s), {in_words(download)} from {named.source} "
         f"({named.licence})\n"
         f"disk: about {in_words(download + 2 * tokens)} for the download, the token files and "
-        f"a scratch copy of them; {in_words(shutil.disk_usage(existing).free)} are free\n"
-        f"preparing: about {text / 60e6 / MEGABYTES_PER_SECOND / n_cores:.1f} minutes, "
-        f"at {MEGABYTES_PER_SECOND} MB/s of text on each of {n_cores} core(s)"
+        f"a scratch copy of them; {in_words(free)} are free\n"
+        f"preparing: about {text / 60e6 / rate / n_cores:.1f} minutes, at {rate} MB/s of text on "
+        f"each of {n_cores} core(s)",
+        flush=True,
     )

@@ -110,12 +110,12 @@ def in_threads(
         yield waiting.popleft().result()
 
 
-def copy_spans(scratch: IO[bytes], dtype: np.dtype, spans: np.ndarray, f: IO[bytes]) -> None:
-    """Writes to `f` the stretches (start, end), (n, 2), of a file of numbers."""
-    scratch.flush()
-    numbers = np.asarray(np.memmap(scratch, dtype, mode="r"))
+def copy_spans(scratch: IO[bytes], spans: np.ndarray, f: IO[bytes]) -> None:
+    """Writes to `f` the stretches of a file that `spans` gives: (n, 2), first byte and end."""
     for start, end in spans:
-        f.write(numbers[start:end].data)
+        scratch.seek(start)
+        for position in range(start, end, PIECE):
+            f.write(scratch.read(min(PIECE, end - position)))
 
 
 def write_text(
@@ -158,13 +158,13 @@ def write_text(
         meta: dict[str, Any] = {"dtype": dtype.str, "documents": len(bounds), "bytes": n_bytes}
         order = np.random.default_rng(seed).permutation(len(bounds))
         bounds.append(position)
-        spans = np.stack([bounds[:-1], bounds[1:]], axis=1)
-        parts = split_documents(spans[order], val_fraction)
+        spans = np.stack([bounds[:-1], bounds[1:]], axis=1)[order]
+        parts = split_documents(spans, val_fraction)
         if not shuffle:
             parts["train"] = parts["train"][parts["train"][:, 0].argsort()]
         for part, part_spans in parts.items():
             with open(out / f"{part}.bin", "wb") as f:
-                copy_spans(scratch, dtype, part_spans, f)
+                copy_spans(scratch, part_spans * dtype.itemsize, f)
             meta[f"{part}_tokens"] = int(np.diff(part_spans).sum())
     if min(meta["train_tokens"], meta["val_tokens"]) < 2:
         raise ValueError(
@@ -212,23 +212,23 @@ def write_qa(
     """
     dtypes = {"ids": id_dtype(tokenizer), "mask": np.dtype(np.uint8)}
 
-    def rendered(batch: list[list[Message]]) -> list[tuple[list[int], list[int]]]:
-        return [render(conversation, tokenizer) for conversation in batch]
+    def rendered(batch: list[list[Message]]) -> tuple[list[int], np.ndarray, bytes]:
+        ids, masks = zip(*(render(conversation, tokenizer) for conversation in batch), strict=True)
+        counts = [n for mask in masks for n in (len(mask), sum(mask))]
+        return counts, np.array([*chain(*ids)], dtypes["ids"]), bytes(chain(*masks))
 
     def size(conversation: list[Message]) -> int:
         return sum(len(message["content"]) for message in conversation)
 
-    counts = array.array("q"), array.array("q")  # of tokens, and of the supervised ones
+    counted = array.array("q")  # of each: its tokens, and how many of them are supervised
     with contextlib.ExitStack() as stack:
         scratch = {n: stack.enter_context(tempfile.TemporaryFile(dir=out)) for n in dtypes}
         with ThreadPoolExecutor(n_cores()) as pool:
-            for batch in in_threads(pool, rendered, conversations, size):
-                for ids, mask in batch:
-                    scratch["ids"].write(np.array(ids, dtypes["ids"]).data)
-                    scratch["mask"].write(bytes(mask))
-                    counts[0].append(len(ids))
-                    counts[1].append(sum(mask))
-        lengths, supervised = map(np.array, counts)
+            for counts, ids, mask in in_threads(pool, rendered, conversations, size):
+                counted.extend(counts)
+                scratch["ids"].write(ids.data)
+                scratch["mask"].write(mask)
+        lengths, supervised = np.array(counted, np.int64).reshape(-1, 2).T
         ends = lengths.cumsum()
         order = np.random.default_rng(seed).permutation(len(lengths))
         n_val = max(1, round(len(lengths) * val_fraction))
@@ -246,7 +246,7 @@ def write_qa(
                 with open(out / f"qa_{part}_{name}.npy", "wb") as f:
                     header = {"descr": dtype.str, "fortran_order": False, "shape": (n_tokens,)}
                     np.lib.format.write_array_header_1_0(f, header)
-                    copy_spans(scratch[name], dtype, spans, f)
+                    copy_spans(scratch[name], spans * dtype.itemsize, f)
             np.save(out / f"qa_{part}_offsets.npy", offsets)
             meta[f"{part}_examples"] = len(chosen)
             meta[f"{part}_tokens"] = n_tokens
@@ -430,7 +430,7 @@ def fetch(
     downloads, spec = downloads or Path("out/downloads") / name, tokenizer or named.tokenizer
     if named.kind == "text" and tokenizer_of:
         raise ValueError("--tokenizer-of is for Q&A; text takes --tokenizer gpt2, byte or bpe:N")
-    if named.kind == "qa" and spec.startswith("bpe"):
+    if named.kind == "qa" and spec.startswith("bpe") and not tokenizer_of:
         raise ValueError(f"{spec} is trained on text: name the base with --tokenizer-of FOLDER")
     # Before anything is downloaded: no such folder, or a vocabulary that cannot be had.
     tokens = Tokenizer.load(tokenizer_of) if tokenizer_of else create_tokenizer(spec, [])
@@ -489,6 +489,13 @@ def fraction(text: str) -> float:
     return value
 
 
+def positive(text: str) -> int:
+    """An argparse type: 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__)
@@ -532,7 +539,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--downloads", type=Path, help="where the files go (out/downloads/NAME)")
     p.add_argument("--tokenizer", help="gpt2, byte, or for text bpe:N")
     p.add_argument("--tokenizer-of", type=Path, help="of Q&A: data folder or checkpoint")
-    p.add_argument("--files", type=int, metavar="N", help="take only the first N files")
+    p.add_argument("--files", type=positive, metavar="N", help="take only the first N files")
     return top
 
 

@@ -117,8 +117,8 @@ def read_rows(file: Path, raw: IO[bytes], columns: Sequence[str]) -> Iterator[tu
     pyarrow, before = import_pyarrow(file), 0
     with readable(file):
         try:
-            # Unbuffered, it would hold a whole column of a row group, which may be the whole file.
-            shard = pyarrow.parquet.ParquetFile(raw, buffer_size=PIECE)
+            # By itself it reads whole columns ahead, of a row group or of all the file.
+            shard = pyarrow.parquet.ParquetFile(raw, buffer_size=PIECE, pre_buffer=False)
             kept = [c for c in shard.schema_arrow.names if c in columns] or None
             for batch in shard.iter_batches(256, columns=kept, use_threads=False):
                 for number, row in enumerate(batch.to_pylist(), before + 1):

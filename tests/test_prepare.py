@@ -1,22 +1,27 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import data.prepare as prepare
 from data.chat import Message, render, template_fingerprint
 from data.files import load_examples, open_prepared, read_meta, sha256_file
-from data.read import parse_example
+from data.read import parse_example, read_documents, read_examples, read_files
 from data.tokenizer import Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 
@@ -32,6 +37,16 @@ def jsonl(values: list[Any]) -> str:
 def corpus(file: Path, documents: list[str] = DOCUMENTS, field: str = "text") -> Path:
     file.write_text(jsonl([{field: document} for document in documents]))
     return file
+
+
+def parquet(rows: list[Any]) -> bytes:
+    f = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), f, row_group_size=700)
+    return f.getvalue()
+
+
+def zstd(content: bytes) -> bytes:
+    return pa.Codec("zstd").compress(content, asbytes=True)
 
 
 def text(
@@ -66,7 +81,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
 def test_token_streams_decode_back_to_the_documents(
     tokenizer: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.read.PIECE", piece)
+    for module in ("read", "prepare"):
+        monkeypatch.setattr(f"data.{module}.PIECE", piece)
     meta = text(corpus(tmp_path / "a.jsonl"), out=tmp_path / "out", tokenizer=tokenizer)
     train, val = (stream(tmp_path / "out", part) for part in ("train", "val"))
     tokens = {part: meta["text"][f"{part}_tokens"] for part in ("train", "val")}
@@ -76,6 +92,81 @@ def test_token_streams_decode_back_to_the_documents(
     assert train + val != DOCUMENTS
     assert meta["tokenizer"]["n_vocab"] == (261 if tokenizer == "byte" else 280)
     assert meta["text"]["bytes"] == sum(len(d.encode()) for d in DOCUMENTS)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_number_of_threads_changes_no_byte(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.prepare.PIECE", 100)  # many pieces in flight
+    rows = [{"text": document} for document in DOCUMENTS * 9]
+    file = tmp_path / ("a.parquet" if packed else "a.jsonl")
+    file.write_bytes(parquet(rows) if packed else jsonl(rows).encode())
+    (tmp_path / "q.jsonl").write_text(jsonl([{"messages": chat(i)} for i in range(200)]))
+    made = []
+    for cores in (1, 2, 7):
+        monkeypatch.setattr("data.prepare.n_cores", lambda cores=cores: cores)
+        out = tmp_path / str(cores)
+        text(file, out=out, tokenizer="bpe:280")
+        prepare.prepare_qa([tmp_path / "q.jsonl"], out / "qa", out, 0.2, seed=1)
+        made.append([sha256_file(f) for f in sorted(out.rglob("*.[bn][ip][ny]"))])
+    assert len(made[0]) == 2 + 6
+    assert made[0] == made[1] == made[2]
+
+
+def test_memory_does_not_grow_with_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.read.PIECE", 1000)
+    monkeypatch.setattr("data.prepare.PIECE", 1000)
+    monkeypatch.setattr("data.prepare.n_cores", lambda: 2)
+    read = encoded = ahead = 0
+
+    def counted(documents: Iterator[Iterator[str]]) -> Iterator[Iterator[str]]:
+        def pieces(document: Iterator[str]) -> Iterator[str]:
+            nonlocal read, ahead
+            for piece in document:
+                read += 1
+                ahead = max(ahead, read - encoded)
+                yield piece
+
+        return map(pieces, documents)
+
+    real = Tokenizer.encode_array
+
+    def encode_array(self: Tokenizer, text: str) -> np.ndarray:
+        nonlocal encoded
+        encoded += 1
+        return real(self, text)
+
+    (tmp_path / "a.txt").write_text("x" * 300_000)  # one document
+    monkeypatch.setattr(Tokenizer, "encode_array", encode_array)
+    documents = read_files([tmp_path / "a.txt"], partial(read_documents, field="text"))
+    prepare.write_text(counted(documents), BYTE, tmp_path, 0.1, 1)
+    assert read == encoded == 300
+    assert ahead <= 2 * 2 + 2
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_files_are_read_a_little_at_a_time(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.read.PIECE", 1000)
+    letters = np.random.default_rng(1).choice(list("abcdefghijklmnop"), (2000, 500))
+    rows = [{"messages": [{"role": "user", "content": "".join(line)}]} for line in letters]
+    content, file = jsonl(rows).encode(), tmp_path / name
+    if name.endswith(".parquet"):  # one group of rows, in small pages
+        table = pa.Table.from_pylist(rows)
+        pq.write_table(table, file, data_page_size=2000, write_batch_size=9, use_dictionary=False)
+    elif name.endswith(".jsonl"):
+        file.write_bytes(content)
+    else:
+        file.write_bytes(gzip.compress(content) if name.endswith(".gz") else zstd(content))
+    steps: list[int] = []
+    examples = read_files([file], read_examples, steps.append)
+    assert [row for _, row in examples] == rows
+    assert max(steps) < file.stat().st_size / 3
+    assert sum(steps) > file.stat().st_size * 0.9
 
 
 def test_the_split_follows_the_seed(tmp_path: Path) -> None:
@@ -102,13 +193,18 @@ def test_files_of_every_kind_and_folders_are_read(tmp_path: Path) -> None:
     (tmp_path / "in" / "deep" / "b.md").write_text("# mark\n")
     (tmp_path / "in" / "c.jsonl").write_text('{"text": "one", "id": 1}\n\n{"text": "two"}\n')
     (tmp_path / "in" / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "three"}\n{"text": ""}'))
+    (tmp_path / "in" / "d.parquet").write_bytes(parquet([{"id": 1, "text": "seven"}]))
+    (tmp_path / "in" / "d.jsonl.zst").write_bytes(zstd(b'{"text": "eight"}') + zstd(b"\n"))
+    (tmp_path / "in" / "d.txt.gz").write_bytes(gzip.compress(b"nine\r\n"))
+    (tmp_path / "in" / "d.txt.zst").write_bytes(zstd(b""))
     (tmp_path / "in" / "e.png").write_bytes(b"\xff")
     (tmp_path / "in" / "f.txt").write_text("")
     meta = text(tmp_path / "in", corpus(tmp_path / "g.jsonl", ["four"]), out=tmp_path / "out")
     found = stream(tmp_path / "out", "train") + stream(tmp_path / "out", "val")
     expected = ["text\n\nof two paragraphs\n", "# mark\n", "one", "two", "three", "four"]
+    expected += ["seven", "eight", "nine\r\n"]
     assert sorted(found) == sorted(expected)
-    assert meta["text"]["documents"] == 6
+    assert meta["text"]["documents"] == 9
 
 
 def test_meta_tells_what_was_made_of_what(tmp_path: Path) -> None:
@@ -207,6 +303,7 @@ def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 LINE = b'{"text": "words and words"}\n'
+ROWS = [{"text": f"words {i}", "id": i} for i in range(2000)]
 DAMAGED = bytearray(gzip.compress(LINE * 9, mtime=0))
 DAMAGED[12] = 0xFF
 
@@ -230,6 +327,19 @@ DAMAGED[12] = 0xFF
         ),
         ("a.jsonl.gz", LINE, "a.jsonl.gz is not a whole gzip file"),
         ("a.jsonl.gz", bytes(DAMAGED), "a.jsonl.gz is not a whole gzip file"),
+        ("a.jsonl.zst", zstd(LINE * 9)[:-3], "a.jsonl.zst is not a whole zstd file"),
+        ("a.jsonl.zst", LINE, "a.jsonl.zst is not a whole zstd file"),
+        ("a.parquet", parquet(ROWS)[:-20], "a.parquet is not a whole parquet file"),
+        ("a.parquet", parquet(ROWS)[:999] + parquet(ROWS)[1099:], "a.parquet is not a whole parq"),
+        ("a.parquet", b"", "a.parquet is not a whole parquet file"),
+        (
+            "a.parquet",
+            parquet([{"id": 5, "body": "x"}]),
+            r"row 1: no text under 'text'; name the "
+            r"field with --field; it has id, body",
+        ),
+        ("a.parquet", parquet([*ROWS, {"text": None}]), r"a.parquet, row 2001: no text under"),
+        ("a.parquet", parquet([{"text": 5}]), r"a.parquet, row 1: no text under 'text'"),
         ("a.pdf", b"words", r"a.pdf: no text there; it can be .txt"),
         (None, b"", r"a.txt not found"),
     ],
@@ -248,6 +358,16 @@ def test_unusable_text_is_one_clear_error(
     assert not left
     assert info.match(reason)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_kind_of_file_whose_library_is_missing_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for name, content in (("a.parquet", parquet(ROWS)), ("a.txt.zst", zstd(b"words"))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} needs pyarrow to be read; pip install pyar"):
+            text(tmp_path / name, out=tmp_path / "out")
 
 
 def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
@@ -287,16 +407,25 @@ def test_loaded_examples_are_the_rendered_conversations(base: Path, tmp_path: Pa
     more = [{"question": chat(i)[0]["content"], "answer": "é"} for i in range(20, 30)]
     more[0] = {"instruction": "add", "input": "2, 2", "output": "4"}
     (tmp_path / "b.json").write_text(json.dumps(more, indent=2))
-    files = [tmp_path / "a.jsonl", tmp_path / "b.json"]
+    (tmp_path / "c.parquet").write_bytes(parquet([{"messages": chat(i)} for i in range(30, 40)]))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(jsonl([{"messages": chat(40)}]).encode()))
+    packed = jsonl([{"instruction": "add", "context": "2, 2", "response": "four"}]).encode()
+    (tmp_path / "e.jsonl.zst").write_bytes(zstd(packed))
+    files = sorted(f for f in tmp_path.iterdir() if f.name[1] == ".")
     meta = prepare.prepare_qa(files, out, base, 0.2, seed=1)
     conversations = [chat(i) + chat(i + 100) for i in range(10)]
     conversations += [chat(i) for i in range(10, 20)] + [parse_example(m) for m in more]
+    conversations += [chat(i) for i in range(30, 41)]
+    conversations.append(
+        [{"role": "user", "content": "add\n\n2, 2"}, {"role": "assistant", "content": "four"}]
+    )
     expected = [render(c, tokenizer) for c in conversations]
     loaded = {p: load_examples(out, p) for p in ("train", "val")}
-    assert {part: len(examples) for part, examples in loaded.items()} == {"train": 24, "val": 6}
+    assert {part: len(examples) for part, examples in loaded.items()} == {"train": 34, "val": 8}
     found = [(ids.tolist(), mask.tolist()) for part in loaded.values() for ids, mask in part]
     assert found != expected
     assert sorted(found) == sorted(expected)  # disjoint and complete: no two are alike
+    assert not any(ids.flags.writeable for ids, _ in loaded["train"])  # maps of the file
     assert meta["qa"]["train_supervised"] == sum(int(m.sum()) for _, m in loaded["train"])
     assert meta["qa"]["train_tokens"] == sum(len(ids) for ids, _ in loaded["train"])
     assert meta["tokenizer"]["fingerprint"] == tokenizer.fingerprint
@@ -338,6 +467,9 @@ def test_bad_lines_are_refused_with_their_place_or_skipped_and_counted(
         ("a.jsonl", jsonl([GOOD]), "leave none to train on"),
         ("a.csv", "q,a", "comes as .json, .jsonl"),
         ("a.jsonl", b'{"question": "\xff"}', "a.jsonl is not UTF-8"),
+        ("a.parquet", parquet([{"words": "x"}]), "a.parquet, row 1: no messages.*it has words"),
+        ("a.parquet", parquet([{"messages": [1]}])[:-9], "a.parquet is not a whole parquet file"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "a.jsonl.gz is not a whole gzip file"),
         (None, "", "a.jsonl not found"),
     ],
 )

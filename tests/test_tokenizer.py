@@ -47,6 +47,7 @@ def test_text_comes_back_and_never_gives_a_control_id(tokenizer: Tokenizer) -> N
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert not control & set(ids)
+        assert tokenizer.encode_array(text).tolist() == ids
         assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
     assert len(tokenizer.byte_lengths) == tokenizer.n_vocab
     assert not tokenizer.byte_lengths[list(control)].any()
@@ -54,7 +55,9 @@ def test_text_comes_back_and_never_gives_a_control_id(tokenizer: Tokenizer) -> N
 
 @pytest.mark.parametrize("character", [" ", "\n", "a", "!"])
 def test_a_million_like_characters_come_back(tokenizer: Tokenizer, character: str) -> None:
-    assert tokenizer.decode(tokenizer.encode(character * 2**20)) == character * 2**20
+    ids = tokenizer.encode(character * 2**20)
+    assert tokenizer.decode(ids) == character * 2**20
+    assert tokenizer.encode_array(character * 2**20).tolist() == ids
 
 
 def test_a_saved_tokenizer_loads_as_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
