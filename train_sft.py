@@ -15,6 +15,7 @@ from pathlib import Path
 from data.chat import template_fingerprint
 from data.files import fingerprint
 from data.prepare import prepare_qa
+from data.read import QA_SUFFIXES
 from data.sft import SFTData, SFTDataConfig
 from model.generate import Sampling, generate
 from model.gpt import GPT, skips_documents
@@ -64,7 +65,7 @@ def load_data(config: SFTConfig, base: Checkpoint, new: bool) -> SFTData:
             "pretrain with a larger model.block_size"
         )
     path = Path(config.data.path)
-    if path.suffix in (".json", ".jsonl"):
+    if path.name.endswith(QA_SUFFIXES):
         path, files = Path(config.run.dir) / PREPARED_QA, [path]
         with first_alone():
             if new and is_first():  # of a start that failed: the file may have been mended since

@@ -13,10 +13,8 @@ from rich.table import Table
 
 from data.download import RemoteFile, hub_files
 
-MEGABYTES_PER_SECOND = {
-    "text": 15,
-    "qa": 9,
-}  # into gpt2 tokens, measured on one core of an AMD EPYC
+# Into gpt2 tokens, measured on one core of an AMD EPYC.
+MEGABYTES_PER_SECOND = {"text": 15, "qa": 9}
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,7 @@ class NamedSet:
     Attributes:
         source: a hub repository, of which the files that match `patterns` are taken, or a URL.
         size: of the download, in bytes; about right, but exact with a `sha256`.
+        recipe: the config that trains on it.
         shape: what a document or an example looks like; "trees" are OASST's single messages.
         field: of text, the key or column that holds it.
         tokenizer: what it is prepared with unless told otherwise.
@@ -36,11 +35,17 @@ class NamedSet:
     source: str
     patterns: tuple[str, ...]
     size: int
+    recipe: str
     licence: str
     shape: str
     field: str = "text"
     tokenizer: str = "gpt2"
     sha256: str | None = None
+
+    @property
+    def val_fraction(self) -> float:
+        """The share held back for validation unless told otherwise."""
+        return 0.1 if self.size < 1e9 else 0.005
 
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -48,35 +53,43 @@ GITHUB = "https://raw.githubusercontent.com"
 NAMED = {
     "tinyshakespeare": NamedSet(
         "text", f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", (), 1_115_394,
+        "configs/shakespeare/modern.toml",
         "public domain", "one document", tokenizer="byte",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
     "tinystories": NamedSet(
         "text", "roneneldan/TinyStories", ("data/train-*.parquet",), 1_000_000_000,
-        "cdla-sharing-1.0", "2 million short stories",
+        "configs/tinystories/pretrain.toml", "cdla-sharing-1.0", "2 million short stories",
+        tokenizer="bpe:8192",
     ),
     "fineweb-edu": NamedSet(
         "text", "HuggingFaceFW/fineweb-edu", ("sample/10BT/*.parquet",), 28_000_000_000,
+        "configs/gpt2/pretrain.toml",
         "odc-by", "web pages, a sample of 10 billion tokens",
     ),
     "openwebtext": NamedSet(
         "text", "Skylion007/openwebtext", ("*train-*.parquet",), 24_000_000_000,
+        "configs/gpt2/pretrain.toml",
         "cc0-1.0", "8 million web pages",
     ),
     "dolly": NamedSet(
         "qa", "databricks/databricks-dolly-15k", ("databricks-dolly-15k.jsonl",), 13_000_000,
+        "configs/gpt2-finetune/sft.toml",
         "cc-by-sa-3.0", "instruction, context, response",
     ),
     "alpaca": NamedSet(
         "qa", "yahma/alpaca-cleaned", ("alpaca_data_cleaned.json",), 44_300_000,
+        "configs/gpt2-finetune/sft.toml",
         "cc-by-4.0", "instruction, input, output",
     ),
     "smoltalk": NamedSet(
         "qa", "HuggingFaceTB/smoltalk", ("data/all/train-*.parquet",), 2_000_000_000,
+        "configs/gpt2/sft.toml",
         "apache-2.0", "messages",
     ),
     "oasst1": NamedSet(
         "qa", "OpenAssistant/oasst1", ("data/train-*.parquet",), 40_000_000,
+        "configs/gpt2-finetune/sft.toml",
         "apache-2.0", "trees",
     ),
 }

@@ -307,7 +307,7 @@ def print_summary(out: Path, meta: dict[str, Any]) -> None:
         )
 
 
-# ---- the three commands --------------------------------------------------------------------
+# ---- the four commands ---------------------------------------------------------------------
 
 
 def prepare_world(
@@ -413,7 +413,7 @@ def fetch(
     tokenizer: str | None = None,
     tokenizer_of: Path | None = None,
     n_files: int | None = None,
-    val_fraction: float = 0.1,
+    val_fraction: float | None = None,
     seed: int = 1,
 ) -> dict[str, Any]:
     """Downloads a named data set, or its first `n_files` files, and prepares it.
@@ -428,6 +428,7 @@ def fetch(
         raise ValueError(f"no data set is called {name!r}; there are {', '.join(NAMED)}")
     named, out = NAMED[name], out or Path("out") / name / "data"
     downloads, spec = downloads or Path("out/downloads") / name, tokenizer or named.tokenizer
+    val_fraction = val_fraction or named.val_fraction
     if named.kind == "text" and tokenizer_of:
         raise ValueError("--tokenizer-of is for Q&A; text takes --tokenizer gpt2, byte or bpe:N")
     if named.kind == "qa" and spec.startswith("bpe") and not tokenizer_of:
@@ -437,17 +438,14 @@ def fetch(
     files = remote_files(named, n_files)
     print_plan(name, files, downloads, tokens.kind, n_cores())
     paths = download(files, downloads)
-    stage, run = "pretrain", "--run.dir"
     if named.kind == "text":
+        stage, base = "pretrain", ""
         meta = prepare_text(paths, out, spec, val_fraction, named.field, seed)
     else:
-        trees = named.shape == "trees"
+        stage, base, trees = "sft", f" --base={tokenizer_of or 'BASE'}", named.shape == "trees"
         meta = prepare_qa(paths, out, tokens, val_fraction, seed, True, trees, shown=1)
-        stage, run = "sft", "--base=BASE --run.dir"
-    print(
-        f"next: python train_{stage}.py --config configs/books/{stage}.toml --data.path={out} "
-        f"{run}={out.parent / stage}"
-    )
+    command = f"python train_{stage}.py --config {named.recipe}{base} --data.path={out}"
+    print(f"next: {command} --run.dir={out.parent / stage}")
     return meta
 
 
@@ -502,13 +500,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     def command(
-        name: str, about: str, val_fraction: float, out_is_needed: bool = True
+        name: str, about: str, val_fraction: float | None, out_is_needed: bool = True
     ) -> argparse.ArgumentParser:
         p = commands.add_parser(
             name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
+        held_back = "held back" if val_fraction else "held back; None: 0.1, above a gigabyte 0.005"
         p.add_argument("--out", type=Path, required=out_is_needed, help="folder to make")
-        p.add_argument("--val-fraction", type=fraction, default=val_fraction, help="held back")
+        p.add_argument("--val-fraction", type=fraction, default=val_fraction, help=held_back)
         p.add_argument("--seed", type=int, default=1, help="of the world, shuffle and split")
         return p
 
@@ -533,7 +532,7 @@ def parser() -> argparse.ArgumentParser:
     qa.add_argument("--skip-bad", action="store_true", help="leave out bad lines, counted")
     qa.add_argument("--inspect", type=int, default=0, metavar="N", help="print N examples")
 
-    p = command("fetch", "a data set by its name, downloaded and prepared", 0.1, False)
+    p = command("fetch", "a data set by its name, downloaded and prepared", None, False)
     p.add_argument("name", nargs="?", help="one of those that --list shows")
     p.add_argument("--list", action="store_true", help="show names, sizes and licences")
     p.add_argument("--downloads", type=Path, help="where the files go (out/downloads/NAME)")

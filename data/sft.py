@@ -28,7 +28,7 @@ class SFTDataConfig:
     """
 
     path: str
-    """Folder made by `python -m data.prepare qa` or `world`, or a .json or .jsonl file."""
+    """Folder made by `python -m data.prepare qa`, `fetch` or `world`, or a Q&A file."""
     batch_size: int = 16
     """Conversations per optimizer step."""
     micro_batch_size: int | None = None

@@ -19,7 +19,7 @@ from data.files import (
     sha256_file,
     write_json,
 )
-from data.read import read_conversations
+from data.read import QA_SUFFIXES, read_conversations
 from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES, World, WorldConfig, exchange
 from lab.likelihood import reply_limit
@@ -135,7 +135,7 @@ def qa_of(instruct: Checkpoint) -> Path:
     """The prepared Q&A that an instruct model was tuned on."""
     config = instruct.meta["config"]
     path = Path(config["data"]["path"])
-    if path.suffix in (".json", ".jsonl"):
+    if path.name.endswith(QA_SUFFIXES):
         path = Path(config["run"]["dir"]) / PREPARED_QA
     if not path.exists():
         raise ValueError(f"{path}, which {instruct.path} was tuned on, is gone; name others: --qa")

@@ -490,7 +490,7 @@ def test_a_named_text_set_has_the_tokens_of_its_text(
 ) -> None:
     hub.files[f"datasets/{NAMED[name].source}"] = shards(SHARDS[name])
     out, folder = tmp_path / "out", tmp_path / "downloads"
-    meta = prepare.fetch(name, out, folder, "byte", seed=3)
+    meta = prepare.fetch(name, out, folder, "byte", val_fraction=0.1, seed=3)
     assert meta["text"]["documents"] == len(STORIES)
     (tmp_path / "same.jsonl").write_bytes(lines([{"text": story} for story in STORIES]))
     prepare.prepare_text([tmp_path / "same.jsonl"], tmp_path / "same", "byte", 0.1, "text", 3)
@@ -498,13 +498,19 @@ def test_a_named_text_set_has_the_tokens_of_its_text(
     printed = capsys.readouterr().out
     assert f"{name}: 2 file(s), " in printed
     assert NAMED[name].licence in printed
-    assert f"train_pretrain.py --config configs/books/pretrain.toml --data.path={out} " in printed
+    assert f"train_pretrain.py --config {NAMED[name].recipe} --data.path={out} " in printed
     hub.log.clear()
-    assert prepare.fetch(name, out, folder, "byte", seed=3) == meta
+    assert prepare.fetch(name, out, folder, "byte", val_fraction=0.1, seed=3) == meta
     assert "nothing to do" in capsys.readouterr().out
     assert hub.requests("/resolve/") == []
-    first = prepare.fetch(name, tmp_path / "first", folder, "byte", n_files=1)
+    first = prepare.fetch(name, tmp_path / "first", folder, "byte", n_files=1, val_fraction=0.1)
     assert first["text"]["documents"] == 25
+
+
+def test_every_set_names_a_recipe_that_is_there() -> None:
+    for name, named in NAMED.items():
+        assert (ROOT / named.recipe).is_file(), name
+        assert ("pretrain" in named.recipe or "modern" in named.recipe) == (named.kind == "text")
 
 
 def test_a_set_that_is_one_file_is_checked_against_its_sha256(
@@ -539,7 +545,7 @@ def test_a_named_qa_set_has_its_conversations(
     assert conversations(out) == sorted(QA_EXPECTED[name], key=repr)
     assert meta["tokenizer"]["kind"] == "byte"
     printed = capsys.readouterr().out
-    assert "python train_sft.py --config configs/books/sft.toml --data.path=" in printed
+    assert f"python train_sft.py --config {NAMED[name].recipe} --base=" in printed
     n_bad = {"dolly": 2, "oasst1": 1}.get(name, 0)
     assert (f"skipped {n_bad} of {N + n_bad} examples" in printed) == bool(n_bad)
     assert printed.count("skipped") == 2 * bool(n_bad)
