@@ -429,14 +429,7 @@ def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another folder, or delete it")
     folder = Path(source) if Path(source).is_dir() else from_hub(source, downloads)
-    theirs = read_json(folder / "config.json")
-    if not isinstance(theirs, dict):
-        raise ValueError(f"{folder / 'config.json'} is not the config of a model")
-    try:
-        config = import_config(theirs)
-        n_rows = _integer(theirs, "vocab_size")
-    except ValueError as error:
-        raise ValueError(f"{folder} cannot be imported: {error}") from None
+    config, n_rows = read_config(folder)
     tokenizer, has_control = import_tokenizer(folder, n_rows)
     n_known = tokenizer.n_vocab if has_control else tokenizer.end_of_text + 1
     if n_rows < n_known:
@@ -479,9 +472,26 @@ def from_hub(name: str, downloads: Path) -> Path:
         known = ", ".join(GPT2_NAMES)
         raise ValueError(f"{name} is neither a folder nor a GPT-2; it can be {known} or owner/name")
     repo = name if "/" in name else f"openai-community/{name}"
-    folder = downloads / name
-    download(hub_files(repo, "models", HUB_FILES), folder)
+    folder, files = downloads / name, hub_files(repo, "models", HUB_FILES)
+    download([file for file in files if file.name == "config.json"], folder)
+    read_config(folder)  # before gigabytes of something else
+    download(files, folder)
     return folder
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, int]:
+    """Our config of a folder's config.json, and how many tokens it has embeddings for.
+
+    Raises:
+        ValueError: not a GPT-2, or one that our model cannot be.
+    """
+    theirs = read_json(folder / "config.json")
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{folder / 'config.json'} is not the config of a model")
+    try:
+        return import_config(theirs), _integer(theirs, "vocab_size")
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be imported: {error}") from None
 
 
 def export_checkpoint(path: str, out: Path) -> None:

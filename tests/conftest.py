@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 
 import train_pretrain
 import train_sft
+from data import download as downloads
 from data.prepare import prepare_world
 from data.pretrain import PretrainDataConfig
 from data.sft import SFTDataConfig
 from data.world import WorldConfig
 from model.gpt import ModelConfig
+from tests.hub import Hub
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from train_sft import SFTConfig
@@ -108,3 +111,17 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return error
 
     return run
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(downloads, "BACKOFF", 0)
+        monkeypatch.setattr(downloads, "BLOCK", 500)
+        yield server
+        server.shutdown()
+        thread.join()

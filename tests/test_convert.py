@@ -23,6 +23,7 @@ from data.tokenizer import create_tokenizer
 from model.generate import Sampling, generate
 from model.gpt import GPT, RECIPES, ModelConfig
 from tests.conftest import Fails, sft_config
+from tests.hub import Hub
 from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 hf = pytest.importorskip("transformers")
@@ -413,6 +414,45 @@ def test_a_folder_that_is_no_gpt2_is_refused_in_one_line(
     damage(gpt2)
     assert re.search(message, fails(convert, "import", str(gpt2), str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_a_name_on_the_hub_is_downloaded_once(
+    name: str, gpt2: Path, hub: Hub, tmp_path: Path
+) -> None:
+    hub.files["openai-community/gpt2"] = {f.name: f.read_bytes() for f in gpt2.iterdir()}
+    hub.files["openai-community/gpt2"] |= {"pytorch_model.bin": b"pickle", "onnx/model.onnx": b""}
+    hub.cuts["model.safetensors"] = [5000, 900]  # the connection breaks twice
+    import_checkpoint(name, tmp_path / "run", tmp_path / "downloads", None)
+    import_checkpoint(str(gpt2), tmp_path / "same", tmp_path, None)
+    got, same = load_checkpoint(tmp_path / "run"), load_checkpoint(tmp_path / "same")
+    assert got.meta["files"]["model.safetensors"] == same.meta["files"]["model.safetensors"]
+    asked = {path.rpartition("/")[2] for path, _ in hub.log if "/cdn/" in path}
+    assert asked == {"config.json", "model.safetensors", "tokenizer.json"}
+    hub.log.clear()
+    import_checkpoint(name, tmp_path / "again", tmp_path / "downloads", None)
+    assert not hub.requests("/cdn/")
+
+
+def test_what_the_hub_has_and_what_it_sends_must_be_a_gpt2(
+    gpt2: Path, hub: Hub, tmp_path: Path, fails: Fails
+) -> None:
+    files = {f.name: f.read_bytes() for f in gpt2.iterdir()}
+    bert = json.dumps({"model_type": "bert"}).encode()
+    hub.files["some/bert"] = {"config.json": bert, "model.safetensors": b"x"}
+    hub.files["some/images"] = {"README.md": b"x"}
+    hub.files["some/broken"] = files
+    hub.listed["model.safetensors"] = {"lfs": {"oid": "0" * 64}}
+    options = [str(tmp_path / "run"), f"--downloads={tmp_path}/downloads"]
+    assert "some/nothing" in fails(convert, "import", "some/nothing", *options)
+    assert "no file matches" in fails(convert, "import", "some/images", *options)
+    assert "damaged" in fails(convert, "import", "some/broken", *options)
+    hub.listed.clear()
+    hub.log.clear()
+    assert "'bert', not a GPT-2" in fails(convert, "import", "some/bert", *options)
+    assert not hub.requests("model.safetensors")  # said before anything large is downloaded
+    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "downloads" / "some/broken").glob("*model.safetensors*"))
 
 
 def test_other_mistakes_are_one_line(

@@ -10,14 +10,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from collections import defaultdict
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,120 +25,9 @@ from data.download import RemoteFile, download, hub_files
 from data.files import load_examples, sha256_file
 from data.named import NAMED
 from data.tokenizer import Tokenizer
+from tests.hub import Hub
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = 2  # entries of a listing's page
-
-
-class Hub(ThreadingHTTPServer):
-    """The hub's listing and files; what goes wrong is set by the tests."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files: dict[str, dict[str, bytes]] = defaultdict(dict)  # of "datasets/owner/name"
-        self.log: list[tuple[str, dict[str, str]]] = []
-        self.cuts: dict[str, list[int]] = {}  # bytes after which the next answers for a file end
-        self.refuse: dict[str, int] = {}  # status of every answer whose path begins so
-        self.ranges = True
-        self.listed: dict[str, dict[str, Any]] = {}  # lies of the listing about a file
-
-    def requests(self, part: str) -> list[dict[str, str]]:
-        """Headers of the requests whose path contains `part`."""
-        return [headers for path, headers in self.log if part in path]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        hub, path = self.server, unquote(urlsplit(self.path).path)
-        hub.log.append((path, dict(self.headers)))
-        for prefix, status in hub.refuse.items():
-            if path.startswith(prefix):
-                return self.answer(status, b"no")
-        if path.startswith("/api/"):
-            repo = path.removeprefix("/api/").partition("/tree/")[0]
-            return self.send_listing(repo)
-        if path.startswith("/cdn/"):
-            return self.send_content(path.removeprefix("/cdn/"))
-        repo, _, rest = path.strip("/").partition("/resolve/main/")
-        if rest in hub.files.get(repo, {}):  # another host, as the hub's own
-            where = f"http://localhost:{hub.server_port}/cdn/{repo}/resolve/main/{rest}"
-            return self.answer(302, b"", {"Location": where})
-        return self.answer(404, b"no such file")
-
-    def send_listing(self, repo: str) -> None:
-        hub = self.server
-        if repo not in hub.files:
-            self.answer(401, b"unknown or private")
-            return
-        entries: list[dict[str, Any]] = [{"type": "directory", "path": "data", "size": 0}]
-        for name, content in hub.files[repo].items():
-            entry = {"type": "file", "path": name, "size": len(content), "oid": "0"}
-            if name.endswith(".parquet"):
-                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
-            entries.append(entry | hub.listed.get(name, {}))
-        query = urlsplit(self.path).query
-        assert "recursive=true" in query
-        at = int(query.partition("cursor=")[2] or 0)
-        headers = {}
-        if at + PAGE < len(entries):
-            here = f"https://elsewhere.invalid{urlsplit(self.path).path}"
-            headers["Link"] = f'<{here}?recursive=true&cursor={at + PAGE}>; rel="next"'
-        self.answer(200, json.dumps(entries[at : at + PAGE]).encode(), headers)
-
-    def send_content(self, path: str) -> None:
-        hub = self.server
-        repo, _, name = path.partition("/resolve/main/")
-        content = hub.files[repo][name]
-        headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'}
-        start, status, wanted = 0, 200, self.headers.get("Range")
-        if wanted and hub.ranges:
-            start, status = int(wanted.removeprefix("bytes=").removesuffix("-")), 206
-            if start >= len(content):
-                self.answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-                return
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        cut = hub.cuts.get(name)
-        limit = cut.pop(0) if cut else None
-        self.answer(status, content[start:], headers, limit)
-
-    def answer(
-        self,
-        status: int,
-        body: bytes,
-        headers: dict[str, str] | None = None,
-        cut: int | None = None,
-    ) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body[:cut])
-        if cut is not None:
-            self.close_connection = True
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with Hub() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(downloads, "BACKOFF", 0)
-        monkeypatch.setattr(downloads, "BLOCK", 500)
-        yield server
-        server.shutdown()
-        thread.join()
-
 
 REPO, CONTENT = "datasets/me/mine", bytes(range(256)) * 999
 
