@@ -13,7 +13,6 @@ import argparse
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,28 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "norm_embedding": True,
         "qk_norm": True,
         "bias": False,
+    },
+}
+SIZES = ("n_layer", "n_head", "n_embd", "block_size")
+# How transformers calls what is a number or a name with us.
+KEYS = {
+    "gpt2": {
+        "n_layer": "n_layer",
+        "n_head": "n_head",
+        "n_embd": "n_embd",
+        "block_size": "n_positions",
+        "inner": "n_inner",
+        "activation": "activation_function",
+        "dropout": "resid_pdrop embd_pdrop attn_pdrop",
+    },
+    "nanochat": {
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_embd": "hidden_size",
+        "block_size": "max_position_embeddings",
+        "inner": "intermediate_size",
+        "activation": "hidden_act",
+        "dropout": "attention_dropout",
     },
 }
 ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu2": "relu2"}
@@ -174,6 +195,34 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 # ---- configs -------------------------------------------------------------------------------
 
 
+def their_config(c: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """What a config.json of transformers says of a model, all that the logits depend on."""
+    kind = "gpt2" if c.position == "learned" else "nanochat"
+    keys = KEYS[kind]
+    theirs: dict[str, Any] = {keys[name]: getattr(c, name) for name in SIZES}
+    theirs |= {
+        "model_type": kind,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": c.tie_embeddings,
+        keys["activation"]: ACTIVATIONS[str(c.activation)],
+        keys["inner"]: 4 * c.n_embd,
+    }
+    if kind == "gpt2":
+        return theirs | {
+            "layer_norm_epsilon": 1e-5,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        }
+    return theirs | {
+        "num_key_value_heads": c.n_head,
+        "attention_bias": False,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "final_logit_softcapping": c.logit_softcap or None,
+    }
+
+
 def export_config(model: GPT) -> dict[str, Any]:
     """The config.json of transformers.
 
@@ -192,38 +241,10 @@ def export_config(model: GPT) -> dict[str, Any]:
             f"{', '.join(missing[kind])} cannot be exported: the nearest architecture of "
             f"transformers, {kind}, has it built in otherwise ({wanted})"
         )
-    shared = {
-        "model_type": kind,
-        "vocab_size": model.vocab_size,
-        "tie_word_embeddings": c.tie_embeddings,
-        "dtype": "float32",
-    }
-    if kind == "gpt2":
-        return shared | {
-            "architectures": ["GPT2LMHeadModel"],
-            "n_layer": c.n_layer,
-            "n_head": c.n_head,
-            "n_embd": c.n_embd,
-            "n_positions": c.block_size,
-            "activation_function": ACTIVATIONS[str(c.activation)],
-            "layer_norm_epsilon": 1e-5,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout),
-        }
-    return shared | {
-        "architectures": ["NanoChatForCausalLM"],
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_head,
-        "hidden_size": c.n_embd,
-        "intermediate_size": 4 * c.n_embd,
-        "max_position_embeddings": c.block_size,
-        "hidden_act": ACTIVATIONS[str(c.activation)],
-        "attention_dropout": c.dropout,
-        "attention_bias": False,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "final_logit_softcapping": c.logit_softcap or None,
-    }
+    name = {"gpt2": "GPT2LMHeadModel", "nanochat": "NanoChatForCausalLM"}[kind]
+    dropouts = dict.fromkeys(KEYS[kind]["dropout"].split(), c.dropout)
+    more = {"architectures": [name], "dtype": "float32", **dropouts}
+    return their_config(c, model.vocab_size) | more
 
 
 def import_config(theirs: dict[str, Any]) -> ModelConfig:
@@ -233,50 +254,28 @@ def import_config(theirs: dict[str, Any]) -> ModelConfig:
         ValueError: not a GPT-2 or nanochat, or one with something that our model does not have.
     """
     kind = theirs.get("model_type")
-    if kind not in BUILT_IN:
+    if kind not in KEYS:
         raise ValueError(f"it is a {kind!r}, not a GPT-2 (or an export of this project)")
-    gpt2 = kind == "gpt2"
-    get = partial(_integer, theirs)
-    width = get("n_embd" if gpt2 else "hidden_size")
-    heads = get("n_head" if gpt2 else "num_attention_heads")
-    inner = theirs.get("n_inner" if gpt2 else "intermediate_size")
-    rope = theirs.get("rope_parameters") or {}
-    built_in = {
-        "layer_norm_epsilon": 1e-5,
-        "rms_norm_eps": 1e-6,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-        "attention_bias": False,
-        "num_key_value_heads": heads,
-    }
-    odd = {k: theirs[k] for k, v in built_in.items() if theirs.get(k, v) != v}
-    if inner not in (None, 4 * width):
-        odd["inner width"] = inner
-    if rope.get("rope_type", "default") != "default" or rope.get("rope_theta", 1e4) != 1e4:
-        odd["rope_parameters"] = rope
-    default = "gelu_new" if gpt2 else "relu2"
-    activation = theirs.get("activation_function" if gpt2 else "hidden_act", default)
+    keys, gpt2 = KEYS[kind], kind == "gpt2"
+    given = theirs.get(keys["activation"], "gelu_new" if gpt2 else "relu2")
     ours = {v: k for k, v in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu"}
-    if activation not in ours:
-        odd["activation"] = activation
+    if given not in ours:
+        raise ValueError(f"its {keys['activation']} is {given!r}; ours are {', '.join(ours)}")
+    values: dict[str, Any] = {name: _integer(theirs, keys[name]) for name in SIZES}
+    values["dropout"] = theirs.get(keys["dropout"].split()[0], 0.0)
+    values["activation"] = ours[given]
+    values["tie_embeddings"] = theirs.get("tie_word_embeddings", gpt2)
+    if not gpt2:
+        values["logit_softcap"] = theirs.get("final_logit_softcapping", 15.0) or 0.0
+    config = ModelConfig("gpt2" if gpt2 else "modern", **values)
+    expected = their_config(config, _integer(theirs, "vocab_size")) | {keys["activation"]: given}
+    odd = {k: theirs[k] for k, v in expected.items() if theirs.get(k) not in (None, v)}
     if odd:
         text = ", ".join(f"{k}={v}" for k, v in odd.items())
         raise ValueError(
             f"its config.json asks for what this project's model does not have: {text}"
         )
-    values: dict[str, Any] = {
-        "n_layer": get("n_layer" if gpt2 else "num_hidden_layers"),
-        "n_head": heads,
-        "n_embd": width,
-        "block_size": get("n_positions" if gpt2 else "max_position_embeddings"),
-        "dropout": theirs.get("resid_pdrop" if gpt2 else "attention_dropout", 0.0),
-        "activation": ours[activation],
-        "tie_embeddings": theirs.get("tie_word_embeddings", gpt2),
-    }
-    if not gpt2:
-        values["logit_softcap"] = theirs.get("final_logit_softcapping", 15.0) or 0.0
-    return ModelConfig("gpt2" if gpt2 else "modern", **values)
+    return config
 
 
 def _integer(config: dict[str, Any], key: str) -> int:
@@ -490,7 +489,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
         raise ValueError(f"{folder / 'config.json'} is not the config of a model")
     try:
         return import_config(theirs), _integer(theirs, "vocab_size")
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a number that is none, for one
         raise ValueError(f"{folder} cannot be imported: {error}") from None
 
 
