@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def sha256_file(path: Path) -> str:
@@ -63,6 +69,42 @@ def new_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Says where the disk is full, and what to do.
+
+    Raises:
+        ValueError: in place of the OSError that tells it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"{path}: the disk is full; make room and give the same command again"
+        ) from None
+
+
+@contextlib.contextmanager
+def lock(folder: Path, doing: str) -> Iterator[None]:
+    """Makes a folder this process's own for a while.
+
+    Raises:
+        ValueError: another process holds it; `doing` says for what, such as "downloading into".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is {doing} {folder}") from None
+            except OSError:
+                pass  # a file system without locks: work unguarded rather than not at all
+        yield
 
 
 def _fsync_directory(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -27,7 +28,15 @@ class Hub(ThreadingHTTPServer):
         self.cuts: dict[str, list[int]] = {}  # bytes after which the next answers for a file end
         self.refuse: dict[str, int] = {}  # status of every answer whose path begins so
         self.ranges = True
+        self.lengths = True  # whether a file's answer tells its length; if not:
+        self.chunked = False  # in chunks, or until the connection ends
+        self.busy: list[dict[str, str]] = []  # headers of the next answers, which are 429
+        self.round = False  # the last page of a listing leads to the first again
         self.listed: dict[str, dict[str, Any]] = {}  # lies of the listing about a file
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that has seen enough
+            super().handle_error(request, client_address)
 
     def requests(self, part: str) -> list[dict[str, str]]:
         """Headers of the requests whose path contains `part`."""
@@ -44,6 +53,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, path = self.server, unquote(urlsplit(self.path).path)
         hub.log.append((path, dict(self.headers)))
+        if hub.busy:
+            return self.answer(429, b"later", hub.busy.pop(0))
         for prefix, status in hub.refuse.items():
             if path.startswith(prefix):
                 return self.answer(status, b"no")
@@ -73,9 +84,10 @@ class Handler(BaseHTTPRequestHandler):
         assert "recursive=true" in query
         at = int(query.partition("cursor=")[2] or 0)
         headers = {}
-        if at + PAGE < len(entries):
+        if (after := at + PAGE) < len(entries) or hub.round:
             here = f"https://elsewhere.invalid{urlsplit(self.path).path}"
-            headers["Link"] = f'<{here}?recursive=true&cursor={at + PAGE}>; rel="next"'
+            after = after if after < len(entries) else 0
+            headers["Link"] = f'<{here}?recursive=true&cursor={after}>; rel="next"'
         self.answer(200, json.dumps(entries[at : at + PAGE]).encode(), headers)
 
     def send_content(self, path: str) -> None:
@@ -92,7 +104,28 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         cut = hub.cuts.get(name)
         limit = cut.pop(0) if cut else None
-        self.answer(status, content[start:], headers, limit)
+        if hub.lengths:
+            self.answer(status, content[start:], headers, limit)
+        else:
+            self.answer_without_length(
+                status, content[start:][:limit], headers | {"Whole": "no" if limit else "yes"}
+            )
+
+    def answer_without_length(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        """As `answer`; what is cut ends the connection without a last chunk."""
+        chunked, self.close_connection = self.server.chunked, True
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header(
+            *(("Transfer-Encoding", "chunked") if chunked else ("Connection", "close"))
+        )
+        self.end_headers()
+        for i in range(0, len(body), 500):
+            block = body[i : i + 500]
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(block), block) if chunked else block)
+        if chunked and headers["Whole"] == "yes":
+            self.wfile.write(b"0\r\n\r\n")
 
     def answer(
         self,

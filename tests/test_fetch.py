@@ -22,7 +22,7 @@ import data.prepare as prepare
 from data import download as downloads
 from data.chat import parse
 from data.download import RemoteFile, download, hub_files
-from data.files import load_examples, sha256_file
+from data.files import load_examples, lock, sha256_file
 from data.named import NAMED
 from data.tokenizer import Tokenizer
 from tests.hub import Hub
@@ -41,7 +41,7 @@ def one(hub: Hub) -> RemoteFile:
 
 
 def left(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.rglob("*") if p.is_file())
+    return sorted(p.name for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
 
 
 def ranges(hub: Hub) -> list[str | None]:
@@ -74,7 +74,7 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(
     assert hub.requests("/api/")[0]["Authorization"] == "Bearer secret"
     assert [p for p, headers in hub.log if "Authorization" in headers and "/cdn/" in p] == []
     other = f"http://localhost:{hub.server_port}/{REPO}/resolve/main/a.txt"
-    download([RemoteFile("b.txt", other)], tmp_path)
+    download([RemoteFile("b.txt", other, 5)], tmp_path)
     assert "Authorization" not in hub.log[-2][1]
 
 
@@ -169,16 +169,12 @@ def interrupted(hub: Hub, file: RemoteFile, folder: Path, n_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("size", [len(CONTENT), len(CONTENT) + 5])
-@pytest.mark.parametrize("known", [True, False])
 def test_a_file_that_changed_on_the_server_begins_again(
-    hub: Hub, one: RemoteFile, known: bool, size: int, tmp_path: Path
+    hub: Hub, one: RemoteFile, size: int, tmp_path: Path
 ) -> None:
-    if not known:
-        one = RemoteFile(one.name, one.url)
     interrupted(hub, one, tmp_path, 1000)
     hub.files[REPO][one.name] = new = bytes(size)
-    if known:
-        one = dataclasses.replace(one, size=size, sha256=hashlib.sha256(new).hexdigest())
+    one = dataclasses.replace(one, size=size, sha256=hashlib.sha256(new).hexdigest())
     [path] = download([one], tmp_path)
     assert path.read_bytes() == new
     assert ranges(hub) == ["bytes=1000-", None]
@@ -190,7 +186,9 @@ def test_a_partial_file_longer_than_the_servers_begins_again(
 ) -> None:
     interrupted(hub, one, tmp_path, 1000)
     hub.files[REPO][one.name] = new = b"short"
-    [path] = download([RemoteFile(one.name, one.url)], tmp_path)  # the answer to the range is 416
+    [path] = download(
+        [RemoteFile(one.name, one.url, 5)], tmp_path
+    )  # the answer to the range is 416
     assert path.read_bytes() == new
     assert left(tmp_path) == ["one.parquet"]
 
@@ -211,7 +209,8 @@ def test_a_whole_partial_file_is_only_checked(hub: Hub, one: RemoteFile, tmp_pat
 def test_a_wrong_byte_leaves_nothing(
     hub: Hub, one: RemoteFile, lie: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=f"data/one.parquet .* damaged.*{reason}") as info:
+    reason = f"data/one.parquet .* damaged.*{reason}.*; give the same command again"
+    with pytest.raises(ValueError, match=reason) as info:
         download([dataclasses.replace(one, **lie)], tmp_path)
     assert "\n" not in str(info.value)
     assert left(tmp_path) == []
@@ -221,7 +220,7 @@ def test_a_wrong_byte_leaves_nothing(
 def test_a_name_that_leaves_the_folder_is_refused(hub: Hub, name: str, tmp_path: Path) -> None:
     hub.files[REPO]["a"] = b"x"
     with pytest.raises(ValueError, match="not inside"):
-        download([RemoteFile(name, f"{hub.url}/{REPO}/resolve/main/a")], tmp_path / "in")
+        download([RemoteFile(name, f"{hub.url}/{REPO}/resolve/main/a", 1)], tmp_path / "in")
     assert hub.log == []
     assert left(tmp_path) == []
 
@@ -259,6 +258,96 @@ def test_a_full_disk_leaves_what_is_there_to_go_on_with(
     download([one], tmp_path)
     assert ranges(hub) == ["bytes=3000-"]
     assert left(tmp_path) == ["one.parquet"]
+
+
+def test_two_downloads_into_one_folder_are_not_mixed(
+    hub: Hub, one: RemoteFile, tmp_path: Path
+) -> None:
+    pytest.importorskip("fcntl")
+    with (
+        lock(tmp_path, "downloading into"),
+        pytest.raises(ValueError, match=f"another process is downloading into {tmp_path}$"),
+    ):
+        download([one], tmp_path)
+    assert hub.requests("/resolve/") == []
+    with pytest.raises(ValueError, match="damaged"):
+        download([dataclasses.replace(one, size=7)], tmp_path)
+    [path] = download([one], tmp_path)  # a failure holds nothing
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_body_longer_than_the_listing_says_is_not_read_to_its_end(
+    hub: Hub, one: RemoteFile, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"\(1,000 bytes instead of 700\)"):  # of two blocks
+        download([dataclasses.replace(one, size=700, sha256=None)], tmp_path)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_server_that_tells_no_length_is_resumed_too(
+    hub: Hub, one: RemoteFile, chunked: bool, tmp_path: Path
+) -> None:
+    hub.lengths, hub.chunked = False, chunked
+    hub.cuts["data/one.parquet"] = [1000, 500]
+    [path] = download([one], tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert ranges(hub) == [None, "bytes=1000-", "bytes=1500-"]
+
+
+@pytest.mark.parametrize("token", ["sec\rret", "secrét", "sec\u2028ret"])
+def test_a_token_that_is_none_is_named_and_never_shown(
+    hub: Hub, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files[REPO]["a.txt"] = b"words"
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ValueError, match="HF_TOKEN holds a character") as info:
+        hub_files("me/mine", "datasets", ["*"])
+    assert "ret" not in str(info.value).replace("secret", "")
+    assert hub.log == []
+    monkeypatch.setenv("HF_TOKEN", " secret\r\n")
+    hub_files("me/mine", "datasets", ["*"])
+    assert hub.requests("/api/")[0]["Authorization"] == "Bearer secret"
+
+
+def test_a_listing_and_a_file_wait_for_a_busy_server(
+    hub: Hub, one: RemoteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr(downloads, "BACKOFF", 1)
+    hub.busy = [{}, {"Retry-After": "7"}, {"Retry-After": "9999"}, {"Retry-After": "Sun"}, {}]
+    assert hub_files("me/mine", "datasets", ["*"]) == [one]
+    assert waits == [1, 7, downloads.PATIENCE, 8, 16]
+    hub.busy, waits[:] = [{}, {"Retry-After": "3"}], []
+    [path] = download([one], tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert waits == [1, 3]
+    hub.busy, waits[:] = [{}] * 9, []
+    with pytest.raises(ValueError, match=r"cannot reach .* answers 429"):
+        hub_files("me/mine", "datasets", ["*"])
+    assert waits == [1, 2, 4, 8, 16]
+    waits.clear()
+    monkeypatch.setenv("HF_ENDPOINT", "no address")
+    with pytest.raises(ValueError, match="cannot reach no address"):
+        hub_files("me/mine", "datasets", ["*"])
+    assert waits == []  # what never passes is not waited for
+
+
+@pytest.mark.parametrize("lie", [{"size": "5"}, {"size": -1}, {"size": True}, {"path": 5}])
+def test_a_listing_of_another_shape_is_one_clear_error(hub: Hub, lie: dict[str, Any]) -> None:
+    hub.files[REPO]["a.txt"] = b"words"
+    hub.listed["a.txt"] = lie
+    with pytest.raises(ValueError, match="is not the listing of a hub"):
+        hub_files("me/mine", "datasets", ["*"])
+
+
+def test_a_listing_that_goes_round_is_one_clear_error(hub: Hub) -> None:
+    hub.files[REPO].update({f"{i}.txt": b"" for i in range(9)})
+    hub.round = True
+    with pytest.raises(ValueError, match="is not the listing of a hub"):
+        hub_files("me/mine", "datasets", ["*"])
+    assert len(hub.log) < 9
 
 
 # ---- the named sets ------------------------------------------------------------------------
