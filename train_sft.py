@@ -65,7 +65,7 @@ def load_data(config: SFTConfig, base: Checkpoint, new: bool) -> SFTData:
             "pretrain with a larger model.block_size"
         )
     path = Path(config.data.path)
-    if path.name.endswith(QA_SUFFIXES):
+    if path.name.lower().endswith(QA_SUFFIXES):
         path, files = Path(config.run.dir) / PREPARED_QA, [path]
         with first_alone():
             if new and is_first():  # of a start that failed: the file may have been mended since

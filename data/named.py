@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from rich.table import Table
 
 from data.download import RemoteFile, hub_files
 
+ROOT = Path(__file__).resolve().parents[1]
 # Into gpt2 tokens, measured on one core of an AMD EPYC.
 MEGABYTES_PER_SECOND = {"text": 15, "qa": 9}
 
@@ -25,7 +28,8 @@ class NamedSet:
         source: a hub repository, of which the files that match `patterns` are taken, or a URL.
         size: of the download, in bytes; about right, but exact with a `sha256`.
         recipe: the config that trains on it.
-        shape: what a document or an example looks like; "trees" are OASST's single messages.
+        shape: what a document or an example looks like.
+        trees: whether the rows are OASST's single messages, of which a tree is an example.
         field: of text, the key or column that holds it.
         tokenizer: what it is prepared with unless told otherwise.
         sha256: of a URL's file (the hub names those of its own).
@@ -40,6 +44,7 @@ class NamedSet:
     shape: str
     field: str = "text"
     tokenizer: str = "gpt2"
+    trees: bool = False
     sha256: str | None = None
 
     @property
@@ -90,7 +95,7 @@ NAMED = {
     "oasst1": NamedSet(
         "qa", "OpenAssistant/oasst1", ("data/train-*.parquet",), 40_000_000,
         "configs/gpt2-finetune/sft.toml",
-        "apache-2.0", "trees",
+        "apache-2.0", "trees of messages", trees=True,
     ),
 }
 # fmt: on
@@ -124,23 +129,50 @@ def remote_files(named: NamedSet, n_files: int | None) -> list[RemoteFile]:
     return hub_files(named.source, "datasets", named.patterns)[:n_files]
 
 
-def print_plan(
-    name: str, files: Sequence[RemoteFile], folder: Path, tokenizer: str, n_cores: int
-) -> None:
-    """What fetching these files takes; all but the download is guessed from its size."""
-    named, download = NAMED[name], sum(file.size or 0 for file in files)
-    text = download * (2 if files[0].name.endswith(".parquet") else 1)  # packed to about a half
+def bytes_of_tokens(named: NamedSet, files: Sequence[RemoteFile], tokenizer: str) -> float:
+    """About the size of the token files, guessed from that of the download."""
     # A token is 2 bytes of a file and about 4 of text; in Q&A another byte says what is taught.
-    tokens = text * (2 if tokenizer == "byte" else 0.5) * (1.5 if named.kind == "qa" else 1)
+    share = (2 if tokenizer == "byte" else 0.5) * (1.5 if named.kind == "qa" else 1)
+    return text_bytes(files) * share
+
+
+def text_bytes(files: Sequence[RemoteFile]) -> int:
+    """About how much text there is in the files: parquet packs it to a half."""
+    return sum(file.size for file in files) * (2 if files[0].name.endswith(".parquet") else 1)
+
+
+def print_plan(
+    name: str,
+    named: NamedSet,
+    files: Sequence[RemoteFile],
+    folder: Path,
+    preparing: float,
+    n_cores: int,
+) -> None:
+    """What fetching these files takes; `preparing` is bytes of disk."""
+    download = sum(file.size for file in files)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     rate = MEGABYTES_PER_SECOND[named.kind]
+    minutes = text_bytes(files) / 60e6 / rate / n_cores
     print(
         f"{name}: {len(files)} file(s), {in_words(download)} from {named.source} "
         f"({named.licence})\n"
-        f"disk: about {in_words(download + 2 * tokens)} for the download, the token files and "
+        f"disk: about {in_words(download + preparing)} for the download, the token files and "
         f"a scratch copy of them; {in_words(free)} are free\n"
-        f"preparing: about {text / 60e6 / rate / n_cores:.1f} minutes, at {rate} MB/s of text on "
+        f"preparing: about {minutes:.1f} minutes, at {rate} MB/s of text on "
         f"each of {n_cores} core(s)",
         flush=True,
     )
+
+
+def next_command(named: NamedSet, out: Path, base: Path | None) -> str:
+    """What trains on a set by its recipe, told of the data and the base only where they differ."""
+    stage = "pretrain" if named.kind == "text" else "sft"
+    command = ["python", f"train_{stage}.py", "--config", named.recipe]
+    recipe = tomllib.loads((ROOT / named.recipe).read_text(encoding="utf-8"))
+    if base:
+        command.append(f"--base={base}")
+    if out != Path(recipe["data"]["path"]):
+        command.append(f"--data.path={out}")
+    return shlex.join(command)

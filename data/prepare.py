@@ -30,10 +30,12 @@ from rich.progress import Progress
 
 from data.chat import Message, render, template_fingerprint
 from data.files import (
+    full_disk,
     load_examples,
     new_directory,
     one_line_errors,
     read_meta,
+    resolve_checkpoint,
     sha256_file,
     verify_checksums,
     write_meta,
@@ -42,6 +44,7 @@ from data.read import (
     PIECE,
     QA_SUFFIXES,
     TEXT_SUFFIXES,
+    distinct,
     read_conversations,
     read_documents,
     read_files,
@@ -254,29 +257,45 @@ def write_qa(
     return meta
 
 
+def check_folder(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The meta.json of what `out` holds already, made by this request; None if it holds nothing.
+
+    Raises:
+        ValueError: `out` holds data made from other inputs, or somebody's files.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    meta = read_meta(out)
+    old = meta.get("request", {})
+    if keys := [k for k in {**old, **request} if not same(old.get(k), request.get(k))]:
+        raise ValueError(
+            f"{out} holds data made from other inputs ({', '.join(keys)}); "
+            "delete it or choose another --out"
+        )
+    return meta
+
+
+def same(old: Any, new: Any) -> bool:
+    """Whether two values of a request agree; a new file whose sha256 is None may have any."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        new = [{**n, "sha256": n["sha256"] or o["sha256"]} for o, n in zip(old, new, strict=True)]
+    return bool(old == new)
+
+
 def write_folder(
     out: Path, request: dict[str, Any], fill: Callable[[Path], tuple[Tokenizer, dict[str, Any]]]
 ) -> dict[str, Any]:
     """Makes `out` by `fill` and seals it with meta.json; does nothing if it is there already.
 
     Raises:
-        ValueError: `out` holds data made from other inputs, damaged data, or somebody's files.
+        ValueError: as `check_folder`, damaged data, or a full disk.
     """
-    request = {"format": FORMAT, **request}
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        meta = read_meta(out)
-        if meta.get("request") != request:
-            old = meta.get("request", {})
-            keys = [k for k in {**old, **request} if old.get(k) != request.get(k)]
-            raise ValueError(
-                f"{out} holds data made from other inputs ({', '.join(keys)}); "
-                "delete it or choose another --out"
-            )
+    if meta := check_folder(out, request):
         verify_checksums(out, meta["files"])
         print(f"{out}: up to date, nothing to do")
         return meta
     begin = time.perf_counter()
-    with new_directory(out) as folder:
+    with full_disk(out), new_directory(out) as folder:
         tokenizer, parts = fill(folder)
         meta = {
             "request": request,
@@ -336,7 +355,12 @@ def prepare_world(
         return tokenizer, {"text": text, "qa": qa, **made}
 
     made = {"world": asdict(config), "world_fingerprint": world.fingerprint}
-    request = {**made, "tokenizer": tokenizer_spec, "val_fraction": val_fraction}
+    request = {
+        "format": FORMAT,
+        **made,
+        "tokenizer": tokenizer_spec,
+        "val_fraction": val_fraction,
+    }
     return write_folder(out, request, fill)
 
 
@@ -361,14 +385,22 @@ def prepare_text(
             text = write_text(documents, tokenizer, folder, val_fraction, seed)
         return tokenizer, {"text": text}
 
-    request = {
-        "text": sources(files),
+    request = text_request(sources(files), tokenizer_spec, val_fraction, field, seed)
+    return write_folder(out, request, fill)
+
+
+def text_request(
+    files: list[dict[str, Any]], tokenizer_spec: str, val_fraction: float, field: str, seed: int
+) -> dict[str, Any]:
+    """What a folder of text is made from, for meta.json."""
+    return {
+        "format": FORMAT,
+        "text": files,
         "tokenizer": tokenizer_spec,
         "val_fraction": val_fraction,
         "field": field,
         "seed": seed,
     }
-    return write_folder(out, request, fill)
 
 
 def prepare_qa(
@@ -385,6 +417,7 @@ def prepare_qa(
 
     `trees` and `shown` are those of `read_conversations`.
     """
+    files = distinct(files)
     tokenizer = (
         tokenizer_of if isinstance(tokenizer_of, Tokenizer) else Tokenizer.load(tokenizer_of)
     )
@@ -394,8 +427,22 @@ def prepare_qa(
             conversations = read_conversations(files, skip_bad, trees, shown, advance)
             return tokenizer, {"qa": write_qa(conversations, tokenizer, folder, val_fraction, seed)}
 
-    request = {
-        "qa": sources(files),
+    request = qa_request(sources(files), tokenizer, val_fraction, seed, skip_bad, trees)
+    return write_folder(out, request, fill)
+
+
+def qa_request(
+    files: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    val_fraction: float,
+    seed: int,
+    skip_bad: bool,
+    trees: bool,
+) -> dict[str, Any]:
+    """What a folder of Q&A is made from, for meta.json."""
+    return {
+        "format": FORMAT,
+        "qa": files,
         "tokenizer": tokenizer.fingerprint,
         "template": template_fingerprint(),
         "val_fraction": val_fraction,
@@ -403,7 +450,6 @@ def prepare_qa(
         "skip_bad": skip_bad,
         **({"trees": True} if trees else {}),
     }
-    return write_folder(out, request, fill)
 
 
 def fetch(
@@ -422,7 +468,7 @@ def fetch(
         ValueError: no such name, or a step of it fails.
     """
     from data.download import download
-    from data.named import NAMED, print_plan, remote_files
+    from data.named import NAMED, bytes_of_tokens, next_command, print_plan, remote_files
 
     if name not in NAMED:
         raise ValueError(f"no data set is called {name!r}; there are {', '.join(NAMED)}")
@@ -433,19 +479,32 @@ def fetch(
         raise ValueError("--tokenizer-of is for Q&A; text takes --tokenizer gpt2, byte or bpe:N")
     if named.kind == "qa" and spec.startswith("bpe") and not tokenizer_of:
         raise ValueError(f"{spec} is trained on text: name the base with --tokenizer-of FOLDER")
-    # Before anything is downloaded: no such folder, or a vocabulary that cannot be had.
+    # Before anything is downloaded: no such folder, a vocabulary that cannot be had, other data.
     tokens = Tokenizer.load(tokenizer_of) if tokenizer_of else create_tokenizer(spec, [])
-    files = remote_files(named, n_files)
-    print_plan(name, files, downloads, tokens.kind, n_cores())
-    paths = download(files, downloads)
+    try:
+        files = remote_files(named, n_files)
+    except ValueError as error:
+        if not downloads.exists():
+            raise
+        raise ValueError(f"{error}; what came before is in {downloads}") from None
+    found = [{"file": Path(f.name).name, "bytes": f.size, "sha256": f.sha256} for f in files]
     if named.kind == "text":
-        stage, base = "pretrain", ""
+        request = text_request(found, spec, val_fraction, named.field, seed)
+    else:
+        request = qa_request(found, tokens, val_fraction, seed, True, named.trees)
+    is_made = check_folder(out, request) is not None
+    # The token files, and a scratch copy of them.
+    preparing = 0 if is_made else 2 * bytes_of_tokens(named, files, tokens.kind)
+    print_plan(name, named, files, downloads, preparing, n_cores())
+    paths = download(files, downloads, [(out, preparing, "prepare")])
+    if named.kind == "text":
         meta = prepare_text(paths, out, spec, val_fraction, named.field, seed)
     else:
-        stage, base, trees = "sft", f" --base={tokenizer_of or 'BASE'}", named.shape == "trees"
-        meta = prepare_qa(paths, out, tokens, val_fraction, seed, True, trees, shown=1)
-    command = f"python train_{stage}.py --config {named.recipe}{base} --data.path={out}"
-    print(f"next: {command} --run.dir={out.parent / stage}")
+        meta = prepare_qa(paths, out, tokens, val_fraction, seed, True, named.trees, shown=1)
+    base = tokenizer_of
+    if base and "request" in read_meta(resolve_checkpoint(base)):
+        base = None  # a data folder
+    print(f"next: {next_command(named, out, base)}")
     return meta
 
 

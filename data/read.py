@@ -16,13 +16,14 @@ from typing import IO, Any, TypeVar, cast
 from data.chat import ROLES, Message
 
 T = TypeVar("T")
-TEXT_SUFFIXES = tuple(".txt .md .jsonl .parquet .txt.gz .jsonl.gz .txt.zst .jsonl.zst".split())
-QA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+PLAIN_SUFFIXES = (".txt", ".md", ".txt.gz", ".txt.zst")  # a document each
+TEXT_SUFFIXES, QA_SUFFIXES = (*PLAIN_SUFFIXES, *ROW_SUFFIXES), (".json", *ROW_SUFFIXES)
 PIECE = 1 << 20  # characters read at a time, so that memory does not grow with a document
 
 
 def text_files(paths: Sequence[Path]) -> list[Path]:
-    """The files to read, folders searched for TEXT_SUFFIXES.
+    """The files to read, each once, folders searched for TEXT_SUFFIXES but not for hidden files.
 
     Raises:
         ValueError: a path is missing or of an unknown kind, or a folder holds no text.
@@ -31,12 +32,23 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} not found")
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            inside = (f.relative_to(path) for f in sorted(path.rglob("*")))
+            found = [path / f for f in inside if not any(p.startswith(".") for p in f.parts)]
         found = [f for f in found if f.is_file() and f.name.lower().endswith(TEXT_SUFFIXES)]
         if not found:
             raise ValueError(f"{path}: no text there; it can be {', '.join(TEXT_SUFFIXES)}")
         files += found
-    return files
+    return distinct(files)
+
+
+def distinct(files: Sequence[Path]) -> list[Path]:
+    """The files without those that are an earlier one again, by its name or by a link to it."""
+    first = dict[Path, Path]()
+    for file in files:
+        first.setdefault(file.resolve(), file)
+    return [*first.values()]
 
 
 def read_files(
@@ -66,11 +78,11 @@ def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[Iterator[
         ValueError: damaged, not UTF-8, not JSON, or no text under `field`; with the place.
     """
     name = file.name.lower()
-    if name.endswith((".txt", ".md", ".txt.gz", ".txt.zst")):
-        f = open_text(file, raw)
+    if name.endswith(PLAIN_SUFFIXES):
 
         def pieces() -> Iterator[str]:
             with readable(file):
+                f = open_text(file, raw)
                 while piece := f.read(PIECE):
                     yield piece
 
@@ -80,18 +92,25 @@ def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[Iterator[
     for place, document in rows:
         if isinstance(document, ValueError):
             raise ValueError(f"{place}: {document}")
-        text = document.get(field) if isinstance(document, dict) else None
-        if not isinstance(text, str):
+        if not isinstance(document, dict) or field not in document:
             held = f"; it has {', '.join(document)}" if isinstance(document, dict) else ""
             raise ValueError(f"{place}: no text under {field!r}; name the field with --field{held}")
+        if not isinstance(text := document[field], str):
+            raise ValueError(f"{place}: {field!r} holds {type(text).__name__}, not text")
         if not is_unicode(text):
             raise ValueError(f"{place}: half a surrogate pair")
         yield iter([text[i : i + PIECE] for i in range(0, len(text), PIECE)])
 
 
 def open_text(file: Path, raw: IO[bytes]) -> io.TextIOWrapper:
-    """The text of an open file, unpacked as it is read."""
+    """The text of an open file, unpacked as it is read.
+
+    Raises:
+        EOFError: a packed file without a byte.
+    """
     source, suffix = raw, file.suffix.lower()
+    if suffix in (".gz", ".zst") and not file.stat().st_size:
+        raise EOFError("it is empty")
     if suffix == ".gz":
         source = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     elif suffix == ".zst":
@@ -107,25 +126,34 @@ def read_lines(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, Any]]:
                 value: Any
                 try:
                     value = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     value = ValueError(f"not JSON ({error})")
                 yield f"{file}, line {number}", value
 
 
 def read_rows(file: Path, raw: IO[bytes], columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(place, row) of a parquet file; only those columns, or all if it has none of them."""
+    """(place, row) of a parquet file; only those columns, or all empty if it has none of them."""
     pyarrow, before = import_pyarrow(file), 0
     with readable(file):
         try:
             # By itself it reads whole columns ahead, of a row group or of all the file.
             shard = pyarrow.parquet.ParquetFile(raw, buffer_size=PIECE, pre_buffer=False)
-            kept = [c for c in shard.schema_arrow.names if c in columns] or None
+            n_rows, names = shard.metadata.num_rows, shard.schema_arrow.names
+            kept = [name for name in names if name in columns]
+            if not kept:  # nothing to convert, and it might not be possible
+                for number in range(1, n_rows + 1):
+                    yield f"{file}, row {number}", dict.fromkeys(names)
+                return
             for batch in shard.iter_batches(256, columns=kept, use_threads=False):
                 for number, row in enumerate(batch.to_pylist(), before + 1):
                     yield f"{file}, row {number}", row
                 before += batch.num_rows
         except pyarrow.ArrowException as error:
             raise EOFError(error) from None
+        except (ValueError, OverflowError) as error:  # such as a time that Python cannot hold
+            raise ValueError(f"{file}: {', '.join(kept)} cannot be read: {error}") from None
+        if before != n_rows:
+            raise EOFError(f"{before:,} rows instead of {n_rows:,}")
 
 
 def import_pyarrow(file: Path) -> Any:
@@ -175,7 +203,7 @@ def read_examples(file: Path, raw: IO[bytes], trees: bool = False) -> Iterator[t
     if name.endswith(".json"):
         examples = read_list(file, raw)
     elif name.endswith(".parquet"):
-        examples = read_rows(file, raw, TREE_KEYS if trees else ())
+        examples = read_rows(file, raw, TREE_KEYS if trees else QA_KEYS)
     else:
         examples = read_lines(file, raw)
     return best_paths(examples) if trees else examples
@@ -194,7 +222,7 @@ def read_list(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, Any]]:
         number, counted = number + text.count("\n", counted, position), position
         try:
             value, position = decoder.raw_decode(text, position)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
         yield f"{file}, line {number}", value
         position = _skip_space(text, position)
@@ -309,6 +337,10 @@ def check_messages(messages: Any) -> list[Message]:
     return checked
 
 
+# What `parse_example` looks at.
+QA_KEYS = tuple(
+    "messages conversations question answer instruction input output context response".split()
+)
 # How other formats name the roles (ShareGPT's `from`, OASST).
 _ROLE_NAMES = {
     "human": "user",
@@ -331,6 +363,8 @@ def parse_example(example: Any) -> list[Message]:
     """
     if not isinstance(example, dict):
         raise ValueError(f"expected a JSON object, not {type(example).__name__}")
+    # A table has a column for every key of any row, empty where a row has no such key.
+    example = {k: v for k, v in example.items() if v is not None} or example
     for key in ("messages", "conversations"):
         if key in example:
             messages = example[key]
@@ -357,6 +391,7 @@ def parse_example(example: Any) -> list[Message]:
 
 
 def _rename_turn(turn: dict[str, Any]) -> dict[str, Any]:
-    role = turn.get("role", turn.get("from"))
+    role = turn.get("role") or turn.get("from")
     name = _ROLE_NAMES.get(role, role) if isinstance(role, str) else role
-    return {"role": name, "content": turn.get("content", turn.get("value"))}
+    content = turn.get("content")
+    return {"role": name, "content": turn.get("value") if content is None else content}

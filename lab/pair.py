@@ -135,7 +135,7 @@ def qa_of(instruct: Checkpoint) -> Path:
     """The prepared Q&A that an instruct model was tuned on."""
     config = instruct.meta["config"]
     path = Path(config["data"]["path"])
-    if path.name.endswith(QA_SUFFIXES):
+    if path.name.lower().endswith(QA_SUFFIXES):
         path = Path(config["run"]["dir"]) / PREPARED_QA
     if not path.exists():
         raise ValueError(f"{path}, which {instruct.path} was tuned on, is gone; name others: --qa")

@@ -8,8 +8,10 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +24,8 @@ import data.prepare as prepare
 from data import download as downloads
 from data.chat import parse
 from data.download import RemoteFile, download, hub_files
-from data.files import load_examples, lock, sha256_file
-from data.named import NAMED
+from data.files import load_examples, lock, read_meta, sha256_file, write_meta
+from data.named import NAMED, next_command
 from data.tokenizer import Tokenizer
 from tests.hub import Hub
 
@@ -471,7 +473,8 @@ def test_a_named_text_set_has_the_tokens_of_its_text(
     printed = capsys.readouterr().out
     assert f"{name}: 2 file(s), " in printed
     assert NAMED[name].licence in printed
-    assert f"train_pretrain.py --config {NAMED[name].recipe} --data.path={out} " in printed
+    told = f"next: python train_pretrain.py --config {NAMED[name].recipe} --data.path={out}\n"
+    assert told in printed
     hub.log.clear()
     assert prepare.fetch(name, out, folder, "byte", val_fraction=0.1, seed=3) == meta
     assert "nothing to do" in capsys.readouterr().out
@@ -518,13 +521,93 @@ def test_a_named_qa_set_has_its_conversations(
     assert conversations(out) == sorted(QA_EXPECTED[name], key=repr)
     assert meta["tokenizer"]["kind"] == "byte"
     printed = capsys.readouterr().out
-    assert f"python train_sft.py --config {NAMED[name].recipe} --base=" in printed
+    told = f"next: python train_sft.py --config {NAMED[name].recipe} --data.path={out}\n"
+    assert told in printed
     n_bad = {"dolly": 2, "oasst1": 1}.get(name, 0)
     assert (f"skipped {n_bad} of {N + n_bad} examples" in printed) == bool(n_bad)
     assert printed.count("skipped") == 2 * bool(n_bad)
     again = prepare.fetch(name, tmp_path / "other", tmp_path / "downloads", tokenizer_of=out)
     assert again["tokenizer"] == meta["tokenizer"]
     assert tokens_of(tmp_path / "other") == tokens_of(out)
+    assert "--base" not in capsys.readouterr().out  # a data folder is none
+    base, meta = tmp_path / "a base", read_meta(shutil.copytree(out, tmp_path / "a base"))
+    del meta["request"]
+    write_meta(base, meta)
+    prepare.fetch(name, tmp_path / "third", tmp_path / "downloads", tokenizer_of=base)
+    assert f" '--base={base}' --data.path={tmp_path / 'third'}\n" in capsys.readouterr().out
+
+
+def test_the_next_command_names_the_data_only_where_the_recipe_does_not() -> None:
+    command = "python train_pretrain.py --config configs/tinystories/pretrain.toml"
+    assert next_command(NAMED["tinystories"], Path("out/tinystories/data"), None) == command
+
+
+@pytest.fixture
+def stories(hub: Hub, tmp_path: Path) -> Callable[..., Any]:
+    """Fetches two small files by a name."""
+    hub.files["datasets/roneneldan/TinyStories"] = shards("data/train")
+
+    def fetched(out: str = "out", tokenizer: str = "byte", **options: Any) -> Any:
+        folder = tmp_path / "downloads"
+        return prepare.fetch("tinystories", tmp_path / out, folder, tokenizer, **options)
+
+    return fetched
+
+
+def test_an_out_that_cannot_be_is_refused_before_the_download(
+    hub: Hub, stories: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match=r"mine has no meta\.json"):
+        stories("mine")
+    assert hub.requests("/resolve/") == []
+    stories()
+    shutil.rmtree(tmp_path / "downloads")
+    hub.log.clear()
+    for options, key in (
+        ({"tokenizer": "bpe:300"}, "tokenizer"),
+        ({"val_fraction": 0.3}, "val_fraction"),
+        ({"seed": 2}, "seed"),
+        ({"n_files": 1}, "text"),
+    ):
+        with pytest.raises(ValueError, match=rf"other inputs \({key}\)"):
+            stories(**options)
+    hub.files["datasets/roneneldan/TinyStories"] |= {"data/train-00000-of-00002.parquet": b"new"}
+    with pytest.raises(ValueError, match=r"other inputs \(text\)"):
+        stories()
+    assert hub.requests("/resolve/") == []
+
+
+def test_what_cannot_be_prepared_is_refused_before_the_download(
+    hub: Hub, stories: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(len(content) for name, content in shards("data/train").items() if "train" in name)
+    free = {"downloads": size, "out": 8 * size, "mine": 8 * size - 1}  # of byte tokens, twice
+    monkeypatch.setattr(downloads, "_existing", lambda path: path)
+    monkeypatch.setattr(downloads, "_disk", lambda path: len(path.name))  # three disks
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[Path(path).name]))
+        with pytest.raises(ValueError, match=r"mine: .* GB to prepare do not fit"):
+            stories("mine")
+        patch.setattr(downloads, "_disk", lambda path: 1)
+        free["downloads"] = 9 * size - 1
+        with pytest.raises(ValueError, match=r"downloads: .* GB to download and prepare do not"):
+            stories()
+        assert hub.requests("/resolve/") == []
+        free["downloads"] = 9 * size
+        stories()
+        free["downloads"] = 0
+        stories()  # of what is there already nothing is needed
+
+
+def test_without_the_hub_what_came_before_is_named(
+    hub: Hub, stories: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stories()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(ValueError, match=rf"cannot reach .* is in {tmp_path / 'downloads'}$"):
+        stories()
 
 
 def test_trees_end_even_if_a_message_answers_itself(tmp_path: Path) -> None:

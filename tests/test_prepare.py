@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -21,7 +22,7 @@ import pytest
 import data.prepare as prepare
 from data.chat import Message, render, template_fingerprint
 from data.files import load_examples, open_prepared, read_meta, sha256_file
-from data.read import parse_example, read_documents, read_examples, read_files
+from data.read import parse_example, read_documents, read_examples, read_files, text_files
 from data.tokenizer import Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 
@@ -207,6 +208,17 @@ def test_files_of_every_kind_and_folders_are_read(tmp_path: Path) -> None:
     assert meta["text"]["documents"] == 9
 
 
+def test_what_is_hidden_or_there_twice_is_read_once_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / ".in"  # itself may be hidden
+    (folder / ".git").mkdir(parents=True)
+    (folder / "a.txt").write_text("words")
+    for name in (".git/b.txt", "._a.txt"):
+        (folder / name).write_text("hidden")
+    (folder / "link.txt").symlink_to(folder / "a.txt")
+    assert text_files([folder, folder / "a.txt", folder / "link.txt"]) == [folder / "a.txt"]
+    assert text_files([folder / "._a.txt"]) == [folder / "._a.txt"]  # asked for by its name
+
+
 def test_meta_tells_what_was_made_of_what(tmp_path: Path) -> None:
     file, out = corpus(tmp_path / "a.jsonl"), tmp_path / "out"
     text(file, out=out, tokenizer="bpe:280")
@@ -277,6 +289,25 @@ def test_killed_half_way_leaves_nothing(
     assert not (out / "junk").exists()
 
 
+@pytest.mark.parametrize("part", ["text", "qa"])
+def test_a_full_disk_names_the_folder_and_leaves_nothing(
+    part: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a.jsonl").write_text(jsonl([{"text": "words", **GOOD}] * 9))
+    before, out = sorted(tmp_path.iterdir()), tmp_path / "out"
+    monkeypatch.setattr(prepare, "copy_spans", full)
+    work: Any = {
+        "text": partial(text, out=out),
+        "qa": lambda f: prepare.prepare_qa([f], out, base, 0.3, 1),
+    }
+    with pytest.raises(ValueError, match=f"{out}: the disk is full; make room and give the same"):
+        work[part](tmp_path / "a.jsonl")
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.tiktoken"])
 def test_a_changed_or_missing_file_is_refused(name: str, tmp_path: Path) -> None:
     file, out = corpus(tmp_path / "a.jsonl"), tmp_path / "out"
@@ -304,6 +335,7 @@ def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 LINE = b'{"text": "words and words"}\n'
 ROWS = [{"text": f"words {i}", "id": i} for i in range(2000)]
+LATE = pa.scalar(1 << 62, pa.timestamp("us"))  # past the years that Python knows
 DAMAGED = bytearray(gzip.compress(LINE * 9, mtime=0))
 DAMAGED[12] = 0xFF
 
@@ -317,7 +349,10 @@ DAMAGED[12] = 0xFF
         ("a.jsonl", LINE + b'{"text": "\xff"}\n', "a.jsonl is not UTF-8"),
         ("a.jsonl", LINE + b"\n{]\n", r"a.jsonl, line 3: not JSON"),
         ("a.jsonl", LINE + b'{"body": "x"}\n', r"a.jsonl, line 2: no text under 'text'.*--field"),
-        ("a.jsonl", LINE + b'{"text": 5}\n', r"a.jsonl, line 2: no text under 'text'"),
+        ("a.jsonl", LINE + b'{"text": 5}\n', r"a.jsonl, line 2: 'text' holds int, not text"),
+        ("a.jsonl", LINE + b"[" * 99_999, r"a.jsonl, line 2: not JSON \(.*recursion"),
+        ("a.jsonl.gz", b"", "a.jsonl.gz is not a whole gzip file: it is empty"),
+        ("a.txt.zst", b"", "a.txt.zst is not a whole zstd file: it is empty"),
         ("a.jsonl", b"[1]\n", r"a.jsonl, line 1: no text under 'text'"),
         ("a.jsonl", LINE + b'{"text": "x\\ud800"}\n', r"a.jsonl, line 2"),
         (
@@ -338,8 +373,10 @@ DAMAGED[12] = 0xFF
             r"row 1: no text under 'text'; name the "
             r"field with --field; it has id, body",
         ),
-        ("a.parquet", parquet([*ROWS, {"text": None}]), r"a.parquet, row 2001: no text under"),
-        ("a.parquet", parquet([{"text": 5}]), r"a.parquet, row 1: no text under 'text'"),
+        ("a.parquet", parquet([*ROWS, {"text": None}]), r"row 2001: 'text' holds NoneType, not"),
+        ("a.parquet", parquet([{"text": 5}]), r"a.parquet, row 1: 'text' holds int, not text"),
+        ("a.parquet", parquet([{"id": LATE}]), r"row 1: no text under 'text'.*it has id"),
+        ("a.parquet", parquet([{"text": LATE}]), r"a.parquet: text cannot be read: "),
         ("a.pdf", b"words", r"a.pdf: no text there; it can be .txt"),
         (None, b"", r"a.txt not found"),
     ],
@@ -391,6 +428,15 @@ def chat(i: int) -> list[Message]:
     return parse_example({"question": f"what is {i}?", "answer": "é" * (i % 5 + 1)})
 
 
+def qa_rows() -> list[Any]:
+    """Conversations 30 to 39, with columns that only some rows fill or that nobody asked for."""
+    rows: list[Any] = [
+        {"messages": chat(i), "conversations": None, "at": LATE} for i in range(30, 39)
+    ]
+    turns = [{"from": m["role"], "value": m["content"]} for m in chat(39)]
+    return [*rows, {"conversations": [*turns[:1], {**turns[1], "role": None, "content": None}]}]
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     text(corpus(tmp_path / "base.jsonl"), out=tmp_path / "base", tokenizer="bpe:280")
@@ -404,10 +450,11 @@ def test_loaded_examples_are_the_rendered_conversations(base: Path, tmp_path: Pa
         + "\n"
         + jsonl([{"conversations": chat(i)} for i in range(10, 20)])
     )
-    more = [{"question": chat(i)[0]["content"], "answer": "é"} for i in range(20, 30)]
+    more: list[Any] = [{"question": chat(i)[0]["content"], "answer": "é"} for i in range(20, 30)]
     more[0] = {"instruction": "add", "input": "2, 2", "output": "4"}
+    more[1] = {"messages": None, "conversations": [{**m, "from": None} for m in chat(21)]}
     (tmp_path / "b.json").write_text(json.dumps(more, indent=2))
-    (tmp_path / "c.parquet").write_bytes(parquet([{"messages": chat(i)} for i in range(30, 40)]))
+    (tmp_path / "c.parquet").write_bytes(parquet(qa_rows()))
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(jsonl([{"messages": chat(40)}]).encode()))
     packed = jsonl([{"instruction": "add", "context": "2, 2", "response": "four"}]).encode()
     (tmp_path / "e.jsonl.zst").write_bytes(zstd(packed))
@@ -430,6 +477,8 @@ def test_loaded_examples_are_the_rendered_conversations(base: Path, tmp_path: Pa
     assert meta["qa"]["train_tokens"] == sum(len(ids) for ids, _ in loaded["train"])
     assert meta["tokenizer"]["fingerprint"] == tokenizer.fingerprint
     assert meta["qa"]["template"] == template_fingerprint()
+    twice = prepare.prepare_qa([*files, files[0]], out, base, 0.2, seed=1)  # changes nothing
+    assert twice == meta
     assert open_prepared(str(out), "qa")["request"]["qa"][0]["file"] == "a.jsonl"
 
 
@@ -462,12 +511,14 @@ def test_bad_lines_are_refused_with_their_place_or_skipped_and_counted(
         ("a.json", '[{"question": "q", "answer": "a"},\n', "line 2: not JSON"),
         ("a.json", json.dumps([GOOD] * 2) + "\n" + json.dumps([GOOD] * 3), "line 2"),
         ("a.json", json.dumps(GOOD), "must hold a list"),
+        ("a.json", "[\n" + "[" * 99_999, r"line 2: not JSON \(.*recursion"),
         ("a.json", "[]", "a.json: no usable example"),
         ("a.jsonl", "\n", "a.jsonl: no usable example"),
         ("a.jsonl", jsonl([GOOD]), "leave none to train on"),
         ("a.csv", "q,a", "comes as .json, .jsonl"),
         ("a.jsonl", b'{"question": "\xff"}', "a.jsonl is not UTF-8"),
         ("a.parquet", parquet([{"words": "x"}]), "a.parquet, row 1: no messages.*it has words"),
+        ("a.parquet", parquet([{"at": LATE}]), "a.parquet, row 1: no messages.*it has at"),
         ("a.parquet", parquet([{"messages": [1]}])[:-9], "a.parquet is not a whole parquet file"),
         ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "a.jsonl.gz is not a whole gzip file"),
         (None, "", "a.jsonl not found"),
