@@ -24,10 +24,11 @@ from data.files import fingerprint, sha256_file
 RETRIES = 4  # failures in a row that bring no byte more than the best before them
 BACKOFF = 0.5  # seconds before the first retry, doubled for each further one
 BLOCK = 1 << 16  # bytes; a cut loses what has come of a block
-BY_HAND = (
-    "set HF_ENDPOINT to a mirror, or fetch the files elsewhere (text then goes to "
-    "`python -m data.prepare text FILES`, Q&A to `... qa FILES`)"
-)
+MIRROR = "set HF_ENDPOINT to a mirror, or fetch the files elsewhere"
+BY_HAND = {
+    "datasets": f"{MIRROR} (text goes to `python -m data.prepare text FILES`, Q&A to `... qa`)",
+    "models": f"{MIRROR} and give their folder",
+}
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def hub_files(
                 # Only the cursor of the next page is taken: a mirror may name the hub itself here.
                 query = urlsplit(response.links.get("next", {}).get("url", "")).query
     except (requests.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{tree} is not the listing of a hub; {BY_HAND}") from None
+        raise ValueError(f"{tree} is not the listing of a hub; {BY_HAND[kind]}") from None
     except requests.RequestException as error:
-        raise ValueError(f"cannot reach {endpoint()} ({_reason(error)}); {BY_HAND}") from None
+        raise ValueError(f"cannot reach {endpoint()} ({_reason(error)}); {BY_HAND[kind]}") from None
     kept = [f for f in files if any(fnmatch(f.name, pattern) for pattern in patterns)]
     if not kept:
         held = ", ".join(f.name for f in files[:5]) or "no file"
@@ -141,7 +142,7 @@ def _download(
             if failures > RETRIES:
                 raise ValueError(
                     f"{file.url} cannot be fetched ({_reason(error)}); {there:,} bytes are kept: "
-                    f"give the same command again to go on, or {BY_HAND}"
+                    f"give the same command again to go on, or {MIRROR}"
                 ) from None
             time.sleep(BACKOFF * 2 ** (failures - 1))
         except OSError as error:
@@ -215,7 +216,7 @@ def _get(session: requests.Session, url: str, start: int = 0) -> requests.Respon
     response.close()
     if code == 429 or code >= 500:
         raise requests.ConnectionError(f"the server answers {code}")
-    remedy = "check the name, and set HF_TOKEN if it is private" if code in (401, 404) else BY_HAND
+    remedy = "check the name, and set HF_TOKEN if it is private" if code in (401, 404) else MIRROR
     if code == 403:
         remedy = "accept its terms in a browser, then set HF_TOKEN to your access token"
     raise ValueError(f"{url.partition('?')[0]}: the server answers {code}; {remedy}")
