@@ -160,7 +160,7 @@ def import_weights(model: GPT, theirs: dict[str, Tensor], n_known: int) -> None:
         expected = torch.Size([sum(len(ours[n]) for n in mine), *ours[mine[0]].shape[1:]])
         if tensor.shape != expected:
             shapes = f"{tuple(tensor.shape)}, not {tuple(expected)}"
-            raise ValueError(f"{name} is of shape {shapes}, which its config.json asks for")
+            raise ValueError(f"its {name} is of shape {shapes}, which its config.json asks for")
         for n, part in zip(mine, tensor.chunk(len(mine)), strict=True):
             ours[n].copy_(part)
 
@@ -397,8 +397,9 @@ def import_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, bool]:
         bytewise = split.get("type") == "ByteLevel" and not split.get("add_prefix_space")
         if not (whole and bytewise) or theirs.get("normalizer") or any(map(model.get, odd)):
             raise ValueError("its tokenizer.json splits or joins text otherwise than GPT-2's")
-        if plain := [t["content"] for t in added if not t["special"]]:
-            raise ValueError(f"its tokenizer.json adds words to GPT-2's: {plain[0]!r}")
+        plain = [t["content"] for t in added if not t.get("special")]
+        if set(plain) - {END_OF_TEXT}:
+            raise ValueError(f"its tokenizer.json adds words to GPT-2's, such as {plain[0]!r}")
     elif (file := folder / "vocab.json").exists():
         vocab, words = read_json(file), True
         special = {END_OF_TEXT: vocab[END_OF_TEXT]}

@@ -26,7 +26,7 @@ from lab import report
 from lab.pair import open_pair
 from model.generate import Sampling, generate
 from model.gpt import GPT, RECIPES, ModelConfig
-from tests.conftest import Fails, sft_config
+from tests.conftest import GPT2_CACHE, Fails, sft_config
 from tests.hub import Hub
 from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -310,6 +310,29 @@ def test_the_real_vocabulary_of_gpt2_is_found_by_its_size(
     assert base.model.config.dropout == 0
 
 
+def test_the_files_of_the_real_vocabulary_give_the_real_tokenizer(
+    tmp_path: Path, gpt2_vocabulary: None
+) -> None:
+    config = hf.GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    contents = [f.read_text(encoding="utf-8") for f in GPT2_CACHE.iterdir() if f.is_file()]
+    vocab = next(c for c in contents if c.startswith("{"))
+    merges = next(c for c in contents if c.startswith("#version")).splitlines()[1:]
+    made = {
+        "added_tokens": [{"id": 50256, "content": "<|endoftext|>", "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        "model": {"continuing_subword_prefix": "", "vocab": json.loads(vocab), "merges": merges},
+    }
+    for name, text in (("vocab.json", vocab), ("tokenizer.json", json.dumps(made))):
+        (tmp_path / "gpt2" / name).write_text(text)
+        out = tmp_path / name.partition(".")[0]
+        import_checkpoint(str(tmp_path / "gpt2"), out, tmp_path, None)
+        tokenizer = load_checkpoint(out).tokenizer
+        assert tokenizer.fingerprint == create_tokenizer("gpt2", []).fingerprint
+        assert tokenizer.kind == "gpt2"
+
+
 def test_an_imported_gpt2_is_tuned_sampled_and_exported_again(
     gpt2: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,6 +434,10 @@ def tokenizer_change(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
     return apply
 
 
+def add_word(made: dict[str, Any]) -> None:
+    made["added_tokens"].append({"id": 999, "content": "cat sat", "special": False})
+
+
 def swap_end(made: dict[str, Any]) -> None:
     """Another special token first, as some put their padding there."""
     n = made["added_tokens"][0]["id"]
@@ -451,10 +478,7 @@ def a_list(folder: Path) -> None:
         (untied, "ties the head"),
         (tokenizer_change(lambda made: made["model"]["merges"].pop()), "otherwise than GPT-2"),
         (tokenizer_change(lambda made: made["model"].update(dropout=0.1)), "otherwise than GPT-2"),
-        (
-            tokenizer_change(lambda made: made["added_tokens"][0].update(special=False)),
-            "adds words",
-        ),
+        (tokenizer_change(add_word), "adds words"),
         (tokenizer_change(swap_end), r"id of <\|endoftext\|>"),
         (tokenizer_change(lambda made: made.update(pre_tokenizer="x")), "AttributeError"),
         (configured(resid_pdrop=None), "TypeError"),
