@@ -10,6 +10,7 @@ An export loads with `AutoModelForCausalLM` and `AutoTokenizer`, as their `gpt2`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -142,18 +143,24 @@ def import_weights(model: GPT, theirs: dict[str, Tensor], n_known: int) -> None:
     Raises:
         ValueError: a tensor is missing or has another shape; with its name.
     """
-    ours = model.state_dict()
+    ours, head = model.state_dict(), theirs.get("lm_head.weight")
+    if model.config.tie_embeddings and head is not None:
+        name = next(names(model.config))[1]
+        if not torch.equal(head, theirs.get(name, theirs.get("wte.weight", head))):
+            raise ValueError("its config.json ties the head to the embedding, its weights do not")
     for mine, name, transposed in names(model.config):
         short = name.removeprefix("transformer.")  # GPT-2's own files leave that out
         if (tensor := theirs.get(name, theirs.get(short))) is None:
-            raise ValueError(f"the weights lack {name}")
+            raise ValueError(f"its weights lack {name}")
         tensor = (tensor.T if transposed and tensor.dim() == 2 else tensor).float()
         if mine[0] in ("wte.weight", "lm_head.weight") and tensor.dim() == 2:
+            if len(tensor) < n_known:
+                raise ValueError(f"its {name} has {len(tensor)} rows, too few for {n_known} tokens")
             tensor = fit_rows(tensor[:n_known], model.vocab_size, len(ours[mine[0]]))
         expected = torch.Size([sum(len(ours[n]) for n in mine), *ours[mine[0]].shape[1:]])
         if tensor.shape != expected:
             shapes = f"{tuple(tensor.shape)}, not {tuple(expected)}"
-            raise ValueError(f"{name} is of shape {shapes}, which its config.json asks for")
+            raise ValueError(f"its {name} is of shape {shapes}, which its config.json asks for")
         for n, part in zip(mine, tensor.chunk(len(mine)), strict=True):
             ours[n].copy_(part)
 
@@ -265,6 +272,8 @@ def import_config(theirs: dict[str, Any]) -> ModelConfig:
     values["dropout"] = theirs.get(keys["dropout"].split()[0], 0.0)
     values["activation"] = ours[given]
     values["tie_embeddings"] = theirs.get("tie_word_embeddings", gpt2)
+    if type(values["tie_embeddings"]) is not bool:
+        raise ValueError("its tie_word_embeddings is neither true nor false")
     if not gpt2:
         values["logit_softcap"] = theirs.get("final_logit_softcapping", 15.0) or 0.0
     config = ModelConfig("gpt2" if gpt2 else "modern", **values)
@@ -347,20 +356,21 @@ def export_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def chat_template() -> str:
     """The template of data/chat.py in Jinja; `generation` marks what training supervises."""
-    end = marked(END_OF_TURN)
-    content = f"message['content'] | replace('<{MARK}|', '<|')"  # nobody forges a turn
-    return (
-        f"{{{{- '{marked(END_OF_TEXT)}' -}}}}"
-        "{%- for message in messages -%}"
-        f"{{%- if message['role'] not in {list(ROLES)} -%}}"
-        f"{{{{- raise_exception('roles are {', '.join(ROLES)}') -}}}}{{%- endif -%}}"
-        f"{{{{- '<{MARK}|' + message['role'] + '|>' -}}}}"
-        "{%- if message['role'] == 'assistant' -%}"
-        f"{{%- generation -%}}{{{{- {content} + '{end}' -}}}}{{%- endgeneration -%}}"
-        f"{{%- else -%}}{{{{- {content} + '{end}' -}}}}{{%- endif -%}}"
-        "{%- endfor -%}"
-        f"{{%- if add_generation_prompt -%}}{{{{- '{marked('<|assistant|>')}' -}}}}{{%- endif -%}}"
-    )
+    # A message that holds a control token's name as it is here loses the mark: no forged turns.
+    content = f"message['content'] | replace('<{MARK}|', '<|') + '{marked(END_OF_TURN)}'"
+    parts = [
+        f"{{{{ '{marked(END_OF_TEXT)}' }}}}",
+        "{% for message in messages %}",
+        f"{{% if message['role'] not in {list(ROLES)} %}}",
+        f"{{{{ raise_exception('roles are {', '.join(ROLES)}') }}}}{{% endif %}}",
+        f"{{{{ '<{MARK}|' + message['role'] + '|>' }}}}",
+        "{% if message['role'] == 'assistant' %}",
+        f"{{% generation %}}{{{{ {content} }}}}{{% endgeneration %}}",
+        f"{{% else %}}{{{{ {content} }}}}{{% endif %}}",
+        "{% endfor %}",
+        f"{{% if add_generation_prompt %}}{{{{ '{marked('<|assistant|>')}' }}}}{{% endif %}}",
+    ]
+    return "".join(parts)
 
 
 def import_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, bool]:
@@ -371,39 +381,47 @@ def import_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, bool]:
     Raises:
         ValueError: it splits or joins text otherwise than ours can.
     """
-    file = folder / "tokenizer.json"
-    if file.exists():
+    special: dict[str, int]
+    if (file := folder / "tokenizer.json").exists():
         theirs = read_json(file)
-        try:
-            vocab, split = theirs["model"]["vocab"], theirs["pre_tokenizer"] or {}
-            merges = [m.split(" ") if isinstance(m, str) else m for m in theirs["model"]["merges"]]
-            special = {t["content"] for t in theirs["added_tokens"]}
-            order = [vocab[a + b] for a, b in merges]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise ValueError(f"{file} is not the tokenizer of a GPT-2") from None
-        byte_level = split.get("type") == "ByteLevel" and not split.get("add_prefix_space")
-        if not byte_level or theirs.get("normalizer") is not None or order != sorted(order):
-            raise ValueError(f"{file} splits text otherwise than GPT-2, as this project cannot")
-        words = split.get("use_regex", True)
-    elif (folder / "vocab.json").exists():
-        file, special, words = folder / "vocab.json", {END_OF_TEXT}, True
-        vocab = read_json(file)
+        model, split = theirs["model"], theirs["pre_tokenizer"] or {}
+        vocab, added = model["vocab"], theirs["added_tokens"]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        made = [vocab[a + b] for a, b in merges]  # in the order of their ids, and all of them
+        special, words = {t["content"]: t["id"] for t in added}, split.get("use_regex", True)
+        letters = [token for token in vocab if len(token) == 1]
+        whole = made == sorted(made) and {*made, *(vocab[x] for x in letters)} >= {
+            i for token, i in vocab.items() if token not in special
+        }
+        odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+        bytewise = split.get("type") == "ByteLevel" and not split.get("add_prefix_space")
+        if not (whole and bytewise) or theirs.get("normalizer") or any(map(model.get, odd)):
+            raise ValueError("its tokenizer.json splits or joins text otherwise than GPT-2's")
+        plain = [t["content"] for t in added if not t.get("special")]
+        if set(plain) - {END_OF_TEXT}:
+            raise ValueError(f"its tokenizer.json adds words to GPT-2's, such as {plain[0]!r}")
+    elif (file := folder / "vocab.json").exists():
+        vocab, words = read_json(file), True
+        special = {END_OF_TEXT: vocab[END_OF_TEXT]}
     elif vocab_size == GPT2_VOCAB_SIZE:
         return create_tokenizer("gpt2", []), False
     else:
-        raise ValueError(f"{folder} has no tokenizer.json and no vocab.json")
-    letters = {letter: byte for byte, letter in enumerate(byte_letters())}
-    try:
-        ranks = {
-            bytes(letters[letter] for letter in token): rank
-            for token, rank in vocab.items()
-            if token not in special
-        }
-    except (KeyError, AttributeError):
-        raise ValueError(f"{file} is not the vocabulary of a GPT-2") from None
+        raise ValueError("it has no tokenizer.json and no vocab.json")
+    numbers = {letter: byte for byte, letter in enumerate(byte_letters())}
+    ranks = {
+        bytes(numbers[letter] for letter in token): rank
+        for token, rank in vocab.items()
+        if token not in special
+    }
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{file}: the ids of its tokens do not count up from 0")
+        raise ValueError(f"the ids of the tokens in its {file.name} do not count up from 0")
     has_control = marked(END_OF_TURN) in special
+    known = [marked(t) for t in CONTROL_TOKENS] if has_control else [END_OF_TEXT]
+    for i, token in enumerate(known, len(ranks)):
+        if special.get(token) != i:
+            raise ValueError(f"the id of {token} in its {file.name} is not {i}, the first free one")
+    if dropped := [token for token in special if token not in known]:
+        print(f"note: left out, with what was learned of them: {', '.join(dropped)}")
     if not words:
         return Tokenizer("byte", BYTE_PATTERN, ranks), has_control
     kind = "gpt2" if len(ranks) + 1 == GPT2_VOCAB_SIZE else "bpe"
@@ -428,31 +446,30 @@ def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another folder, or delete it")
     folder = Path(source) if Path(source).is_dir() else from_hub(source, downloads)
-    config, n_rows = read_config(folder)
-    tokenizer, has_control = import_tokenizer(folder, n_rows)
-    n_known = tokenizer.n_vocab if has_control else tokenizer.end_of_text + 1
-    if n_rows < n_known:
-        raise ValueError(f"{folder}: {n_rows} embeddings are too few for {n_known} tokens")
-    weights = read_weights(folder)
-    fingerprints = {f.name: sha256_file(f) for f in sorted(folder.glob("model*.safetensors"))}
-    meta: dict[str, Any] = {
-        "kind": "base",
-        "config": {"data": {"path": None}},
-        "environment": environment(torch.device("cpu")),
-        "prepared": {},
-        "data": {"fingerprint": None},
-    }
-    origin = read_json(folder / ORIGIN_FILE) if (folder / ORIGIN_FILE).exists() else {}
-    if origin.get("weights") == fingerprints:
-        meta, config = origin["meta"], ModelConfig(**origin["meta"]["model"])
-    if dropout is not None:
-        config = replace(config, dropout=dropout)
-    model = GPT(config, tokenizer.n_vocab)
-    try:
-        import_weights(model, weights, n_known)
-    except ValueError as error:
-        raise ValueError(f"{folder} cannot be imported: {error}") from None
-    meta = meta | {"imported": {"from": source, "files": fingerprints}}
+    with importing(folder):
+        config, n_rows = read_config(folder)
+        tokenizer, has_control = import_tokenizer(folder, n_rows)
+        weights = read_weights(folder)
+        files = {f.name: sha256_file(f) for f in sorted(folder.glob("model*.safetensors"))}
+        meta: dict[str, Any] = {
+            "kind": "base",
+            "config": {"data": {"path": None}},
+            "environment": environment(torch.device("cpu")),
+            "prepared": {},
+            "data": {"fingerprint": None},
+        }
+        origin = read_json(folder / ORIGIN_FILE) if (folder / ORIGIN_FILE).exists() else {}
+        if origin.get("weights") == files:
+            meta, config = origin["meta"], ModelConfig(**origin["meta"]["model"])
+            if meta["kind"] not in ("base", "instruct"):
+                raise ValueError(f"its {ORIGIN_FILE} names an unknown kind")
+        if dropout is not None:
+            config = replace(config, dropout=dropout)
+        model = GPT(config, tokenizer.n_vocab)
+        import_weights(
+            model, weights, tokenizer.n_vocab if has_control else len(tokenizer.ranks) + 1
+        )
+    meta = meta | {"imported": {"from": source, "files": files}}
     step, metrics = meta.get("step", 0), meta.get("metrics", {})
     path = save_checkpoint(out, model, [], tokenizer, meta, step, metrics)
     print(f"{meta['kind']} checkpoint of {model.n_params():,} parameters: {path}")
@@ -465,15 +482,19 @@ def from_hub(name: str, downloads: Path) -> Path:
     Raises:
         ValueError: no such model, or the hub cannot be reached.
     """
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ValueError(f"{name} is neither a folder nor a name on the Hugging Face hub")
     if "/" not in name and name not in GPT2_NAMES:
         known = ", ".join(GPT2_NAMES)
         raise ValueError(f"{name} is neither a folder nor a GPT-2; it can be {known} or owner/name")
     repo = name if "/" in name else f"openai-community/{name}"
-    folder, files = downloads / name, hub_files(repo, "models", HUB_FILES)
+    try:
+        folder, files = downloads / repo, hub_files(repo, "models", HUB_FILES)
+    except ValueError as error:
+        raise ValueError(f"there is no folder {name}, and as a name on the hub: {error}") from None
     download([file for file in files if file.name == "config.json"], folder)
-    read_config(folder)  # before gigabytes of something else
+    with importing(folder):
+        read_config(folder)  # before gigabytes of something else
     download(files, folder)
     return folder
 
@@ -486,11 +507,22 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
     """
     theirs = read_json(folder / "config.json")
     if not isinstance(theirs, dict):
-        raise ValueError(f"{folder / 'config.json'} is not the config of a model")
+        raise ValueError("its config.json is not the config of a model")
+    return import_config(theirs), _integer(theirs, "vocab_size")
+
+
+@contextlib.contextmanager
+def importing(folder: Path) -> Iterator[None]:
+    """Names the folder in whose files something is not what it should be."""
     try:
-        return import_config(theirs), _integer(theirs, "vocab_size")
-    except (ValueError, TypeError) as error:  # a number that is none, for one
-        raise ValueError(f"{folder} cannot be imported: {error}") from None
+        yield
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not isinstance(error, ValueError):
+            reason = (
+                f"something in its files is not as in a GPT-2's ({type(error).__name__}: {reason})"
+            )
+        raise ValueError(f"{folder} cannot be imported: {reason}") from None
 
 
 def export_checkpoint(path: str, out: Path) -> None:
@@ -515,6 +547,7 @@ def export_checkpoint(path: str, out: Path) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": checkpoint.model.config.block_size,
             "clean_up_tokenization_spaces": False,
+            "padding_side": "left",  # what is generated follows the prompt at once
             "chat_template": chat_template(),
             **{name: marked(token) for name, token in special.items()},
         }

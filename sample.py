@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,11 +101,14 @@ def put(
     """
     block_size = checkpoint.model.config.block_size
     room = min(max_new_tokens, block_size // 2)
-    ids = prompt(messages, checkpoint.tokenizer)
-    while prompt is not continue_text and len(messages) > 1 and len(ids) + room > block_size:
-        del messages[:2]
-        ids = prompt(messages, checkpoint.tokenizer)
-    return ids
+
+    def fits(turn: int) -> bool:
+        return len(prompt(messages[2 * turn :], checkpoint.tokenizer)) + room <= block_size
+
+    if prompt is not continue_text:
+        last = (len(messages) - 1) // 2
+        del messages[: 2 * bisect_left(range(last), True, key=fits)]
+    return prompt(messages, checkpoint.tokenizer)
 
 
 class Conversation:

@@ -21,6 +21,7 @@ from training.checkpoint import (
     check_origin,
     describe,
     differences,
+    identity,
     load_checkpoint,
     open_run,
     resume,
@@ -54,12 +55,13 @@ def take_weights(path: str, model: GPT, data: PretrainData) -> dict[str, Any]:
         ValueError: it has another architecture or another tokenizer.
     """
     start = load_checkpoint(path)
-    if changed := differences(start.meta["model"], asdict(model.config), "model"):
+    theirs = start.meta["model"] | {"dropout": model.config.dropout}  # which no weight depends on
+    if changed := differences(theirs, asdict(model.config), "model"):
         raise ValueError(f"init_from={path} has another architecture: {'; '.join(changed)}")
     if start.tokenizer.fingerprint != data.tokenizer.fingerprint:
         raise ValueError(f"init_from={path} has another tokenizer than {data.config.path}")
     model.load_state_dict(start.model.state_dict())
-    return {"step": start.meta["step"], "fingerprint": fingerprint(start.meta["files"])}
+    return {"step": start.meta["step"], "fingerprint": identity(start.meta)}
 
 
 def evaluate(model: GPT, data: PretrainData) -> dict[str, float]:

@@ -24,6 +24,7 @@ from training.checkpoint import (
     Checkpoint,
     check_origin,
     describe,
+    identity,
     load_checkpoint,
     open_run,
     resume,
@@ -125,10 +126,10 @@ def main(config: SFTConfig) -> Path:
     if base.meta["kind"] != "base":
         raise ValueError(f"--base={config.base} is an {base.meta['kind']} checkpoint, not a base")
     data = load_data(config, base, new=checkpoint is None)
-    base_files, replayed = base.meta["files"], data.replay_files
+    replayed = data.replay_files
     made_from = {
         "data": {"fingerprint": fingerprint(data.meta["files"])},
-        "base": {"step": base.meta["step"], "fingerprint": fingerprint(base_files)},
+        "base": {"step": base.meta["step"], "fingerprint": identity(base.meta)},
         "replay": {"fingerprint": fingerprint(replayed)} if replayed else None,
     }
     if checkpoint:
@@ -143,7 +144,8 @@ def main(config: SFTConfig) -> Path:
     model.loss_chunk = run.loss_chunk
     compile_model(model, run.compile)
     prompts, decode = data.val_prompts(STOP_PROMPTS), base.tokenizer.decode
-    before = [] if run.wandb == "disabled" else answer(model, data, SAMPLES)
+    shown_there = run.wandb != "disabled" and is_first()
+    before = answer(model, data, SAMPLES) if shown_there else []
     row = resume(checkpoint, model, optimizers) if checkpoint else {}
     distributed = distribute(model, run.seed, row.get("step", 0))
     meta = describe("instruct", config, device, data.meta) | made_from

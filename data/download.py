@@ -27,10 +27,11 @@ RETRIES = 5  # failures in a row that bring no byte more than the best before th
 BACKOFF = 1.0  # seconds before the first retry, doubled for each further one
 PATIENCE = 60  # seconds to wait at most where a server names a time
 BLOCK = 1 << 13  # bytes; a cut loses what has come of a block
-BY_HAND = (
-    "set HF_ENDPOINT to a mirror, or fetch the files elsewhere (text then goes to "
-    "`python -m data.prepare text FILES`, Q&A to `... qa FILES`)"
-)
+MIRROR = "set HF_ENDPOINT to a mirror, or fetch the files elsewhere"
+BY_HAND = {
+    "datasets": f"{MIRROR} (text goes to `python -m data.prepare text FILES`, Q&A to `... qa`)",
+    "models": f"{MIRROR} and give their folder",
+}
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def hub_files(
                 if query in asked:
                     raise KeyError(query)  # it would go round for ever
     except (requests.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{tree} is not the listing of a hub; {BY_HAND}") from None
+        raise ValueError(f"{tree} is not the listing of a hub; {BY_HAND[kind]}") from None
     except requests.RequestException as error:
-        raise ValueError(f"cannot reach {endpoint()} ({_reason(error)}); {BY_HAND}") from None
+        raise ValueError(f"cannot reach {endpoint()} ({_reason(error)}); {BY_HAND[kind]}") from None
     kept = [f for f in files if any(fnmatch(f.name, pattern) for pattern in patterns)]
     if not kept:
         held = ", ".join(f.name for f in files[:5]) or "no file"
@@ -168,7 +169,7 @@ def _download(
     except requests.RequestException as error:
         raise ValueError(
             f"{file.url} cannot be fetched ({_reason(error)}); {there():,} bytes are kept: "
-            f"give the same command again to go on, or {BY_HAND}"
+            f"give the same command again to go on, or {MIRROR}"
         ) from None
     if difference := _difference(file, part):
         part.unlink()
@@ -274,7 +275,7 @@ def _get(session: requests.Session, url: str, start: int = 0) -> requests.Respon
     response.close()
     if code == 429 or code >= 500:
         raise requests.ConnectionError(f"the server answers {code}", response=response)
-    remedy = "check the name, and set HF_TOKEN if it is private" if code in (401, 404) else BY_HAND
+    remedy = "check the name, and set HF_TOKEN if it is private" if code in (401, 404) else MIRROR
     if code == 403:
         remedy = "accept its terms in a browser, then set HF_TOKEN to your access token"
     raise ValueError(f"{url.partition('?')[0]}: the server answers {code}; {remedy}")

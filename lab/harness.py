@@ -34,6 +34,8 @@ except ModuleNotFoundError:  # the rest of the lab works without it; `run` says 
     LM = object
 
 MAX_NEW = 256  # tokens of a reply for which a task sets no limit: the harness's own default
+# Settings of Hugging Face's that some tasks name, at the values that leave things as they are.
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "min_p": 0.0, "temperature": 1.0}
 Row = tuple[list[int], list[int]]  # a prompt and its continuation
 
 
@@ -99,8 +101,9 @@ class HarnessModel(LM):  # type: ignore[misc]
         """Ids of both. Spaces at the end of a context go to the continuation, as in the harness."""
         ids, text = self.begin(context)
         kept = text.rstrip()
-        whole = self.tokenizer.encode(kept + text[len(kept) :] + continuation)
-        before = self.tokenizer.encode(kept)
+        before, whole = self.tokenizer.encode(kept), self.tokenizer.encode(text + continuation)
+        if whole[: len(before)] != before:  # the tokenizer would join them: keep them apart
+            whole = before + self.tokenizer.encode(text[len(kept) :] + continuation)
         return ids + before, whole[len(before) :]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
@@ -212,7 +215,8 @@ def sampling_of(settings: dict[str, Any], seed: int) -> tuple[Sampling, list[str
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    found: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_NEW))
+    given = {k: v for k, v in settings.items() if v is not None and v != NEUTRAL.get(k)}
+    found: dict[str, Any] = dict(normalize_gen_kwargs(given, MAX_NEW))
     temperature = found.pop("temperature", 1.0) if found.pop("do_sample") else 0.0
     found.pop("temperature", None)
     sampling = Sampling(
@@ -253,7 +257,7 @@ def run(a: argparse.Namespace) -> None:
 
     include = None if a.include_path is None else str(a.include_path)
     manager = tasks.TaskManager(include_path=include)
-    names = [name for name in a.tasks.split(",") if name]
+    names = [name.strip() for name in a.tasks.split(",") if name.strip()]
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(f"--tasks: the harness has no {', '.join(unknown)}; `lm_eval ls tasks`")
     found = simple_evaluate(

@@ -25,7 +25,7 @@ from data.world import ATTRIBUTES, World, WorldConfig, exchange
 from lab.likelihood import reply_limit
 from lab.stats import lines, pool, to_json
 from sample import load_pair
-from training.checkpoint import PREPARED_QA, Checkpoint
+from training.checkpoint import PREPARED_QA, Checkpoint, identity
 from training.runtime import environment
 
 
@@ -101,7 +101,9 @@ def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
             world by now.
     """
     prepared, tuned_on = base.meta["prepared"], instruct.meta["prepared"]
-    tuned_from_it = instruct.meta["base"]["fingerprint"] == fingerprint(base.meta["files"])
+    # Of all files: how runs before 2026-11-22 noted it.
+    known_as = (identity(base.meta), fingerprint(base.meta["files"]))
+    tuned_from_it = instruct.meta["base"]["fingerprint"] in known_as
     if "world" not in prepared:
         if not tuned_from_it:
             note = "was not tuned from this base: the change between their weights means little"

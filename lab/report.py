@@ -233,7 +233,7 @@ def run(a: argparse.Namespace) -> None:
         raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
     paths = pairs_of(a)
     metas = [read_meta(resolve_checkpoint(path)) for pair in paths for path in pair]
-    texts = [text_at(m.get("config", {}).get("data", {}).get("path", "")) for m in metas]
+    texts = [text_at(m.get("config", {}).get("data", {}).get("path") or "") for m in metas]
     asked = None if a.qa is None else sorted(sha256_file(f) for f in qa_files(a.qa))
     code = [measured_by(), sha256_file(Path(__file__))]
     files = [m.get("files") for m in metas]

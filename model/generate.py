@@ -163,7 +163,9 @@ def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
         logits[:, sampling.top_k :] = -torch.inf
     probs = logits.softmax(dim=-1)
     if sampling.top_p is not None:
-        probs[probs.cumsum(dim=-1) - probs >= sampling.top_p] = 0.0  # always keeps the first
+        beyond = probs.cumsum(dim=-1) - probs >= sampling.top_p
+        beyond[:, 0] = False  # the first stays, however small p is
+        probs[beyond] = 0.0
     cumulative = probs.cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     # Rounding may put u past the last kept id; step back to it.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +22,11 @@ import train_sft
 from convert import export_checkpoint, import_checkpoint
 from data.chat import Message, render, render_prompt
 from data.tokenizer import create_tokenizer
+from lab import report
+from lab.pair import open_pair
 from model.generate import Sampling, generate
 from model.gpt import GPT, RECIPES, ModelConfig
-from tests.conftest import Fails, sft_config
+from tests.conftest import GPT2_CACHE, Fails, sft_config
 from tests.hub import Hub
 from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -125,6 +129,7 @@ def test_transformers_reads_the_same_ids(
         assert theirs.encode(text) == ids, repr(text)
         assert theirs.decode(ids) == ours.tokenizer.decode(ids)
     assert theirs.eos_token_id == ours.tokenizer.end_of_turn
+    assert theirs.padding_side == "left"
 
 
 @pytest.mark.parametrize("spec", ["bpe:300", "byte"])
@@ -181,8 +186,9 @@ def test_a_model_as_training_begins_it_comes_back_bit_for_bit(
         ours, back = load_checkpoint(run), load_checkpoint(tmp_path / run.name)
         for name, p in ours.model.state_dict().items():
             assert torch.equal(p, back.model.state_dict()[name]), name
-    base, instruct = sample.load_pair(str(tmp_path / "base"), str(tmp_path / "instruct"), "cpu")
-    assert (base.meta["kind"], instruct.meta["kind"]) == ("base", "instruct")
+    pair = open_pair(str(tmp_path / "base"), str(tmp_path / "instruct"), "cpu", None)
+    assert pair.world is not None  # the one was tuned from the other, still
+    assert (pair.base.meta["kind"], pair.instruct.meta["kind"]) == ("base", "instruct")
 
 
 @pytest.mark.parametrize(
@@ -304,8 +310,31 @@ def test_the_real_vocabulary_of_gpt2_is_found_by_its_size(
     assert base.model.config.dropout == 0
 
 
+def test_the_files_of_the_real_vocabulary_give_the_real_tokenizer(
+    tmp_path: Path, gpt2_vocabulary: None
+) -> None:
+    config = hf.GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    contents = [f.read_text(encoding="utf-8") for f in GPT2_CACHE.iterdir() if f.is_file()]
+    vocab = next(c for c in contents if c.startswith("{"))
+    merges = next(c for c in contents if c.startswith("#version")).splitlines()[1:]
+    made = {
+        "added_tokens": [{"id": 50256, "content": "<|endoftext|>", "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        "model": {"continuing_subword_prefix": "", "vocab": json.loads(vocab), "merges": merges},
+    }
+    for name, text in (("vocab.json", vocab), ("tokenizer.json", json.dumps(made))):
+        (tmp_path / "gpt2" / name).write_text(text)
+        out = tmp_path / name.partition(".")[0]
+        import_checkpoint(str(tmp_path / "gpt2"), out, tmp_path, None)
+        tokenizer = load_checkpoint(out).tokenizer
+        assert tokenizer.fingerprint == create_tokenizer("gpt2", []).fingerprint
+        assert tokenizer.kind == "gpt2"
+
+
 def test_an_imported_gpt2_is_tuned_sampled_and_exported_again(
-    gpt2: Path, tmp_path: Path, fails: Fails
+    gpt2: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, instruct = tmp_path / "base", tmp_path / "instruct"
     import_checkpoint(str(gpt2), base, tmp_path, 0.0)
@@ -317,6 +346,13 @@ def test_an_imported_gpt2_is_tuned_sampled_and_exported_again(
     train_sft.main(replace(config, data=replace(config.data, replay=0.0)))
     pair = sample.load_pair(str(base), str(instruct), "cpu")
     assert sample.Conversation(*pair, Sampling(4)).ask("1?").keys() == sample.COLUMNS.keys()
+    monkeypatch.setattr(sys, "argv", ["report", f"--base={base}", f"--instruct={instruct}"])
+    sys.argv += ["--questions=2", f"--out={tmp_path}/report", "--device=cpu"]
+    report.main()
+    shutil.rmtree(base)  # imported again, it is the same base
+    import_checkpoint(str(gpt2), base, tmp_path, 0.0)
+    longer = replace(config, optim=replace(config.optim, steps=3))
+    train_sft.main(replace(longer, data=replace(config.data, replay=0.0)))
     export_checkpoint(str(instruct), tmp_path / "out")
     idx = torch.randint(0, pair[1].tokenizer.n_vocab, (2, 64), generator=torch.Generator())
     expected = logits_of(tmp_path / "out", idx)
@@ -377,6 +413,39 @@ def tokenizer_with(**values: Any) -> Callable[[Path], None]:
     return change
 
 
+def few_rows(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.wte.weight"] = torch.zeros(100, 32)
+    save_file(weights, folder / "model.safetensors")
+
+
+def untied(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"] + 1
+    save_file(weights, folder / "model.safetensors")
+
+
+def tokenizer_change(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        made = json.loads((folder / "tokenizer.json").read_text())
+        change(made)
+        (folder / "tokenizer.json").write_text(json.dumps(made))
+
+    return apply
+
+
+def add_word(made: dict[str, Any]) -> None:
+    made["added_tokens"].append({"id": 999, "content": "cat sat", "special": False})
+
+
+def swap_end(made: dict[str, Any]) -> None:
+    """Another special token first, as some put their padding there."""
+    n = made["added_tokens"][0]["id"]
+    made["added_tokens"][0]["id"] = made["model"]["vocab"]["<|endoftext|>"] = n + 1
+    pad = made["added_tokens"][0] | {"content": "<pad>", "id": n}
+    made["added_tokens"].append(pad)
+
+
 def no_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -396,15 +465,27 @@ def a_list(folder: Path) -> None:
         (configured(n_layer=3), "lack transformer.h.2"),
         (configured(n_layer="2"), "no whole number under n_layer"),
         (configured(n_head=5), "n_head=5 does not divide"),
-        (configured(vocab_size=100), "too few"),
+        (configured(vocab_size="100"), "no whole number under vocab_size"),
         (configured(activation_function="silu"), "activation_function is 'silu'"),
         (configured(resid_pdrop="a little"), "cannot be imported"),
         (configured(layer_norm_epsilon=1e-6), "layer_norm_epsilon=1e-06"),
         (configured(n_inner=77), "n_inner=77"),
         (configured(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
-        (tokenizer_with(model={"type": "Unigram"}), "not the tokenizer of a GPT-2"),
+        (tokenizer_with(model={"type": "Unigram"}), r"not as in a GPT-2's \(KeyError"),
         (tokenizer_with(normalizer={"type": "NFC"}), "otherwise than GPT-2"),
         (tokenizer_with(pre_tokenizer={"type": "Metaspace"}), "otherwise than GPT-2"),
+        (few_rows, "wte.weight has 100 rows, too few"),
+        (untied, "ties the head"),
+        (tokenizer_change(lambda made: made["model"]["merges"].pop()), "otherwise than GPT-2"),
+        (tokenizer_change(lambda made: made["model"].update(dropout=0.1)), "otherwise than GPT-2"),
+        (tokenizer_change(add_word), "adds words"),
+        (tokenizer_change(swap_end), r"id of <\|endoftext\|>"),
+        (tokenizer_change(lambda made: made.update(pre_tokenizer="x")), "AttributeError"),
+        (configured(resid_pdrop=None), "TypeError"),
+        (configured(activation_function=["gelu"]), "TypeError"),
+        (configured(tie_word_embeddings="0.1"), "neither true nor false"),
+        (configured(n_positions=10**15), "RuntimeError"),
+        (lambda folder: (folder / "diptych.json").write_text("[]"), "AttributeError"),
         (no_json, "not a JSON file"),
         (a_list, "not the config of a model"),
         (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),

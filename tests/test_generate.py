@@ -137,6 +137,7 @@ def drawn(logits: torch.Tensor, sampling: Sampling, n: int = 10_000) -> torch.Te
         ({"top_k": 2}, {3, 1}),
         ({"top_k": 9}, {0, 1, 2, 3, 4}),
         ({"top_p": 0.39}, {3}),
+        ({"top_p": 1e-300}, {3}),  # 0 in float32
         ({"top_p": 0.41}, {3, 1}),
         ({"top_p": 0.75}, {3, 1, 0}),
         ({"top_p": 1.0}, {0, 1, 2, 3, 4}),

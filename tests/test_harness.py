@@ -17,7 +17,7 @@ import torch
 from data.chat import Message, render_prompt
 from data.tokenizer import CONTROL_TOKENS
 from lab import harness
-from lab.harness import HarnessModel
+from lab.harness import HarnessModel, sampling_of
 from model.generate import Sampling, generate
 from training.checkpoint import Checkpoint, load_checkpoint
 
@@ -318,6 +318,27 @@ def test_no_text_can_forge_a_turn(runs: Runs) -> None:
         model.begin("a text")
     with pytest.raises(ValueError, match="tool"):
         model.apply_chat_template([{"role": "tool", "content": ""}])
+
+
+def test_what_is_scored_is_the_text_however_its_tokens_join(checkpoint: Checkpoint) -> None:
+    model, tokenizer = HarnessModel(checkpoint), checkpoint.tokenizer
+    words = ["He", "work", "birth", "in the", "a ", " ", "was  born", ""]
+    joined = 0
+    for context in words:
+        for continuation in ("r", "s", "er", "ading", "in", " born", "  x", "h", "\n"):
+            before, after = model.pair(context, continuation)
+            assert after, (context, continuation)
+            assert tokenizer.decode((before + after)[1:]) == context + continuation
+            joined += tokenizer.encode(context + continuation) != (before + after)[1:]
+    assert joined > 2  # where a plain encoding has a token that lies in both
+
+
+def test_settings_that_change_nothing_are_none_of_our_business() -> None:
+    neutral = {"num_beams": 1, "repetition_penalty": 1.0, "min_p": 0, "temperature": None}
+    sampling, _ = sampling_of({"until": [], "do_sample": True, "max_gen_toks": 5, **neutral}, 3)
+    assert sampling == Sampling(5, 1.0, seed=3)
+    with pytest.raises(ValueError, match="num_beams"):
+        sampling_of({"until": [], "max_gen_toks": 5, "num_beams": 4}, 1)
 
 
 def test_a_reply_that_is_begun_goes_on(runs: Runs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import struct
 import sys
 import types
@@ -172,6 +173,57 @@ def test_a_killed_script_that_is_resumed_tells_every_step_once(
     steps = [row["step"] for row in told(tmp_path / "run")]
     assert steps == list(range(1, steps[-1] + 1))
     assert steps[-1] >= reached + 8
+
+
+def test_a_run_that_failed_there_leaves_the_next_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(run: Any, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no artifact")
+
+    first, second = tmp_path / "lr=0.1 größe", tmp_path / "b"
+    first.mkdir()
+    (first / "step_000001").mkdir()
+    (first / "step_000001" / "meta.json").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("wandb.sdk.wandb_run.Run.log_artifact", broken)
+        log_steps(make_log(first, wandb="offline", wandb_artifact=True), 3)
+    log_steps(make_log(second, wandb="offline"), 2)
+    assert [row["step"] for row in told(first)] == [1, 2, 3]
+    assert [row["step"] for row in told(second)] == [1, 2]
+    again = log_steps(make_log(first, rows_of(first)[0], wandb="offline", wandb_artifact=True), 4)
+    assert again["step"] == 4
+    assert [row["step"] for row in told(first)] == [1, 2, 3, 4]
+    (file,) = first.glob("wandb/offline-run-*/*.wandb")
+    assert b"model-" in file.read_bytes()  # a name that wandb allows, whatever the folder's
+
+
+@pytest.mark.parametrize("mark", ["", "{}", "[]", '{"id": 1, "told": null, "open": ".."}', "open"])
+def test_a_damaged_mark_makes_a_new_run_there_and_deletes_nothing(
+    mark: str, tmp_path: Path
+) -> None:
+    saved = log_steps(make_log(tmp_path, wandb="offline"), 3)
+    file = tmp_path / "wandb.json"
+    outside = json.loads(file.read_text()) | {"open": "offline-run-/../.."}
+    file.write_text(json.dumps(outside) if mark == "open" else mark)
+    before = len(list(tmp_path.glob("wandb/offline-run-*")))
+    log_steps(make_log(tmp_path, saved, wandb="offline"), 5)
+    assert (tmp_path / "metrics.jsonl").exists()
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == before + 1
+    steps = sorted(row["step"] for row in told(tmp_path))
+    assert steps == ([1, 2, 3, 4, 5] if mark == "open" else [1, 1, 2, 2, 3, 3, 4, 5])
+
+
+def test_online_then_killed_then_offline_is_a_new_run_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = log_steps(make_log(tmp_path, wandb="offline"), 4)
+    mark = json.loads((tmp_path / "wandb.json").read_text())
+    (tmp_path / "wandb.json").write_text(json.dumps(mark | {"open": "online"}))
+    shutil.rmtree(tmp_path / "wandb")  # what was told went to the server
+    log_steps(make_log(tmp_path, saved, wandb="offline"), 6)
+    assert [row["step"] for row in told(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((tmp_path / "wandb.json").read_text())["id"] != mark["id"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from data.files import (
     checkpoints,
+    fingerprint,
     new_directory,
     read_json,
     read_meta,
@@ -28,7 +29,7 @@ from data.files import (
     verify_checksums,
     write_meta,
 )
-from data.tokenizer import Tokenizer
+from data.tokenizer import RANKS_FILE, Tokenizer
 from model.gpt import GPT, ModelConfig
 from training.processes import is_first
 from training.runtime import environment
@@ -157,6 +158,14 @@ def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> d
         torch.cuda.set_rng_state(state["cuda_rng"])
     metrics: dict[str, Any] = saved.meta["metrics"]
     return metrics
+
+
+def identity(meta: dict[str, Any]) -> str:
+    """A fingerprint of a checkpoint's weights and vocabulary, by which a run knows its base.
+
+    It is the same after an export and an import.
+    """
+    return fingerprint({name: meta["files"][name] for name in (WEIGHTS_FILE, RANKS_FILE)})
 
 
 def open_run(run_dir: Path, config: dict[str, Any]) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from training.config import RunConfig
 MARK = (
     "wandb.json"  # in the run's folder: the id there, what parts that ended told, one that did not
 )
+ONLINE = "online"  # in its place for an offline part's folder
 INIT_TIMEOUT, FINISH_TIMEOUT = 60, 300  # seconds; what is not uploaded by then lies on disk
 
 
@@ -55,10 +57,9 @@ class Tracker:
         import wandb  # slow to import, so only where it is used
 
         file, mode = self._folder / MARK, self._config.wandb
-        self._mark: dict[str, Any] = {"id": uuid.uuid4().hex[:12], "told": 0, "open": None}
-        if resumed and file.exists():
-            self._mark = json.loads(file.read_text())
-        if unfinished := self._mark["open"]:
+        self._mark = read_mark(file) if resumed else new_mark()
+        unfinished = self._mark["open"]
+        if unfinished and re.fullmatch(r"offline-run-[\w-]+", unfinished):
             shutil.rmtree(self._folder / "wandb" / unfinished, ignore_errors=True)
         options: dict[str, Any] = {
             "project": self._config.wandb_project,
@@ -68,7 +69,12 @@ class Tracker:
             "resume": "allow",
             "dir": str(self._folder),
             "config": about,
-            "settings": wandb.Settings(init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT),
+            "reinit": "create_new",
+            "settings": wandb.Settings(
+                init_timeout=INIT_TIMEOUT,
+                finish_timeout=FINISH_TIMEOUT,
+                finish_timeout_raises=True,
+            ),
         }
         if mode == "online":
             try:
@@ -80,12 +86,17 @@ class Tracker:
                 self._say(f"wandb: offline, because {reason}; `wandb sync` sends it later")
                 mode = "offline"
                 wandb.teardown()  # the attempt still holds the id
-        self._run = self._run or wandb.init(mode=mode, **options)
+        if self._run is None:
+            if unfinished == ONLINE:  # what arrived of it cannot be asked for
+                self._say("wandb: a new run there, with all steps from the first one")
+                self._mark = new_mark()
+                options["id"] = self._mark["id"]
+            self._run = wandb.init(mode=mode, **options)
         # Our own axis: wandb's own drops points whose step is not new to it.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._told = self._mark["told"]
-        self._mark["open"] = Path(self._run.dir).parent.name if mode == "offline" else None
+        self._mark["open"] = ONLINE if mode == "online" else Path(self._run.dir).parent.name
         if mode == "online":
             self._told = max(self._told, int(self._run.summary.get("step") or 0))
         write_json(file, self._mark)
@@ -118,10 +129,11 @@ class Tracker:
             if self._config.wandb_artifact and newest:
                 import wandb
 
-                artifact = wandb.Artifact(f"{self._folder.name}-{self._mark['id']}", "model")
+                artifact = wandb.Artifact(f"model-{self._mark['id']}", "model")
                 artifact.add_dir(str(newest[0]))
                 self._run.log_artifact(artifact, aliases=[newest[0].name])
-            self._run.finish(exit_code=int(failed))
+            run, self._run = self._run, None
+            run.finish(exit_code=int(failed))
             write_json(self._folder / MARK, self._mark | {"told": self._told, "open": None})
 
     @contextlib.contextmanager
@@ -130,8 +142,26 @@ class Tracker:
         try:
             yield
         except Exception as error:
-            self._run = None
             self._say(f"wandb failed and is off from here: {_one_line(error)}")
+            run, self._run = self._run, None
+            if run is not None:
+                with contextlib.suppress(Exception):
+                    run.finish(exit_code=1)
+
+
+def new_mark() -> dict[str, Any]:
+    """Of a run of which nothing has been told."""
+    return {"id": uuid.uuid4().hex[:12], "told": 0, "open": None}
+
+
+def read_mark(file: Path) -> dict[str, Any]:
+    """What MARK says; a new one where it is missing or damaged."""
+    try:
+        mark = json.loads(file.read_text(encoding="utf-8"))
+        kinds = (type(mark["id"]), type(mark["told"]), type(mark["open"] or ""))
+    except (OSError, ValueError, TypeError, KeyError):
+        return new_mark()
+    return mark if kinds == (str, int, str) else new_mark()
 
 
 def _one_line(error: Exception) -> str:
