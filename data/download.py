@@ -200,7 +200,7 @@ def _patiently(work: Callable[[], T], there: Callable[[], int] = lambda: 0) -> T
             if asked.isdecimal():
                 pause = max(pause, min(int(asked), PATIENCE))
             if pause:
-                print(f"{_reason(error)}: again in {pause:g} seconds", flush=True)
+                print(f"{_reason(error)}: again in {pause:g} s", flush=True)
             time.sleep(pause)
 
 
