@@ -57,7 +57,10 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
         for file in temporary.iterdir():
+            file.chmod(0o666 & ~mask)  # safetensors keeps its files to their owner
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
         if path.is_dir() and not any(path.iterdir()):

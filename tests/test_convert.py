@@ -91,6 +91,7 @@ SHAPES: list[dict[str, Any]] = [
 def test_an_export_is_the_same_model_in_transformers(shape: dict[str, Any], tmp_path: Path) -> None:
     ours = make_checkpoint(tmp_path, **shape)
     theirs = hf.AutoModelForCausalLM.from_pretrained(exported(ours, tmp_path)).eval()
+    assert len({f.stat().st_mode for f in (tmp_path / "exported").iterdir()}) == 1  # read by all
     assert theirs.config.model_type == {"gpt2": "gpt2", "modern": "nanochat"}[shape["recipe"]]
     idx = torch.randint(0, ours.tokenizer.n_vocab, (3, 64), generator=torch.Generator())
     with torch.no_grad():

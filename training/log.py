@@ -13,17 +13,12 @@ from typing import Any, ClassVar, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.files import write_json
+from data.files import lock, write_json
 from training.config import RunConfig
 from training.optim import OptimConfig
 from training.processes import is_first, world_size
 from training.step import StepResult
 from training.tracking import Tracker
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 class TrainingConfig(Protocol):
@@ -75,15 +70,8 @@ class RunLog:
     def __enter__(self) -> RunLog:
         if not is_first():
             return self
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.run_dir / ".lock", "w", encoding="utf-8")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is training in {self.run_dir}") from None
-            except OSError:
-                pass  # a file system without locks: train unguarded rather than not at all
+        self._lock = lock(self.run_dir, "training in")
+        self._lock.__enter__()
         write_json(self.run_dir / "config.json", asdict(self.config))
         path = self.run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] < self.first_step]
@@ -113,8 +101,8 @@ class RunLog:
             return
         self._progress.stop()
         self._file.close()
-        self._lock.close()
         self._tracker.finish(failed=exception[0] is not None)
+        self._lock.__exit__(None, None, None)
 
     def count(self, result: StepResult) -> None:
         """Takes in a step that was just taken; shown in the bar."""
