@@ -1,7 +1,7 @@
 """The curves of one run or several in one figure: loss, learning rate, gradient norm, throughput.
 
-Drawn from what the runs have logged so far, as wide as one column of a two-column paper. The thin
-line of the loss is training, the marked one validation.
+Drawn from what the runs have logged so far, as wide as one column of a two-column paper. Of the
+loss, lines are training and dots validation.
 
 python -m lab.plot out/quickstart/base out/quickstart/instruct --out curves.pdf
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,12 @@ def names_of(runs: list[Path]) -> list[str]:
 
 
 def printable(name: str) -> str:
-    """A name as matplotlib and XML can write it, without formulas or control characters."""
+    """A name as matplotlib and XML can write it and the figure is wide enough for.
+
+    Without formulas and control characters, and of a long name only both ends.
+    """
+    if len(name) > 40:
+        name = f"{name[:19]}…{name[-20:]}"
     return "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")
 
 
@@ -139,6 +145,8 @@ def plot(runs: dict[str, Rows], against: str = "step", smooth: int = 1) -> Figur
             ys = [row[key] for row in rows if key in row]
             drawn += ys
             style = style | STYLES.get(key, TRAINING)
+            if len(xs) == 1:  # a line of one point would not be seen
+                style = {"marker": "x", "ms": 3} | style
             if smooth > 1 and key in NOISY:
                 axes.plot(xs, ys, **{**style, "alpha": 0.25})
                 ys = running_mean(ys, smooth)
@@ -153,6 +161,7 @@ def plot(runs: dict[str, Rows], against: str = "step", smooth: int = 1) -> Figur
         legend.append(Line2D([], [], color=GREY, label="training", **TRAINING))
         legend.append(Line2D([], [], color=GREY, label="validation", **VALIDATION))
     columns = 2 if max(map(len, runs)) <= 20 else 1
+    figure.set_figheight(figure.get_figheight() + 0.16 * math.ceil(len(legend) / columns))
     figure.legend(handles=legend, loc="outside upper left", ncols=columns)
     return figure
 
@@ -169,7 +178,8 @@ def vertical_axis(axes: Axes, key: str, label: str, values: list[float]) -> None
     if key in ("loss", "grad_norm") and 0 < LOG_RATIO * min(values) < max(values):
         axes.set_ylabel(f"{label}, log")
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        subs = (1, 3) if max(values) < 100 * min(values) else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=5))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -177,7 +187,9 @@ def vertical_axis(axes: Axes, key: str, label: str, values: list[float]) -> None
 def write(figure: Figure, out: Path) -> None:
     """Writes a figure as its file's name says; a reader or a crash never meets half of it."""
     temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
-    figure.savefig(temporary, metadata=METADATA[out.suffix])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # 猫 is drawn as a box
+        figure.savefig(temporary, metadata=METADATA[out.suffix])
     temporary.replace(out)
 
 
@@ -185,6 +197,8 @@ def run(a: argparse.Namespace) -> None:
     """Draws what the command line asks for."""
     if a.smooth < 1 or not a.smooth % 2:
         raise ValueError(f"--smooth is {a.smooth}; it must be odd: a row and its neighbours")
+    if len(a.runs) > (most := len(COLORS) * len(DASHES)):
+        raise ValueError(f"{len(a.runs)} runs are too many to tell apart; draw at most {most}")
     runs = dict(zip(names_of(a.runs), [read_run(path, a.against) for path in a.runs], strict=True))
     out = a.out or a.runs[0] / "plot.svg"
     if out.suffix not in METADATA:

@@ -1,11 +1,13 @@
-"""The pictures of the lab, each an SVG text drawn from JSON-ready results."""
+"""The pictures of the lab, each an SVG text drawn from JSON-ready results, and its pages."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,6 +39,17 @@ SWEEP_LINES = {
     "abstains_unseen": ("says “I do not know”, unseen", PURPLE),
     "abstains_held_out": ("the same, held-out", "#D55E00"),
 }
+
+
+def templates() -> jinja2.Environment:
+    """The lab's pages, in which all text is escaped and nothing may be missing."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
 
 
 def draw(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:

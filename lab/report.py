@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +34,7 @@ from lab.behaviour import behaviour
 from lab.forgetting import forgetting
 from lab.knowledge import knowledge
 from lab.pair import Pair, measured_by, open_pair, pair_arguments, pairs_of, provenance
-from lab.plots import report_plots
+from lab.plots import report_plots, templates
 from lab.shift import shift
 from lab.stats import pool, to_json
 from lab.weights import weights
@@ -181,14 +180,7 @@ def print_knowledge(report: dict[str, Any], console: Console) -> None:
 
 def write_page(report: dict[str, Any], path: Path) -> None:
     """report.html: one file, with every picture in it."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    env = jinja2.Environment(
-        loader=loader,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    env = templates()
     env.filters["cell"] = as_cell
     pictures = {
         name: "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()

@@ -18,16 +18,13 @@ import threading
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
-from data.chat import Message, Prompt, render_prompt
+from data.chat import Message, render_prompt
 from data.files import one_line_errors
 from lab.likelihood import predictions
-from lab.pair import CONTEXTS, plain_prompt, qa_of, questions_about, read_qa, world_of
-from lab.plots import CLASS_COLORS
+from lab.pair import CONTEXTS, qa_of, questions_about, read_qa, world_of
+from lab.plots import CLASS_COLORS, templates
 from lab.shift import class_of, ranks_of
 from model.generate import Sampling, stream
 from sample import continue_text, load_to_sample, put, unseen
@@ -38,10 +35,10 @@ if TYPE_CHECKING:
 
 MODELS = ("base", "instruct")
 # How the base reads the conversation; the instruct model always reads the template.
-FORMS: dict[str, Prompt] = {"chat": render_prompt, "plain": plain_prompt, "raw": continue_text}
+FORMS = CONTEXTS | {"raw": continue_text}
 SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "seed": int, "max_new_tokens": int}
 MAX_NEW_TOKENS = 4096  # of a reply, so that nobody holds the models for hours
-MAX_BYTES = 1 << 20  # of a request
+MAX_BYTES = 1 << 19  # of a request; of a million spaces the tokenizer panics
 EXAMPLES = 5
 GENERAL_EXAMPLES = ["What is a whale?", "How do I make tea?", "The best thing about winter is"]
 # What a browser lets the page do: ask this server, draw itself, and nothing else.
@@ -109,7 +106,7 @@ def read_sampling(given: dict[str, str]) -> Sampling:
                 values[name] = number(text)
             except ValueError:
                 kind = "a whole number" if number is int else "a number"
-                raise ValueError(f"{name} is {text!r}; it must be {kind}") from None
+                raise ValueError(f"{name} is {text[:40]!r}; it must be {kind}") from None
     sampling = Sampling(**values)
     if sampling.max_new_tokens > MAX_NEW_TOKENS:
         found = sampling.max_new_tokens
@@ -181,7 +178,7 @@ class Panels:
         if room < 1:
             raise ValueError(f"a reply of {len(ids)} tokens is too long to be ranked at once")
         messages, limit = asked.messages["instruct"], asked.sampling.max_new_tokens
-        context = put(CONTEXTS[asked.form], messages, base, limit)
+        context = put(FORMS[asked.form], messages, base, limit)
         with self.lock:
             logprobs = next(predictions(base, [context[-room:]], [ids]))
             ranks, favourites = ranks_of(ids, logprobs), logprobs.argmax(dim=1).tolist()
@@ -200,7 +197,9 @@ def answers(panels: Panels, path: str, body: bytes) -> Generator[str]:
             yield json.dumps(event) + "\n"
     except ValueError as error:
         yield json.dumps({"error": str(error)}) + "\n"
-    except Exception as error:  # whatever a model may raise: the page says it, others go on
+    except GeneratorExit:
+        raise
+    except BaseException as error:  # a panic of the tokenizer, too: the page says it, others go on
         traceback.print_exc()
         yield json.dumps({"error": f"the model failed: {type(error).__name__}: {error}"}) + "\n"
 
@@ -233,11 +232,7 @@ def make_app(base: Checkpoint, instruct: Checkpoint, names: Sequence[str]) -> St
                 self.lines.close()
 
     panels = Panels(base, instruct)
-    page = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("web.html")
+    page = templates().get_template("web.html")
     about = {
         "paths": {"base": str(base.path), "instruct": str(instruct.path)},
         "parameters": base.model.n_params(),

@@ -9,9 +9,11 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lab import plot
 from lab.plots import svg
@@ -91,6 +93,42 @@ def test_an_axis_is_logarithmic_where_that_helps_and_says_so() -> None:
     assert scales(val_loss=0.01)[0] == "log"
 
 
+@pytest.mark.parametrize("largest", [21, 50, 150, 1e3, 1e5, 1e8, 1e14])
+def test_a_logarithmic_axis_has_a_few_numbers(largest: float) -> None:
+    with mpl.rc_context(plot.PAPER):
+        figure = plot.plot({"a": [row(n + 1, grad_norm=largest ** (n / 9)) for n in range(10)]})
+        figure.canvas.draw()
+    axes = figure.axes[2]
+    low, high = axes.get_ylim()
+    assert axes.get_yscale() == "log"
+    assert 2 <= sum(low <= tick <= high for tick in axes.yaxis.get_majorticklocs()) <= 6
+
+
+def test_a_run_of_one_row_is_to_be_seen() -> None:
+    axes_of = plot.plot({"a": [row(1, val_loss=4.0)], "b": [row(1), row(2)]}).axes
+    for axes in axes_of:
+        once = [line for line in axes.lines if np.size(line.get_data()[0]) == 1]
+        assert once
+        assert not any(line.get_marker() == "None" for line in once)
+    training, _, validation, _ = axes_of[0].lines
+    assert training.get_marker() != validation.get_marker()
+
+
+def test_the_legend_takes_nothing_from_the_panels_and_stays_inside() -> None:
+    def figure_of(*names: str) -> Figure:
+        with mpl.rc_context(plot.PAPER):
+            figure = plot.plot({name: [row(1), row(2)] for name in names})
+            figure.canvas.draw()
+        box = figure.legends[0].get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        return figure
+
+    few, many = figure_of("a"), figure_of(*("long name " * 9 + str(i) for i in range(21)))
+    heights = [figure.axes[0].get_window_extent().height for figure in (few, many)]
+    assert heights[1] > 0.9 * heights[0]
+    assert len({text.get_text() for text in many.legends[0].get_texts()}) == 21
+
+
 def test_mfu_has_a_panel_if_any_run_has_it() -> None:
     rows = [row(1), row(2, mfu=0.4)]
     axes = plot.plot({"a": [row(1)], "b": rows}).axes
@@ -167,6 +205,7 @@ def test_a_run_is_drawn_as_far_as_it_is_whole(
         ([row(1)], ["--smooth", "0"], "--smooth is 0"),
         ([row(1)], ["--smooth", "4"], "must be odd"),
         ([row(1)], ["./run"], "named twice"),
+        ([row(1)], ["run"] * 21, "22 runs are too many to tell apart; draw at most 21"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -190,7 +229,9 @@ def test_mistakes_are_told_in_one_line(
 
 
 def test_matplotlib_says_nothing_of_real_figures(tmp_path: Path, runs: Runs) -> None:
-    extreme = make_run(tmp_path / ("long name " * 5), [row(s, val_loss=10.0**-s) for s in (1, 5)])
+    extreme = make_run(
+        tmp_path / ("long name " * 5 + "猫"), [row(s, val_loss=10.0**-s) for s in (1, 5)]
+    )
     command = [sys.executable, "-W", "error", "-m", "lab.plot", *map(str, (*runs, extreme))]
     command += ["--out", str(tmp_path / "x.png")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -135,16 +136,17 @@ def count_streams(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return alive
 
 
-def test_ranks_are_those_of_the_base(pair: tuple[Checkpoint, Checkpoint]) -> None:
+@pytest.mark.parametrize("form", web.FORMS)
+def test_ranks_are_those_of_the_base(form: str, pair: tuple[Checkpoint, Checkpoint]) -> None:
     base, tokenizer = pair[0], pair[0].tokenizer
-    body = request("Who?", settings={"max_new_tokens": "5"}, form="plain")
+    body = request("Who?", settings={"max_new_tokens": "5"}, form=form)
     messages = web.read_request(body).messages["base"]
-    (own,) = ask(base, [CONTEXTS["plain"](messages, tokenizer)], 5)
-    tokens = list(web.Panels(*pair).ranks(web.read_request(request("Who?", form="plain", ids=own))))
+    (own,) = ask(base, [web.FORMS[form](messages, tokenizer)], 5)
+    tokens = list(web.Panels(*pair).ranks(web.read_request(request("Who?", form=form, ids=own))))
     assert [t["rank"] for t in tokens] == [1] * len(own)  # what it would have said itself
     assert "".join(t["text"] for t in tokens) == tokenizer.decode(own)
     other = [own[0], tokenizer.end_of_turn]
-    last = list(web.Panels(*pair).ranks(web.read_request(request("Who?", form="plain", ids=other))))
+    last = list(web.Panels(*pair).ranks(web.read_request(request("Who?", form=form, ids=other))))
     assert last[1]["rank"] > 1
     assert last[1]["favourite"] == tokenizer.decode([own[1]])
     assert last[1]["class"] in CLASS_COLORS
@@ -161,6 +163,7 @@ def test_ranks_are_those_of_the_base(pair: tuple[Checkpoint, Checkpoint]) -> Non
         (request(" \n"), "prompt is empty"),
         (request("Who?", settings={"seed": "1.5"}), "seed is '1.5'; it must be a whole number"),
         (request("Who?", settings={"temperature": "hot"}), "temperature is 'hot'"),
+        (request("Who?", settings={"seed": "x" * 99}), f"seed is '{'x' * 40}'; it"),
         (request("Who?", settings={"temperature": "nan"}), "temperature is nan"),
         (request("Who?", settings={"top_p": "2"}), "top_p is 2.0"),
         (request("Who?", settings={"max_new_tokens": "5000"}), "at most 4096"),
@@ -302,10 +305,14 @@ def test_a_model_that_fails_says_so_and_the_next_request_works(
         connection.request("POST", "/reply", request("Who?"), {"Content-Type": "application/json"})
         return [json.loads(line) for line in connection.getresponse().read().splitlines()]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(web, "speak", lambda *_: iter([1 // 0]))
-        assert "the model failed: ZeroDivisionError" in fetch()[-1]["error"]
-    assert "stopped" in fetch()[-1]
+    class PanicError(BaseException):
+        """As a tokenizer's, which is no Exception."""
+
+    for error in (ZeroDivisionError, PanicError):
+        with monkeypatch.context() as patch:
+            patch.setattr(web, "speak", Mock(side_effect=error("of all things")))
+            assert fetch()[-1]["error"] == f"the model failed: {error.__name__}: of all things"
+        assert "stopped" in fetch()[-1]
 
 
 # ---- in a browser ----------------------------------------------------------------------------
@@ -342,7 +349,7 @@ class Tab:
         self.idle()
 
     def idle(self) -> None:
-        self.page.locator("#send:enabled").wait_for()
+        self.page.locator("#send[aria-disabled=false]").wait_for()
 
     def see(self, selector: str, text: str, n: int = 0) -> None:
         self.page.locator(selector).filter(has_text=text).nth(n).wait_for()
@@ -488,16 +495,20 @@ def test_two_people_at_once_keep_apart(tab: Tab, held: SimpleNamespace, browser:
 
 
 def test_colour_shows_every_token_of_the_reply(tab: Tab) -> None:
-    tab.ask("Who?")
-    tab.ask("Where?")
+    for form in web.FORMS:
+        tab.page.get_by_label("the base reads").select_option(form)
+        tab.ask("Who?")
     plain = tab.texts()
     tab.page.get_by_label("colour by the base's rank").check()
-    for form in ("chat", "plain", "raw"):
-        tab.page.get_by_label("the base reads").select_option(form)
-        turn = ".turn:nth-child(2)"
-        wait_until(lambda at=f"{turn} .token": tab.page.locator(at).count() == 6)
-        titles = tab.page.locator(".token[title]").evaluate_all("all => all.map(e => e.title)")
-        assert all("has rank" in title for title in titles)
+    wait_until(lambda: tab.page.locator("main .token").count() == 3 * 6)
+    for title, rank in tab.page.locator("main .token").evaluate_all(
+        "all => all.map((e) => [e.title, e.querySelector('sub')?.textContent ?? '1'])"
+    ):
+        assert f"has rank {rank}: " in title  # said without colour and without a pointer
+    tab.page.get_by_label("prompt", exact=True).focus()
+    tab.page.keyboard.press("Shift+Tab")
+    last = tab.page.locator("main .token").last.get_attribute("title")
+    assert tab.texts("#told") == [last]
     colour = tab.page.locator("#legend .marginal").evaluate("e => getComputedStyle(e).borderColor")
     assert CLASS_COLORS["marginal"].lower() in "#" + "".join(
         f"{int(part):02x}" for part in re.findall(r"\d+", colour)[-3:]
@@ -521,3 +532,149 @@ def test_panels_stand_side_by_side_or_stacked(tab: Tab, width: int) -> None:
         "all => all.filter(e => !e.labels.length).length"
     )
     assert unnamed == 0
+
+
+def test_the_page_follows_a_reply_unless_the_reader_went_elsewhere(
+    tab: Tab,
+    pair: tuple[Checkpoint, Checkpoint],
+    held: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids = byte_by_byte("a\n" * 20, pair[0].tokenizer)
+    monkeypatch.setattr(web, "stream", lambda *_: ([i] for i in ids))
+    at_end = "innerHeight + scrollY > document.documentElement.scrollHeight - 2"
+    for _ in range(2):
+        held.steps.release(2 + 2 * len(ids) + 2)
+        tab.ask("Who?")
+        assert tab.page.evaluate(at_end)
+        tab.page.evaluate("scrollTo(0, 0)")
+    tab.type("Who?")
+    held.steps.release(2 + 2)
+    tab.see(".turn:nth-child(3) .foot", "1 token, writing", n=1)
+    assert tab.page.evaluate(at_end)
+    tab.page.evaluate("scrollTo(0, 0)")
+    held.steps.release(100)
+    tab.idle()
+    assert tab.page.evaluate("scrollY") == 0
+
+
+def test_a_draft_is_kept(tab: Tab, held: SimpleNamespace) -> None:
+    tab.type("Who?")
+    tab.set("prompt", "And wh")
+    held.steps.release(100)
+    tab.see(".foot", "6 tokens", n=1)
+    tab.press("Clear")
+    tab.page.locator(".examples button").first.click()
+    tab.see(".foot", "6 tokens", n=1)
+    assert tab.page.get_by_label("prompt", exact=True).input_value() == "And wh"
+
+
+def test_the_focus_is_never_lost(tab: Tab, held: SimpleNamespace) -> None:
+    def focused() -> str:
+        tab.idle()
+        found: str = tab.page.evaluate("document.activeElement.id")
+        return found
+
+    held.steps.release(10**6)
+    tab.page.locator(".examples button").first.press("Enter")
+    tab.see(".turn:nth-child(1) .foot", "6 tokens", n=1)
+    assert focused() == "prompt"
+    tab.set("prompt", "Who?")
+    tab.page.keyboard.press("Tab")
+    tab.page.keyboard.press("Enter")
+    tab.see(".turn:nth-child(2) .foot", "6 tokens", n=1)
+    assert focused() == "prompt"
+    tab.set("prompt", "Who?")
+    tab.page.locator("#send").dblclick()
+    tab.see(".turn:nth-child(3) .foot", "6 tokens", n=1)
+    assert focused() in ("prompt", "send")
+    held.steps = threading.Semaphore(2 + 2)
+    tab.type("Who?")
+    tab.see(".foot", "1 token, writing", n=1)
+    tab.page.locator("#stop").press("Enter")
+    assert focused() == "prompt"
+
+
+def test_a_reply_that_cannot_be_coloured_says_so_itself(
+    tab: Tab, pair: tuple[Checkpoint, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = byte_by_byte("x" * 70, pair[0].tokenizer)
+    tab.page.get_by_label("colour by the base's rank").check()
+    with monkeypatch.context() as patch:
+        patch.setattr(web, "stream", lambda *_: ([i] for i in ids))
+        tab.ask("Who?")
+    tab.see(
+        ".foot", "70 tokens, ran into the limit; not coloured: a reply of 70 tokens is too long"
+    )
+    tab.ask("And?")
+    tab.page.locator(".turn:nth-child(2) .token").first.wait_for()
+    tab.see(".turn:nth-child(1) .foot", "not coloured")
+    assert tab.texts("#error") == [""]
+    tab.type(" ")
+    tab.see("#error", "the prompt is empty")
+
+
+def test_a_small_window_is_not_all_composer(tab: Tab) -> None:
+    tab.page.set_viewport_size({"width": 320, "height": 256})
+    tab.page.get_by_label("colour by the base's rank").check()
+    tab.set("max new tokens", "1" * 4000)
+    tab.type("Who?")
+    tab.see("#error", "max_new_tokens is 111")
+    assert tab.page.locator("#error").bounding_box()["height"] < 128
+    tab.set("max new tokens", "6")
+    tab.ask("Who?")
+    tab.page.evaluate("scrollTo(0, 0)")
+    assert tab.page.locator("#composer").bounding_box()["y"] > 128
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        "sessionStorage.diptych = '{'",
+        "Object.defineProperty(window, 'sessionStorage', { get() { throw new Error('no'); } })",
+    ],
+)
+def test_the_page_works_without_its_memory(tab: Tab, storage: str) -> None:
+    tab.page.add_init_script(storage)
+    tab.page.reload()
+    tab.ask("Who?")
+    tab.page.reload()
+    assert tab.page.locator(".turn").count() == 0
+
+
+def test_clear_while_ranks_are_asked_for_ends_that(tab: Tab) -> None:
+    asked: list[Any] = []
+    for prompt in ("Who?", "Where?"):
+        tab.ask(prompt)
+    tab.page.route("**/ranks", lambda route: asked.append(route))
+    tab.page.get_by_label("colour by the base's rank").check()
+    wait_until(lambda: tab.page.locator(".turn").count() == 2 and asked)
+    tab.press("Clear")
+    with tab.page.expect_response("**/ranks"):
+        asked[0].continue_()
+    tab.ask("Why?")
+    wait_until(lambda: tab.page.locator(".turn").count() == 1 and len(asked) > 1)
+    asked[1].continue_()
+    tab.page.locator("main .token").first.wait_for()
+    assert [json.loads(a.request.post_data)["prompt"] for a in asked] == ["Who?", "Why?"]
+
+
+def test_what_went_wrong_between_page_and_server_is_told_apart(tab: Tab) -> None:
+    tab.type("x" * web.MAX_BYTES)
+    tab.see("#error", "too long to be sent; shorten it, or begin again with Clear")
+    tab.page.route("**/reply", lambda route: route.abort())
+    tab.type("Who?")
+    tab.see("#error", "the server cannot be reached")
+    tab.page.evaluate("() => { window.post = () => null.ours; }")
+    tab.type("Who?")
+    tab.see("#error", "reading 'ours'")
+    assert all("Failed to load" in complaint for complaint in tab.complaints)
+    tab.complaints.clear()
+
+
+def test_hebrew_is_written_from_the_right(tab: Tab) -> None:
+    tab.ask("מי זה?")
+    tab.set("prompt", "ומה?")
+    for selector in (".prompt", "#prompt"):
+        direction = tab.page.locator(selector).evaluate("e => getComputedStyle(e).direction")
+        assert direction == "rtl"
