@@ -97,7 +97,7 @@ def test_an_axis_is_logarithmic_where_that_helps_and_says_so() -> None:
 def test_a_logarithmic_axis_has_a_few_numbers(largest: float) -> None:
     with mpl.rc_context(plot.PAPER):
         figure = plot.plot({"a": [row(n + 1, grad_norm=largest ** (n / 9)) for n in range(10)]})
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     axes = figure.axes[2]
     low, high = axes.get_ylim()
     assert axes.get_yscale() == "log"
@@ -118,7 +118,7 @@ def test_the_legend_takes_nothing_from_the_panels_and_stays_inside() -> None:
     def figure_of(*names: str) -> Figure:
         with mpl.rc_context(plot.PAPER):
             figure = plot.plot({name: [row(1), row(2)] for name in names})
-            figure.canvas.draw()
+            figure.draw_without_rendering()
         box = figure.legends[0].get_window_extent()
         assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
         return figure
