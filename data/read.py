@@ -364,14 +364,15 @@ def parse_example(example: Any) -> list[Message]:
     if not isinstance(example, dict):
         raise ValueError(f"expected a JSON object, not {type(example).__name__}")
     # A table has a column for every key of any row, empty where a row has no such key.
-    example = {k: v for k, v in example.items() if v is not None} or example
+    kept = ("answer", "output")  # of which a missing text is said below
+    example = {k: v for k, v in example.items() if v is not None or k in kept} or example
     for key in ("messages", "conversations"):
         if key in example:
             messages = example[key]
             if isinstance(messages, list):
                 messages = [_rename_turn(m) if isinstance(m, dict) else m for m in messages]
             return check_messages(messages)
-    if "response" in example and "output" not in example:
+    if "response" in example and example.get("output") is None:
         example = {**example, "output": example["response"], "input": example.get("context")}
     for prompt, answer in (("question", "answer"), ("instruction", "output")):
         if prompt in example:
