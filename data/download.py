@@ -24,6 +24,7 @@ from data.files import fingerprint, full_disk, lock, sha256_file
 
 T = TypeVar("T")
 RETRIES = 5  # failures in a row that bring no byte more than the best before them
+FIRST_RETRIES = 2  # where no server is reached for a listing: nothing is lost yet
 BACKOFF = 1.0  # seconds before the first retry, doubled for each further one
 PATIENCE = 60  # seconds to wait at most where a server names a time
 BLOCK = 1 << 13  # bytes; a cut loses what has come of a block
@@ -64,7 +65,9 @@ def hub_files(
         with requests.Session() as session:
             while query:
                 asked.add(query)
-                entries, query = _patiently(partial(_page, session, f"{tree}?{query}"))
+                entries, query = _patiently(
+                    partial(_page, session, f"{tree}?{query}"), unreached=FIRST_RETRIES
+                )
                 for entry in entries:
                     if entry["type"] == "file":
                         path, size = entry["path"], entry["size"]
@@ -180,11 +183,14 @@ def _download(
     part.replace(target)
 
 
-def _patiently(work: Callable[[], T], there: Callable[[], int] = lambda: 0) -> T:
+def _patiently(
+    work: Callable[[], T], there: Callable[[], int] = lambda: 0, unreached: int = RETRIES
+) -> T:
     """What `work` returns, tried again through a passing trouble of the server or the network.
 
     Raises:
-        requests.RequestException: RETRIES failures in a row that brought `there` no further.
+        requests.RequestException: more than RETRIES failures in a row that brought `there` no
+            further, or `unreached` where no server was reached.
     """
     best = failures = 0
     while True:
@@ -193,7 +199,8 @@ def _patiently(work: Callable[[], T], there: Callable[[], int] = lambda: 0) -> T
         except requests.RequestException as error:
             failures = 1 if there() > best else failures + 1
             best = max(best, there())
-            if failures > RETRIES or isinstance(error, ValueError):  # the latter never passes
+            limit = unreached if error.response is None else RETRIES
+            if failures > limit or isinstance(error, ValueError):  # the latter never passes
                 raise
             asked = "" if error.response is None else error.response.headers.get("Retry-After", "")
             pause = BACKOFF * 2 ** (failures - 1)
