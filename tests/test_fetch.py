@@ -330,6 +330,11 @@ def test_a_listing_and_a_file_wait_for_a_busy_server(
         hub_files("me/mine", "datasets", ["*"])
     assert waits == [1, 2, 4, 8, 16]
     waits.clear()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="cannot reach"):
+        hub_files("me/mine", "datasets", ["*"])
+    assert waits == [1, 2]  # nobody there: the network, or the name
+    waits.clear()
     monkeypatch.setenv("HF_ENDPOINT", "no address")
     with pytest.raises(ValueError, match="cannot reach no address"):
         hub_files("me/mine", "datasets", ["*"])
