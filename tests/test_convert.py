@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import sys
@@ -77,6 +78,20 @@ def exported(checkpoint: Checkpoint, folder: Path) -> Path:
     return out
 
 
+def random_texts(n: int) -> list[str]:
+    """Characters from all over Unicode, mixtures of spaces and word ends, and runs."""
+    rng = random.Random(1)
+    parts = "a 1 's 'S ! é 😀 \u017f <|end|> - the cat".split()
+    parts += [" ", "  ", "\n", "\t", "\r\n", "\u00a0", "\x85", "\x0b", "\u200b"]
+    ranges = [(32, 127), (0, 0x300), (0, 0xD800), (0xE000, 0x20000)]
+    made: list[Callable[[], str]] = [
+        lambda: "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(60))),
+        lambda: "".join(rng.choices(parts, k=rng.randrange(80))),
+        lambda: rng.choice(parts) * rng.randrange(300),
+    ]
+    return [rng.choice(made)() for _ in range(n)]
+
+
 SHAPES: list[dict[str, Any]] = [
     {"recipe": "gpt2"},
     {"recipe": "modern"},
@@ -125,7 +140,7 @@ def test_transformers_reads_the_same_ids(
     ours = make_checkpoint(tmp_path, spec=spec)
     theirs = hf.AutoTokenizer.from_pretrained(exported(ours, tmp_path))
     assert len(theirs) == ours.tokenizer.n_vocab
-    for text in [*AWKWARD, WORDS]:
+    for text in [*AWKWARD, WORDS, *random_texts(500)]:
         ids = ours.tokenizer.encode(text)
         assert theirs.encode(text) == ids, repr(text)
         assert theirs.decode(ids) == ours.tokenizer.decode(ids)
