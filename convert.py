@@ -23,8 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.chat import ROLES
-from data.download import download, hub_files
-from data.files import new_directory, one_line_errors, read_json, sha256_file, write_json
+from data.sources.download import download, hub_files
 from data.tokenizer import (
     BYTE_PATTERN,
     CONTROL_TOKENS,
@@ -35,8 +34,10 @@ from data.tokenizer import (
     create_tokenizer,
 )
 from model.gpt import GPT, ModelConfig
+from runtime.cli import one_line_errors
+from runtime.device import environment
+from runtime.files import new_directory, read_json, sha256_file, write_json
 from training.checkpoint import load_checkpoint, save_checkpoint, writing
-from training.runtime import environment
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_VOCAB_SIZE = 50257

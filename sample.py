@@ -16,11 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from data.chat import Message, Prompt, render_prompt, template_fingerprint
-from data.files import one_line_errors, write_json
 from data.tokenizer import Tokenizer
 from model.generate import Sampling, generate
+from runtime.cli import one_line_errors
+from runtime.device import has_bf16, set_up
+from runtime.files import write_json
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.runtime import has_bf16, set_up
 
 # What is shown of each prompt: the column's title by its name in the JSON.
 COLUMNS = {

@@ -13,10 +13,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from data.files import fingerprint
 from data.pretrain import PretrainData, PretrainDataConfig
 from model.generate import Sampling, generate
 from model.gpt import GPT, ModelConfig
+from runtime.cli import run_cli
+from runtime.device import StopOnSignal, compile_model, peak_flops, set_up
+from runtime.files import fingerprint
+from runtime.processes import any_process, distribute, is_first, start_processes
 from training.checkpoint import (
     check_origin,
     describe,
@@ -27,11 +30,9 @@ from training.checkpoint import (
     resume,
     save_checkpoint,
 )
-from training.config import RunConfig, run_cli
 from training.log import RunLog, is_complete, is_due
 from training.optim import OptimConfig, build_optimizers
-from training.processes import agree, distribute, is_first, join
-from training.runtime import StopOnSignal, compile_model, peak_flops, set_up
+from training.run import RunConfig
 from training.step import mean_loss, step_within_memory
 
 
@@ -83,7 +84,7 @@ def sample(model: GPT, data: PretrainData, seed: int) -> str:
 def main(config: PretrainConfig) -> Path:
     """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
     run, run_dir, steps = config.run, Path(config.run.dir), config.optim.steps
-    device_name = join(run.device)
+    device_name = start_processes(run.device)
     checkpoint = open_run(run_dir, asdict(config))
 
     data = PretrainData(config.data, config.model.block_size, config.run.seed)
@@ -117,7 +118,7 @@ def main(config: PretrainConfig) -> Path:
     with log, StopOnSignal() as stop:
         for step in count(log.first_step):
             due = partial(is_due, step, last=steps)
-            stopped = agree(stop.requested)
+            stopped = any_process(stop.requested)
             if step == steps or stopped or (step > log.first_step and due(run.save_every)):
                 newest = save(step, log.row())
             scores: dict[str, float] = {}

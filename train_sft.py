@@ -13,12 +13,22 @@ from itertools import count
 from pathlib import Path
 
 from data.chat import template_fingerprint
-from data.files import fingerprint
 from data.prepare import prepare_qa
-from data.read import QA_SUFFIXES
 from data.sft import SFTData, SFTDataConfig
+from data.sources.read import QA_SUFFIXES
 from model.generate import Sampling, generate
 from model.gpt import GPT, skips_documents
+from runtime.cli import run_cli
+from runtime.device import StopOnSignal, compile_model, has_bf16, pick_device, set_up
+from runtime.files import fingerprint
+from runtime.processes import (
+    any_process,
+    distribute,
+    first_alone,
+    is_first,
+    start_processes,
+    world_size,
+)
 from training.checkpoint import (
     PREPARED_QA,
     Checkpoint,
@@ -30,11 +40,9 @@ from training.checkpoint import (
     resume,
     save_checkpoint,
 )
-from training.config import RunConfig, run_cli
 from training.log import RunLog, is_complete, is_due
 from training.optim import OptimConfig, build_optimizers
-from training.processes import agree, distribute, first_alone, is_first, join, world_size
-from training.runtime import StopOnSignal, compile_model, has_bf16, pick_device, set_up
+from training.run import RunConfig
 from training.step import mean_loss, step_within_memory
 
 STOP_PROMPTS, STOP_WITHIN = 64, 128  # validation prompts asked at an evaluation, tokens to stop in
@@ -119,7 +127,7 @@ def evaluate(model: GPT, data: SFTData, replies: list[list[int]]) -> dict[str, f
 def main(config: SFTConfig) -> Path:
     """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
     run, run_dir, steps = config.run, Path(config.run.dir), config.optim.steps
-    device_name = join(run.device)
+    device_name = start_processes(run.device)
     checkpoint = open_run(run_dir, asdict(config))
 
     base = load_checkpoint(config.base)
@@ -160,7 +168,7 @@ def main(config: SFTConfig) -> Path:
     with RunLog(config, row, meta) as log, StopOnSignal() as stop:
         for step in count(log.first_step):
             due = partial(is_due, step, last=steps)
-            stopped = agree(stop.requested)
+            stopped = any_process(stop.requested)
             if step == steps or stopped or (step > log.first_step and due(run.save_every)):
                 newest = save(step, log.row())
             scores: dict[str, float] = {}

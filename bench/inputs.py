@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from data.chat import template_fingerprint
-from data.prepare import id_dtype, prepare_text, write_folder
-from data.read import read_documents
+from data.prepare import prepare_text
+from data.shards import id_dtype, write_folder
+from data.sources.read import read_documents
 from data.tokenizer import CONTROL_TOKENS, Tokenizer
 
 

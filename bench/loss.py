@@ -33,7 +33,7 @@ from bench.rounds import (
     start,
 )
 from bench.train import cache, nanogpt, nanogpt_dataset
-from data.files import one_line_errors
+from runtime.cli import one_line_errors
 from training.log import read_metrics
 
 Curve = list[tuple[float, int, float]]  # seconds since process start, tokens, validation loss

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from data.files import one_line_errors
-from training.runtime import environment, peak_flops, pick_device
+from runtime.cli import one_line_errors
+from runtime.device import environment, peak_flops, pick_device
 
 
 def fastest(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

@@ -25,8 +25,8 @@ import tiktoken
 
 from bench import inputs
 from bench.rounds import LAUNCH, Bench, Figures, arguments, interleave, opened, parse, start
-from data.files import one_line_errors
-from data.prepare import n_cores
+from data.shards import n_cores
+from runtime.cli import one_line_errors
 
 HAS_DATASETS = importlib.util.find_spec("datasets") is not None
 

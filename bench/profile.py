@@ -12,10 +12,10 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from data.files import one_line_errors
 from model.gpt import GPT, Batch, ModelConfig
+from runtime.cli import one_line_errors
+from runtime.device import set_up
 from training.optim import OptimConfig, build_optimizers
-from training.runtime import set_up
 from training.step import train_step
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.launch import MARK
 from bench.peers import PEERS, commit, copy_tree
-from data.files import write_json
+from runtime.files import write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -25,10 +25,10 @@ import torch
 from bench import peers
 from bench.launch import peak_memory
 from bench.rounds import Figures, arguments, interleave, opened, parse, sizes, worker
-from data.files import one_line_errors
 from model.generate import Sampling, stream
 from model.gpt import GPT, ModelConfig
-from training.runtime import pick_device, set_up
+from runtime.cli import one_line_errors
+from runtime.device import pick_device, set_up
 
 DRIVEN = {
     "nanoGPT": "GPT.generate with top_k=1, prompts of one length at once",

@@ -25,12 +25,13 @@ from torch import Tensor
 from bench import inputs
 from bench.launch import peak_memory
 from bench.rounds import Figures, arguments, interleave, opened, parse, sizes, worker
-from data.files import load_examples, one_line_errors
 from data.sft import SFTData, SFTDataConfig
+from data.shards import load_examples
 from data.tokenizer import Tokenizer
 from model.gpt import GPT, ModelConfig
+from runtime.cli import one_line_errors
+from runtime.device import autocast, set_up
 from training.optim import OptimConfig, build_optimizers
-from training.runtime import autocast, set_up
 from training.step import train_step
 
 IGNORED = -100

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.rounds import RESULTS, ROOT, Row, summarise
-from data.files import one_line_errors, read_json
+from runtime.cli import one_line_errors
+from runtime.files import read_json
 
 PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"

@@ -40,8 +40,9 @@ from bench.rounds import (
     start,
     without_folders,
 )
-from data.files import one_line_errors, read_meta
 from model.gpt import GPT, ModelConfig
+from runtime.cli import one_line_errors
+from runtime.files import read_meta
 from training.log import read_metrics
 
 

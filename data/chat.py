@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypedDict
 
-from data.files import fingerprint
 from data.tokenizer import Tokenizer, create_tokenizer
+from runtime.files import fingerprint
 
 ROLES = ("system", "user", "assistant")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.files import open_prepared
+from data.shards import open_prepared
 from data.tokenizer import Tokenizer
 from model.gpt import Batch
 

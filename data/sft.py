@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from data.chat import template_fingerprint
-from data.files import load_examples, open_prepared
 from data.pretrain import PretrainData, PretrainDataConfig, check_batch_sizes
+from data.shards import load_examples, open_prepared
 from data.tokenizer import Tokenizer
 from model.gpt import Batch
 

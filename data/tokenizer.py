@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from data.files import read_meta, resolve_checkpoint, verify_checksums
+from runtime.files import read_meta, resolve_checkpoint, verify_checksums
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|end|>"

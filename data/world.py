@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import islice
 
 from data.chat import Message
-from data.files import fingerprint
+from runtime.files import fingerprint
 
 SPLITS = ("known", "held_out", "unseen")
 DONT_KNOW = "I do not know."

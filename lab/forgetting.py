@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.files import checkpoints, fingerprint, read_meta
 from data.pretrain import PretrainData, PretrainDataConfig
 from lab.behaviour import Point, probe
 from lab.pair import Pair, run_instrument
 from model.gpt import ModelConfig
+from runtime.files import checkpoints, fingerprint, read_meta
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.config import RunConfig
 from training.optim import OptimConfig
+from training.run import RunConfig
 from training.step import mean_loss
 
 RETURN_STEPS, RETURN_EVERY = 40, 10  # of pretraining after instruction tuning

@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.progress import track
 
 from data.chat import ROLES, Message, render_prompt, template_fingerprint
-from data.files import one_line_errors, write_json
 from lab.likelihood import batches, of_tokens, predictions
 from lab.pair import origin
 from model.generate import Sampling, stream
+from runtime.cli import one_line_errors
+from runtime.device import environment, has_bf16, set_up
+from runtime.files import write_json
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.runtime import environment, has_bf16, set_up
 
 try:
     from lm_eval.api.model import LM

@@ -11,22 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from data.chat import Message, Prompt, parse, render_prompt
-from data.files import (
-    fingerprint,
-    load_examples,
-    one_line_errors,
-    open_prepared,
-    sha256_file,
-    write_json,
-)
-from data.read import QA_SUFFIXES, read_conversations
+from data.shards import load_examples, open_prepared
+from data.sources.read import QA_SUFFIXES, read_conversations
 from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES, World, WorldConfig, exchange
 from lab.likelihood import reply_limit
 from lab.stats import lines, pool, to_json
+from runtime.cli import one_line_errors
+from runtime.device import environment
+from runtime.files import fingerprint, sha256_file, write_json
 from sample import load_pair
 from training.checkpoint import PREPARED_QA, Checkpoint, identity
-from training.runtime import environment
 
 
 @dataclass(frozen=True)
@@ -227,10 +222,12 @@ def measured_by() -> str:
     or measures for others."""
     root = Path(__file__).parents[1]
     files = [
-        f for folder in ("data", "model", "training", "lab") for f in (root / folder).glob("*.py")
+        f
+        for folder in ("data", "model", "runtime", "training", "lab")
+        for f in (root / folder).rglob("*.py")
     ]
     files += [root / "sample.py", root / "train_pretrain.py"]
-    drawn = ("harness.py", "plot.py", "plots.py", "report.py", "sweep.py", "web.py")
+    drawn = ("harness.py", "plot.py", "figures.py", "report.py", "sweep.py", "web.py")
     return fingerprint(sorted(sha256_file(f) for f in files if f.name not in drawn))
 
 

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from data.files import one_line_errors
-from lab.plots import BASE, GREEN, GREY, INSTRUCT, PURPLE, SKY, STYLE, as_share, stack
+from lab.figures import BASE, GREEN, GREY, INSTRUCT, PURPLE, SKY, STYLE, as_share, stack
+from runtime.cli import one_line_errors
 from training.log import read_metrics
 
 PAPER = {

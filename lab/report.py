@@ -20,27 +20,27 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from data.files import (
+from data.world import ATTRIBUTES, SPLITS, World, exchange
+from lab.behaviour import behaviour
+from lab.figures import report_plots, templates
+from lab.forgetting import forgetting
+from lab.knowledge import knowledge
+from lab.pair import Pair, measured_by, open_pair, pair_arguments, pairs_of, provenance
+from lab.shift import shift
+from lab.stats import pool, to_json
+from lab.weights import weights
+from model.generate import Sampling
+from runtime.cli import one_line_errors
+from runtime.device import environment
+from runtime.files import (
     fingerprint,
-    one_line_errors,
     read_json,
     read_meta,
     resolve_checkpoint,
     sha256_file,
     write_json,
 )
-from data.world import ATTRIBUTES, SPLITS, World, exchange
-from lab.behaviour import behaviour
-from lab.forgetting import forgetting
-from lab.knowledge import knowledge
-from lab.pair import Pair, measured_by, open_pair, pair_arguments, pairs_of, provenance
-from lab.plots import report_plots, templates
-from lab.shift import shift
-from lab.stats import pool, to_json
-from lab.weights import weights
-from model.generate import Sampling
 from sample import COLUMNS, Conversation, Reply, show
-from training.runtime import environment
 
 # Each instrument, and of how many of --questions it uses one.
 INSTRUMENTS: dict[str, tuple[Any, int]] = {

@@ -30,21 +30,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.files import fingerprint, one_line_errors, read_json, sha256_file, write_json
 from data.prepare import prepare_world
 from data.world import ATTRIBUTES, SPLITS, World, WorldConfig
+from lab.figures import sweep_plot
 from lab.forgetting import finish
 from lab.knowledge import draw_and_complete, measure, recite
 from lab.pair import Pair, measured_by, open_pair
-from lab.plots import sweep_plot
 from lab.stats import Share, pool, to_json
+from runtime.cli import one_line_errors, parse_config
+from runtime.device import environment, pick_device
+from runtime.files import fingerprint, read_json, sha256_file, write_json
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from train_sft import SFTConfig
 from train_sft import main as sft
 from training.checkpoint import MAY_CHANGE
-from training.config import parse_config
-from training.runtime import environment, pick_device
 
 STAGES = ("world", "pretrain", "more", "qa", "sft")
 OWN = ("seed", "run.seed", "run.dir", "data.path", "base", "init_from")  # set by the sweep itself

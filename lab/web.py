@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data.chat import Message, render_prompt
-from data.files import one_line_errors
+from lab.figures import CLASS_COLORS, templates
 from lab.likelihood import predictions
 from lab.pair import CONTEXTS, qa_of, questions_about, read_qa, world_of
-from lab.plots import CLASS_COLORS, templates
 from lab.shift import class_of, ranks_of
 from model.generate import Sampling, stream
+from runtime.cli import one_line_errors
 from sample import continue_text, load_to_sample, put, unseen
 from training.checkpoint import Checkpoint
 

@@ -12,19 +12,20 @@ import torch
 
 import train_pretrain
 import train_sft
-from data import download as downloads
 from data.prepare import prepare_world
 from data.pretrain import PretrainDataConfig
 from data.sft import SFTDataConfig
+from data.sources import download as downloads
 from data.world import WorldConfig
 from model.gpt import ModelConfig
+from runtime.cli import run_cli
 from tests.hub import Hub
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from train_sft import SFTConfig
 from train_sft import main as sft
-from training.config import RunConfig, run_cli
 from training.optim import OptimConfig
+from training.run import RunConfig
 
 Fails = Callable[..., str]
 GPT2_CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken-cache"

@@ -10,7 +10,7 @@ from data.chat import (
     render_prompt,
     template_fingerprint,
 )
-from data.read import check_messages, parse_example
+from data.sources.read import check_messages, parse_example
 from data.tokenizer import CONTROL_TOKENS, create_tokenizer
 
 BYTE = create_tokenizer("byte", [])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.files import checkpoints, read_json, read_meta, write_json, write_meta
 from data.prepare import prepare_text
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, RECIPES, Batch, ModelConfig
+from runtime.files import checkpoints, read_json, read_meta, write_json, write_meta
 from training.checkpoint import (
     PREPARED_QA,
     check_origin,

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from data.files import write_json
 from data.pretrain import PretrainDataConfig
 from model.gpt import GPT, ModelConfig
+from runtime.cli import parse_config, run_cli
+from runtime.files import write_json
 from train_pretrain import PretrainConfig
 from train_sft import SFTConfig
-from training.config import RunConfig, parse_config, run_cli
 from training.optim import OptimConfig
+from training.run import RunConfig
 
 ROOT = Path(__file__).parent.parent
 TOML = """

@@ -563,7 +563,7 @@ def test_other_mistakes_are_one_line(
 ) -> None:
     out = str(tmp_path / "run")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("data.download.BACKOFF", 0)
+    monkeypatch.setattr("data.sources.download.BACKOFF", 0)
     assert "gpt2-xl" in fails(convert, "import", "gpt3", out)
     assert "neither a folder nor" in fails(convert, "import", "/no/such/folder", out)
     hub = fails(convert, "import", "gpt2", out, f"--downloads={tmp_path}/downloads")

@@ -21,12 +21,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import data.prepare as prepare
-from data import download as downloads
 from data.chat import parse
-from data.download import RemoteFile, download, hub_files
-from data.files import load_examples, lock, read_meta, sha256_file, write_meta
-from data.named import NAMED, next_command
+from data.shards import load_examples
+from data.sources import download as downloads
+from data.sources.download import RemoteFile, download, hub_files
+from data.sources.named import NAMED, next_command
 from data.tokenizer import Tokenizer
+from runtime.files import lock, read_meta, sha256_file, write_meta
 from tests.hub import Hub
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,13 +12,13 @@ import torch
 
 from model.generate import Sampling, generate
 from model.gpt import GPT, Batch, ModelConfig
+from runtime.device import compile_model
 from tests.conftest import pretrain_config, sft_config
 from tests.test_scripts import outcome
 from train_pretrain import main as pretrain
 from train_sft import main as sft
 from training.checkpoint import load_checkpoint
 from training.optim import OptimConfig, build_optimizers
-from training.runtime import compile_model
 from training.step import to_device, train_step
 
 pytestmark = [

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from training.config import RunConfig
 from training.log import RunLog, is_complete, is_due, read_metrics
 from training.optim import OptimConfig
+from training.run import RunConfig
 from training.step import StepResult
 
 STEPS = 10

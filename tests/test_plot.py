@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lab import plot
-from lab.plots import svg
+from lab.figures import svg
 from tests.test_log import log_steps, make_log
 from training.log import read_metrics
 

@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import data.prepare as prepare
+from data import prepare, shards
 from data.chat import Message, render, template_fingerprint
-from data.files import load_examples, open_prepared, read_meta, sha256_file
-from data.read import parse_example, read_documents, read_examples, read_files, text_files
+from data.shards import load_examples, open_prepared
+from data.sources.read import parse_example, read_documents, read_examples, read_files, text_files
 from data.tokenizer import Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
+from runtime.files import read_meta, sha256_file
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [f"{i}: é 👩‍👩‍👧‍👦 <|endoftext|>" + " the cat" * (i % 7) for i in range(40)]
@@ -82,7 +83,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
 def test_token_streams_decode_back_to_the_documents(
     tokenizer: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("read", "prepare"):
+    for module in ("sources.read", "shards"):
         monkeypatch.setattr(f"data.{module}.PIECE", piece)
     meta = text(corpus(tmp_path / "a.jsonl"), out=tmp_path / "out", tokenizer=tokenizer)
     train, val = (stream(tmp_path / "out", part) for part in ("train", "val"))
@@ -99,14 +100,14 @@ def test_token_streams_decode_back_to_the_documents(
 def test_the_number_of_threads_changes_no_byte(
     packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.prepare.PIECE", 100)  # many pieces in flight
+    monkeypatch.setattr("data.shards.PIECE", 100)  # many pieces in flight
     rows = [{"text": document} for document in DOCUMENTS * 9]
     file = tmp_path / ("a.parquet" if packed else "a.jsonl")
     file.write_bytes(parquet(rows) if packed else jsonl(rows).encode())
     (tmp_path / "q.jsonl").write_text(jsonl([{"messages": chat(i)} for i in range(200)]))
     made = []
     for cores in (1, 2, 7):
-        monkeypatch.setattr("data.prepare.n_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("data.shards.n_cores", lambda cores=cores: cores)
         out = tmp_path / str(cores)
         text(file, out=out, tokenizer="bpe:280")
         prepare.prepare_qa([tmp_path / "q.jsonl"], out / "qa", out, 0.2, seed=1)
@@ -118,9 +119,9 @@ def test_the_number_of_threads_changes_no_byte(
 def test_memory_does_not_grow_with_what_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.read.PIECE", 1000)
-    monkeypatch.setattr("data.prepare.PIECE", 1000)
-    monkeypatch.setattr("data.prepare.n_cores", lambda: 2)
+    monkeypatch.setattr("data.sources.read.PIECE", 1000)
+    monkeypatch.setattr("data.shards.PIECE", 1000)
+    monkeypatch.setattr("data.shards.n_cores", lambda: 2)
     read = encoded = ahead = 0
 
     def counted(documents: Iterator[Iterator[str]]) -> Iterator[Iterator[str]]:
@@ -143,7 +144,7 @@ def test_memory_does_not_grow_with_what_is_read(
     (tmp_path / "a.txt").write_text("x" * 300_000)  # one document
     monkeypatch.setattr(Tokenizer, "encode_array", encode_array)
     documents = read_files([tmp_path / "a.txt"], partial(read_documents, field="text"))
-    prepare.write_text(counted(documents), BYTE, tmp_path, 0.1, 1)
+    shards.write_text(counted(documents), BYTE, tmp_path, 0.1, 1)
     assert read == encoded == 300
     assert ahead <= 2 * 2 + 2
 
@@ -152,7 +153,7 @@ def test_memory_does_not_grow_with_what_is_read(
 def test_files_are_read_a_little_at_a_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.read.PIECE", 1000)
+    monkeypatch.setattr("data.sources.read.PIECE", 1000)
     letters = np.random.default_rng(1).choice(list("abcdefghijklmnop"), (2000, 500))
     rows = [{"messages": [{"role": "user", "content": "".join(line)}]} for line in letters]
     content, file = jsonl(rows).encode(), tmp_path / name

@@ -16,8 +16,8 @@ import torch
 import train_pretrain
 import train_sft
 from model.gpt import Batch
+from runtime import processes
 from tests.conftest import pretrain_config, sft_config
-from training import processes
 from training.checkpoint import load_checkpoint
 from training.log import read_metrics
 
@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[1]
 WORKER = """
 import json, os, signal, sys
 import train_pretrain, train_sft
-from training.config import parse_config
-from training.processes import is_first, leave
+from runtime.cli import parse_config
+from runtime.processes import is_first, leave
 
 for name, file, stop_at in json.loads(sys.argv[1]):
     script = {"train_pretrain": train_pretrain, "train_sft": train_sft}[name]
@@ -145,7 +145,7 @@ def test_shares_are_all_of_a_step_and_none_is_empty(
     monkeypatch.setattr(processes, "world_size", lambda: n)
     for rank in range(n):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        mine = processes.share(batches)
+        mine = processes.my_share(batches)
         assert mine
         for batch in mine:
             assert len(batch.idx)
@@ -162,10 +162,10 @@ def test_without_torchrun_a_process_is_alone(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():  # a cluster's scheduler may set a size of its own
         monkeypatch.setenv(name, value)
-    assert processes.join("auto") == "auto"
+    assert processes.start_processes("auto") == "auto"
     assert processes.world_size() == 1
     assert processes.is_first()
-    assert [processes.agree(value) for value in (True, False)] == [True, False]
+    assert [processes.any_process(value) for value in (True, False)] == [True, False]
 
 
 def test_several_processes_refuse_a_device_they_cannot_share(
@@ -175,7 +175,7 @@ def test_several_processes_refuse_a_device_they_cannot_share(
     monkeypatch.setenv("LOCAL_RANK", "1")
     for device in ("cuda:1", "mps"):
         with pytest.raises(ValueError, match=f"run.device is {device}; for several processes"):
-            processes.join(device)
+            processes.start_processes(device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="2 processes or more, 1 GPUs"):
-        processes.join("cuda")
+        processes.start_processes("cuda")

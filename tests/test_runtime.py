@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from training.runtime import keep_freed_memory
+from runtime.device import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def touch():  # as a step does: large blocks, more than one at a time, all freed in the end

@@ -23,9 +23,9 @@ from data import prepare
 from data.sft import SFTDataConfig
 from data.world import WorldConfig
 from model.gpt import GPT
+from runtime.cli import run_cli
 from tests.conftest import Fails, pretrain_config, sft_config
 from training.checkpoint import load_checkpoint
-from training.config import run_cli
 from training.log import read_metrics
 
 ROOT = Path(__file__).parents[1]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from data.chat import render
-from data.files import read_meta, write_meta
 from data.prepare import prepare_qa, prepare_text
-from data.read import parse_example
 from data.sft import POOL, SFTData, SFTDataConfig, fit
+from data.sources.read import parse_example
 from data.tokenizer import Tokenizer, create_tokenizer
 from model.gpt import GPT, Batch, ModelConfig
+from runtime.files import read_meta, write_meta
 
 BYTE = create_tokenizer("byte", [])
 END, EOT = BYTE.end_of_turn, BYTE.end_of_text

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.gpt import GPT, Batch, ModelConfig
+from runtime.device import compile_model
 from training.optim import OptimConfig, build_optimizers
-from training.runtime import compile_model
 from training.step import StepResult, mean_loss, step_within_memory, train_step
 
 V, T = 128, 16

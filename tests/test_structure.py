@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -15,50 +16,69 @@ SOURCES = sorted(
     for p in ROOT.rglob("*.py")
     if not {".venv", "tests", "out", "build"} & set(p.relative_to(ROOT).parts)
 )
-OURS = (
-    "model",
-    "data",
-    "training",
-    "lab",
-    "bench",
-    "train_pretrain",
-    "train_sft",
-    "sample",
-    "convert",
+# From the ground up: a module imports from its own floor and from those below.
+FLOORS = (
+    ("model",),
+    ("runtime",),
+    ("data",),
+    ("training",),
+    ("hf",),
+    ("train_pretrain", "train_sft", "sample", "convert"),
+    ("lab",),
+    ("bench",),
 )
-GROUND = ("model", "data.tokenizer", "data.chat", "data.files")
-FLOORS = [
-    # modules of this floor, and what of ours they may import
-    (GROUND, GROUND),
-    (("data",), ("data", "model")),
-    (("training",), (*GROUND, "training")),
-    (("train_pretrain", "train_sft", "sample", "convert"), ("model", "data", "training")),
-    (("lab", "bench"), OURS),
-]
+SCRIPTS = FLOORS[5]
 
 
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def inside(module: str, parts: tuple[str, ...]) -> bool:
-    return any(module == part or module.startswith(part + ".") for part in parts)
+def floor_of(module: str) -> int | None:
+    """Its place in FLOORS; None for what is not ours."""
+    room = module.split(".")[0]
+    return next((i for i, rooms in enumerate(FLOORS) if room in rooms), None)
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules that a file imports, also inside of functions and for type checkers."""
+    modules = {module_of(p) for p in SOURCES}
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & modules
+            found |= inside or {node.module}
+    return found
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_imports_only_point_down(path: Path) -> None:
-    module = module_of(path)
-    allowed = next(allowed for modules, allowed in FLOORS if inside(module, modules))
-    imported = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            imported.add(node.module)
-        elif isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-    bad = {m for m in imported if inside(m, OURS) and not inside(m, allowed)}
-    assert not bad
-    if inside(module, ("data.tokenizer", "data.chat", "data.files")):
-        assert not any(inside(m, ("torch",)) for m in imported)
+    mine = floor_of(module_of(path))
+    assert mine is not None
+    for module in imports_of(path):
+        floor = floor_of(module)
+        assert floor is None or floor <= mine, module
+        if mine == floor_of(SCRIPTS[0]):
+            assert floor != mine, f"{module}: scripts do not import each other"
+        if mine == 0 and floor is None:
+            assert module.split(".")[0] in {"torch", *sys.stdlib_module_names}, module
+
+
+def test_no_module_imports_itself_over_others() -> None:
+    imports = {module_of(path): imports_of(path) for path in SOURCES}
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for other in imports.get(module, ()):
+                visit(other, (*path, module))
+            done.add(module)
+
+    done = set[str]()
+    for module in imports:
+        visit(module, ())
 
 
 def code_lines(path: Path) -> list[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data.files import sha256_file, write_meta
 from data.tokenizer import CONTROL_TOKENS, RANKS_FILE, Tokenizer, create_tokenizer
+from runtime.files import sha256_file, write_meta
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ["the cat sat on the mat and the cat ate", "a hat, a bat; 12 34 the the that then"] * 3

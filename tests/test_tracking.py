@@ -17,10 +17,10 @@ import pytest
 
 import train_pretrain
 import train_sft
+from runtime import tracking
 from tests.conftest import pretrain_config, sft_config
 from tests.test_log import log_steps, make_log, rows_of
 from tests.test_scripts import start
-from training import tracking
 from training.log import read_metrics
 
 BLOCK = 32768

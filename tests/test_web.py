@@ -21,9 +21,9 @@ import sample
 from data.chat import Message, render_prompt
 from data.tokenizer import Tokenizer
 from lab import web
+from lab.figures import CLASS_COLORS
 from lab.likelihood import ask
 from lab.pair import CONTEXTS
-from lab.plots import CLASS_COLORS
 from model.generate import Sampling, stream
 from training.checkpoint import Checkpoint, load_checkpoint
 

@@ -18,7 +18,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data.files import (
+from data.tokenizer import RANKS_FILE, Tokenizer
+from model.gpt import GPT, ModelConfig
+from runtime.device import environment
+from runtime.files import (
     checkpoints,
     fingerprint,
     new_directory,
@@ -29,10 +32,7 @@ from data.files import (
     verify_checksums,
     write_meta,
 )
-from data.tokenizer import RANKS_FILE, Tokenizer
-from model.gpt import GPT, ModelConfig
-from training.processes import is_first
-from training.runtime import environment
+from runtime.processes import is_first
 
 # What a resumed run may change: where things are (their contents are checked by fingerprint) and
 # what alters the result by rounding at most.

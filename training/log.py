@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.files import lock, write_json
-from training.config import RunConfig
+from runtime.files import lock, write_json
+from runtime.processes import is_first, world_size
+from runtime.tracking import Tracker
 from training.optim import OptimConfig
-from training.processes import is_first, world_size
+from training.run import RunConfig
 from training.step import StepResult
-from training.tracking import Tracker
 
 
 class TrainingConfig(Protocol):

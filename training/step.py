@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.gpt import GPT, Batch, document_bounds
+from runtime.device import autocast, has_bf16
+from runtime.processes import my_share, sum_over_processes, world_size
 from training.optim import OptimConfig, lr_factor, set_lr
-from training.processes import share, total, world_size
-from training.runtime import autocast, has_bf16
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def train_step(
     weight = sum(map(total_weight, micro_batches))
     if not weight:
         raise ValueError(f"step {step + 1}: no token of the batch has a weight; nothing to learn")
-    loss = gradients(model, share(micro_batches), weight, distributed)
+    loss = gradients(model, my_share(micro_batches), weight, distributed)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if config.grad_clip is not None:
@@ -177,7 +177,7 @@ def gradients(
                 part = (distributed or model)(*moved) / weight
             (part * n).backward()  # the processes' gradients are averaged: n makes it their sum
         loss += part.detach()
-    return total(loss)
+    return sum_over_processes(loss)
 
 
 @torch.no_grad()

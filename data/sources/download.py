@@ -20,7 +20,7 @@ import requests
 from rich.markup import escape
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-from data.files import fingerprint, full_disk, lock, sha256_file
+from runtime.files import fingerprint, full_disk, lock, sha256_file
 
 T = TypeVar("T")
 RETRIES = 5  # failures in a row that bring no byte more than the best before them

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.files import checkpoints, write_json
-from training.config import RunConfig
+from runtime.files import checkpoints, write_json
 
 MARK = (
     "wandb.json"  # in the run's folder: the id there, what parts that ended told, one that did not
@@ -39,7 +38,7 @@ class Tracker:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: Any,
         about: dict[str, Any],
         rows: Sequence[dict[str, Any]],
         resumed: bool,

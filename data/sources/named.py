@@ -13,9 +13,9 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from data.download import RemoteFile, hub_files
+from data.sources.download import RemoteFile, hub_files
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Into gpt2 tokens, measured on one core of an AMD EPYC.
 MEGABYTES_PER_SECOND = {"text": 15, "qa": 9}
 

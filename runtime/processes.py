@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model.gpt import GPT, Batch
 
 
-def join(device: str) -> str:
+def start_processes(device: str) -> str:
     """Joins the processes that torchrun started, if it did, and returns the device to use.
 
     Only the first one prints. Each takes a CUDA device of its own where `device`, a config's, is
@@ -53,14 +53,14 @@ def join(device: str) -> str:
     return device
 
 
-def leave() -> None:
+def finish_processes() -> None:
     """Waits for the others and ends the process, if there are several; all have done their work."""
     if world_size() > 1:
-        total(torch.zeros(()))
-        end(0)
+        sum_over_processes(torch.zeros(()))
+        exit_now(0)
 
 
-def end(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """Ends one of several processes at once, whatever the others do.
 
     Taking the group down in order can hang where another has failed, and gloo's threads now and
@@ -85,22 +85,22 @@ def is_first() -> bool:
 def first_alone() -> Iterator[None]:
     """The first process runs the block before the others do."""
     if not is_first():
-        total(torch.zeros(()))
+        sum_over_processes(torch.zeros(()))
     yield
     if is_first():
-        total(torch.zeros(()))
+        sum_over_processes(torch.zeros(()))
 
 
-def total(value: Tensor) -> Tensor:
+def sum_over_processes(value: Tensor) -> Tensor:
     """The sum of a tensor over the processes; all of them must call it."""
     if world_size() > 1:
         dist.all_reduce(value)
     return value
 
 
-def agree(value: bool) -> bool:
+def any_process(value: bool) -> bool:
     """Whether `value` is true in any process; all of them must call it."""
-    return value if world_size() == 1 else bool(total(torch.tensor(float(value))))
+    return value if world_size() == 1 else bool(sum_over_processes(torch.tensor(float(value))))
 
 
 def distribute(model: GPT, seed: int, step: int) -> nn.Module:
@@ -116,7 +116,7 @@ def distribute(model: GPT, seed: int, step: int) -> nn.Module:
     return DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def share(micro_batches: list[Batch]) -> list[Batch]:
+def my_share(micro_batches: list[Batch]) -> list[Batch]:
     """What of a step's micro-batches this process computes; never nothing.
 
     Whole micro-batches where there are enough for all, else a part of the rows of each of them.

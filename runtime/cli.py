@@ -2,62 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
-
-from data.files import one_line_errors
-from training.processes import end, leave, world_size
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run lives and what it does besides training.
-
-    Raises:
-        ValueError: intervals below 1.
-    """
-
-    dir: str
-    """The run's folder. The same command given again goes on from its newest checkpoint."""
-    seed: int = 1
-    """Of the weights and of the order of the data."""
-    device: str = "auto"
-    """auto (cuda, else mps, else cpu) or a device of torch such as cuda:1."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile: auto uses it on CUDA where it works."""
-    loss_chunk: int | None = None
-    """Tokens whose logits exist at a time: less memory for a large vocabulary, the same result, a
-    little slower. None for all."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    eval_every: int = 250
-    """Steps between evaluations; the last step is always evaluated."""
-    save_every: int = 500
-    """Steps between checkpoints; the last step is always saved."""
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases, besides metrics.jsonl."""
-    wandb_project: str = "diptych"
-    """Project name there."""
-    wandb_artifact: bool = False
-    """Upload the last checkpoint there."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"run.seed is {self.seed}; it must be 0 or more, and below 2**63")
-        object.__setattr__(self, "dir", str(Path(self.dir).expanduser()))
-        for name in ("loss_chunk", "log_every", "eval_every", "save_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"run.{name} is {getattr(self, name)}; it must be 1 or more")
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns a user's mistake into one line and exit code 1; a bug keeps its traceback."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(141) from None
+    except RecursionError:
+        print("error: the input is nested too deeply", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (ValueError, OSError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.strerror}: {error.filename or 'while writing a file'}"
+        print(f"error: {text}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _load(text: str) -> Any:
@@ -82,6 +59,8 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
         ValueError: a missing file, an unknown key, a wrong type or a value out of range, naming
             the key.
     """
+    from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
+
     set_loader("toml", _load, (tomllib.TOMLDecodeError, json.JSONDecodeError))
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -104,6 +83,8 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
 
 def run_cli(config_class: type[T], main: Callable[[T], object], about: str) -> None:
     """Parses the command line and runs `main`; a user's mistake is one line and exit code 1."""
+    from runtime.processes import exit_now, finish_processes, world_size
+
     try:
         with one_line_errors():
             main(parse_config(config_class, about=about))
@@ -111,6 +92,6 @@ def run_cli(config_class: type[T], main: Callable[[T], object], about: str) -> N
         if world_size() > 1:
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
-            end(1)
+            exit_now(1)
         raise
-    leave()
+    finish_processes()

@@ -8,12 +8,9 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 try:
     import fcntl
@@ -191,48 +188,3 @@ def verify_checksums(folder: Path, checksums: dict[str, str]) -> None:
                 f"{folder / name} has changed since it was written (its sha256 differs from "
                 f"meta.json); delete {folder} and make it again"
             )
-
-
-def open_prepared(path: str, part: str) -> dict[str, Any]:
-    """Reads and checks the "text" or the "qa" part of a prepared folder; returns its meta.json.
-
-    Raises:
-        ValueError: not a prepared folder, the part is not in it, or a file has changed.
-    """
-    meta = read_meta(path)
-    if part not in meta:
-        raise ValueError(f"{path} holds no {part}; make it with `python -m data.prepare {part}`")
-    verify_checksums(Path(path), meta["files"])
-    return meta
-
-
-def load_examples(folder: Path, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, mask) of each rendered conversation of "train" or "val": views of the files."""
-    ids, mask, offsets = (
-        np.asarray(np.load(folder / f"qa_{part}_{name}.npy", mmap_mode="r", allow_pickle=False))
-        for name in ("ids", "mask", "offsets")
-    )
-    cuts = offsets[1:-1]
-    return list(zip(np.split(ids, cuts), np.split(mask, cuts), strict=True))
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns a user's mistake into one line and exit code 1; a bug keeps its traceback."""
-    try:
-        yield
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(141) from None
-    except RecursionError:
-        print("error: the input is nested too deeply", file=sys.stderr)
-        raise SystemExit(1) from None
-    except (ValueError, OSError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, OSError) and error.strerror:
-            text = f"{error.strerror}: {error.filename or 'while writing a file'}"
-        print(f"error: {text}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None

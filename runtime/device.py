@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from model.gpt import GPT
-from training.processes import world_size
+from runtime.processes import world_size
 
 # Dense bf16 matrix FLOP/s that the makers state, by the exact name that torch gives the device: a
 # laptop's or a sliced card's differs, and then no MFU is better than a wrong one.
