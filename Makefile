@@ -34,10 +34,10 @@ lint: .venv/dev
 
 # PEERS="--nanogpt DIR --nanochat DIR" measures beside them; docs/speed.md has the benches one by one.
 bench: .venv/dev
-	$(BIN)/python -m bench.train $(PEERS)
-	$(BIN)/python -m bench.sample $(PEERS)
-	$(BIN)/python -m bench.sft
-	$(BIN)/python -m bench.table
+	$(BIN)/python -m bench train $(PEERS)
+	$(BIN)/python -m bench sample $(PEERS)
+	$(BIN)/python -m bench sft
+	$(BIN)/python -m bench table
 
 clean:
 	rm -rf out

@@ -3,11 +3,8 @@
 python sample.py --base out/quickstart/base --instruct out/quickstart/instruct --chat
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
-from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,13 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data.chat import Message, Prompt, render_prompt, template_fingerprint
-from data.tokenizer import Tokenizer
+from data.chat import Message, raw_prompt, render_prompt
+from data.fitting import recent_turns
 from model.generate import Sampling, generate
 from runtime.cli import one_line_errors
-from runtime.device import has_bf16, set_up
 from runtime.files import write_json
-from training.checkpoint import Checkpoint, load_checkpoint
+from training.checkpoint import Checkpoint, load_pair
 
 # What is shown of each prompt: the column's title by its name in the JSON.
 COLUMNS = {
@@ -58,77 +54,31 @@ def unseen(checkpoint: Checkpoint, ids: list[int]) -> str:
     return f"of the {len(ids)} tokens of this prompt, the model sees the last {block_size}"
 
 
-def load_pair(base: str, instruct: str, device: str) -> tuple[Checkpoint, Checkpoint]:
-    """Both checkpoints on a device.
-
-    Raises:
-        ValueError: not a base and an instruct checkpoint that share a tokenizer and template.
-    """
-    where = set_up(device)
-    pair = [load_checkpoint(path, where) for path in (base, instruct)]
-    for checkpoint, kind in zip(pair, ("base", "instruct"), strict=True):
-        if checkpoint.meta["kind"] != kind:
-            found = checkpoint.meta["kind"]
-            raise ValueError(f"--{kind} {checkpoint.path} is of the other kind: {found}")
-    if pair[0].tokenizer.fingerprint != pair[1].tokenizer.fingerprint:
-        raise ValueError("the two checkpoints have different tokenizers; they cannot be compared")
-    if pair[1].meta["template"] != template_fingerprint():
-        raise ValueError(f"{pair[1].path} was trained with another chat template than this code's")
-    return pair[0], pair[1]
-
-
-def load_to_sample(base: str, instruct: str, device: str) -> tuple[Checkpoint, Checkpoint]:
-    """`load_pair`, in bf16 where the device computes in it."""
-    pair = load_pair(base, instruct, device)
-    for checkpoint in pair:
-        if has_bf16(checkpoint.model.wte.weight.device):
-            checkpoint.model.bfloat16()  # every token reads all weights: half the bytes and time
-    return pair
-
-
-def continue_text(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """A conversation as one text to go on with, in which each prompt begins a line."""
-    lines = [("\n" if m["role"] == "user" else "") + m["content"] for m in messages]
-    return [tokenizer.end_of_text, *tokenizer.encode("".join(lines)[1:])]
-
-
-def put(
-    prompt: Prompt, messages: list[Message], checkpoint: Checkpoint, max_new_tokens: int
-) -> list[int]:
-    """Token ids of a conversation. Removes the oldest turns that leave no room for a reply.
-
-    Whole turns are forgotten, so that the newest question is never cut. A text to be continued has
-    no turns: of a long one the model sees the end.
-    """
+def room_for(checkpoint: Checkpoint, max_new_tokens: int) -> int:
+    """The most tokens of a prompt that leave room for a reply: half of the context at least."""
     block_size = checkpoint.model.config.block_size
-    room = min(max_new_tokens, block_size // 2)
-
-    def fits(turn: int) -> bool:
-        return len(prompt(messages[2 * turn :], checkpoint.tokenizer)) + room <= block_size
-
-    if prompt is not continue_text:
-        last = (len(messages) - 1) // 2
-        del messages[: 2 * bisect_left(range(last), True, key=fits)]
-    return prompt(messages, checkpoint.tokenizer)
+    return block_size - min(max_new_tokens, block_size // 2)
 
 
 class Conversation:
     """One conversation with each of the three columns, each with its own replies as history."""
 
     def __init__(self, base: Checkpoint, instruct: Checkpoint, sampling: Sampling) -> None:
-        self.base, self.instruct, self.sampling = base, instruct, sampling
+        self.models = {"base_raw": base, "base_chat": base, "instruct": instruct}
+        self.sampling = sampling
         self.messages: dict[str, list[Message]] = {column: [] for column in COLUMNS}
 
     def ask(self, prompt: str) -> dict[str, Reply]:
-        """The replies to the next prompt, by column."""
+        """The replies to the next prompt, by column. Old turns that do not fit are forgotten."""
         replies = {}
-        for column, messages in self.messages.items():
-            checkpoint = self.instruct if column == "instruct" else self.base
-            form = continue_text if column == "base_raw" else render_prompt
-            messages.append(Message(role="user", content=prompt))
-            ids = put(form, messages, checkpoint, self.sampling.max_new_tokens)
-            replies[column] = reply(checkpoint, ids, self.sampling)
-            messages.append(Message(role="assistant", content=replies[column].text))
+        for column, model in self.models.items():
+            form = raw_prompt if column == "base_raw" else render_prompt
+            room = room_for(model, self.sampling.max_new_tokens)
+            said = [*self.messages[column], Message(role="user", content=prompt)]
+            said = recent_turns(form, said, model.tokenizer, room)
+            replies[column] = reply(model, form(said, model.tokenizer), self.sampling)
+            said.append(Message(role="assistant", content=replies[column].text))
+            self.messages[column] = said
         return replies
 
 
@@ -151,9 +101,9 @@ def show(console: Console, prompt: str, replies: dict[str, Reply]) -> None:
 Result = tuple[str, dict[str, Reply]]  # a prompt and its replies by column
 
 
-def chat(console: Console, conversation: Conversation) -> list[Result]:
+def chat(console: Console, base: Checkpoint, instruct: Checkpoint, how: Sampling) -> list[Result]:
     """Reads prompts until end of input; /reset begins again. Returns what was said."""
-    results: list[Result] = []
+    results, conversation = list[Result](), Conversation(base, instruct, how)
     print("Type a message to both models; /reset begins a new conversation, Ctrl-D ends.")
     while True:
         try:
@@ -162,20 +112,14 @@ def chat(console: Console, conversation: Conversation) -> list[Result]:
             print()
             return results
         if prompt == "/reset":
-            conversation = Conversation(
-                conversation.base, conversation.instruct, conversation.sampling
-            )
+            conversation = Conversation(base, instruct, how)
         elif prompt:
             results.append((prompt, conversation.ask(prompt)))
             show(console, *results[-1])
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The lines of a text file that are not blank.
-
-    Raises:
-        ValueError: not UTF-8, or no prompt in it.
-    """
+    """The lines of a text file that are not blank. Raises ValueError: not UTF-8, or all blank."""
     try:
         prompts = [p for p in file.read_text(encoding="utf-8-sig").splitlines() if p.strip()]
     except UnicodeDecodeError:
@@ -190,10 +134,10 @@ def run(a: argparse.Namespace) -> None:
     if a.json is not None and not a.json.absolute().parent.is_dir():
         raise ValueError(f"--json {a.json}: there is no folder {a.json.parent}")
     sampling = Sampling(a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
-    base, instruct = load_to_sample(a.base, a.instruct, a.device)
+    base, instruct = load_pair(a.base, a.instruct, a.device, to_sample=True)
     console = Console()
     if a.prompt is None and a.prompts is None:
-        results = chat(console, Conversation(base, instruct, sampling))
+        results = chat(console, base, instruct, sampling)
     else:
         prompts = [a.prompt] if a.prompts is None else read_prompts(a.prompts)
         if not all(prompt.strip() for prompt in prompts):

@@ -3,50 +3,25 @@
 python train_sft.py --config configs/quickstart/sft.toml --base=out/my-run --run.dir=out/my-sft
 """
 
-from __future__ import annotations
-
-import gc
-import shutil
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import count
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.chat import template_fingerprint
-from data.prepare import prepare_qa
+from data.replay import open_replay
 from data.sft import SFTData, SFTDataConfig
-from data.sources.read import QA_SUFFIXES
+from model.check import check_range
 from model.generate import Sampling, generate
-from model.gpt import GPT, skips_documents
+from model.gpt import GPT
 from runtime.cli import run_cli
-from runtime.device import StopOnSignal, compile_model, has_bf16, pick_device, set_up
-from runtime.files import fingerprint
-from runtime.processes import (
-    any_process,
-    distribute,
-    first_alone,
-    is_first,
-    start_processes,
-    world_size,
-)
-from training.checkpoint import (
-    PREPARED_QA,
-    Checkpoint,
-    check_origin,
-    describe,
-    identity,
-    load_checkpoint,
-    open_run,
-    resume,
-    save_checkpoint,
-)
-from training.log import RunLog, is_complete, is_due
+from runtime.device import has_bf16, pick_device, set_up
+from runtime.processes import world_size
+from training.checkpoint import Checkpoint, load_checkpoint, origin_of
+from training.config import RunConfig
 from training.optim import OptimConfig, build_optimizers
-from training.run import RunConfig
-from training.step import mean_loss, step_within_memory
+from training.run import Run
+from training.step import StepResult, mean_loss, train_step
 
-STOP_PROMPTS, STOP_WITHIN = 64, 128  # validation prompts asked at an evaluation, tokens to stop in
-SAMPLES = 8  # of them shown beside the base's replies, in wandb
+# Validation prompts asked at an evaluation, tokens to stop in, and replies shown in wandb.
+STOP_PROMPTS, STOP_WITHIN, SAMPLES = 64, 128, 8
 
 
 @dataclass(frozen=True)
@@ -58,48 +33,21 @@ class SFTConfig:
     data: SFTDataConfig
     run: RunConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
+    verify: bool = False
+    """Hash all prepared data at the start, not only what has changed since it was last hashed."""
 
 
-def load_data(config: SFTConfig, base: Checkpoint, new: bool) -> SFTData:
-    """The Q&A, prepared first if it is a file, and the text to replay.
-
-    Raises:
-        ValueError: unusable data, or a block size that the base does not have.
-    """
-    base_block = base.model.config.block_size
-    block_size = config.data.block_size or base_block
-    if block_size > base_block:
-        raise ValueError(
-            f"data.block_size={block_size} is longer than the base's {base_block}; lower it, or "
-            "pretrain with a larger model.block_size"
-        )
-    path = Path(config.data.path)
-    if path.name.lower().endswith(QA_SUFFIXES):
-        path, files = Path(config.run.dir) / PREPARED_QA, [path]
-        with first_alone():
-            if new and is_first():  # of a start that failed: the file may have been mended since
-                shutil.rmtree(path, ignore_errors=True)
-            prepare_qa(files, path, base.path, config.data.val_fraction, config.run.seed)
-    read = base.meta["config"]["data"]
-    replay, mask = config.data.replay_path or read["path"], read.get("document_mask", False)
-    if config.data.replay and replay is None:
-        raise ValueError(
-            f"{config.base} was imported, so its text is not known; name the text to replay with "
-            "--data.replay_path"
-        )
-    packed = config.data.layout == "packed"
-    if config.data.layout == "auto":  # where attention can skip what it does not see
-        skips = skips_documents(base.model.config) and has_bf16(pick_device(config.run.device))
-        packed = skips and world_size() == 1  # packed, there may be fewer rows than processes
-    seed = config.run.seed
-    data = SFTData(path, config.data, base.tokenizer, block_size, seed, replay, mask, packed)
-    same = fingerprint(data.replay_files) == base.meta["data"]["fingerprint"]
-    if data.replay_files and config.data.replay_path is None and not same:
-        raise ValueError(
-            f"{replay} is no longer the text that the base was trained on; name the text to replay "
-            "with --data.replay_path"
-        )
-    return data
+def load_data(config: SFTConfig, run: Run, base: Checkpoint) -> SFTData:
+    """The Q&A, and the text to replay."""
+    longest, seed, verify = base.model.config.block_size, config.run.seed, config.verify
+    block_size = config.data.block_size or longest
+    check_range("data.block_size", block_size, f"2 to {longest}", "the base has no longer context")
+    folder = run.prepare_qa(config.data.path, base.path)
+    replay = open_replay(config.data, base.meta, block_size, seed, verify)
+    # auto: where attention skips what it does not see, and no process could be without a row
+    skips = base.model.config.can_pack and has_bf16(pick_device(run.device)) and world_size() == 1
+    packed = config.data.layout == "packed" or (config.data.layout == "auto" and skips)
+    return SFTData(folder, config.data, base.tokenizer, block_size, seed, replay, packed, verify)
 
 
 def answer(model: GPT, data: SFTData, n: int) -> list[list[int]]:
@@ -107,16 +55,24 @@ def answer(model: GPT, data: SFTData, n: int) -> list[list[int]]:
     return generate(model, data.val_prompts(n), Sampling(STOP_WITHIN), {data.tokenizer.end_of_turn})
 
 
-def evaluate(model: GPT, data: SFTData, replies: list[list[int]]) -> dict[str, float]:
+def evaluate(
+    run: Run, model: GPT, data: SFTData, step: int, before: list[list[int]]
+) -> dict[str, float]:
     """Validation loss of the true replies, and whether the model would stop where they do.
 
     `stop_logprob` is the mean log-probability of the end-of-turn token at the true end of a reply;
-    `stop_rate` the share of the model's own `replies` that end by themselves.
+    `stop_rate` the share of the model's own replies that end by themselves. Shows one of these,
+    another one at each step; wandb gets some beside `before`, the base's.
     """
-    batches, end = data.val_batches(), data.tokenizer.end_of_turn
+    batches, end = data.val_batches(run.rows), data.tokenizer.end_of_turn
     ends = [
         b._replace(weights=b.weights * (b.targets == end)) for b in batches if b.weights is not None
     ]
+    replies = answer(model, data, STOP_PROMPTS)
+    prompts, decode = data.val_prompts(STOP_PROMPTS), data.tokenizer.decode
+    table = [[*map(decode, row)] for row in zip(prompts, before, replies, strict=False)]
+    n = step % len(replies)
+    run.log.samples(decode(prompts[n] + replies[n]), ["prompt", "base", "instruct"], table)
     return {
         "val_loss": mean_loss(model, batches),
         "stop_logprob": -mean_loss(model, ends),
@@ -126,68 +82,44 @@ def evaluate(model: GPT, data: SFTData, replies: list[list[int]]) -> dict[str, f
 
 def main(config: SFTConfig) -> Path:
     """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
-    run, run_dir, steps = config.run, Path(config.run.dir), config.optim.steps
-    device_name = start_processes(run.device)
-    checkpoint = open_run(run_dir, asdict(config))
-
+    run = Run("instruct", config)
     base = load_checkpoint(config.base)
     if base.meta["kind"] != "base":
         raise ValueError(f"--base={config.base} is an {base.meta['kind']} checkpoint, not a base")
-    data = load_data(config, base, new=checkpoint is None)
-    replayed = data.replay_files
-    made_from = {
-        "data": {"fingerprint": fingerprint(data.meta["files"])},
-        "base": {"step": base.meta["step"], "fingerprint": identity(base.meta)},
-        "replay": {"fingerprint": fingerprint(replayed)} if replayed else None,
-    }
-    if checkpoint:
-        check_origin(checkpoint, made_from)
-        if is_complete(checkpoint, steps):
-            print(f"{run_dir}: complete at step {steps}, nothing to do")
-            return checkpoint
+    data = load_data(config, run, base)
+    replayed = {"fingerprint": data.replay.fingerprint} if data.replay else None
+    made_from = {"data": {"fingerprint": data.fingerprint}, "base": origin_of(base.path)}
+    run.made_from(data.meta, **made_from, replay=replayed)
+    if run.is_complete():
+        return run.checkpoint
 
-    device = set_up(device_name, run.seed)
+    device = set_up(run.device, config.run.seed)
     model = base.model.to(device).train()
     optimizers = build_optimizers(model, config.optim)
-    model.loss_chunk = run.loss_chunk
-    compile_model(model, run.compile)
-    prompts, decode = data.val_prompts(STOP_PROMPTS), base.tokenizer.decode
-    shown_there = run.wandb != "disabled" and is_first()
-    before = answer(model, data, SAMPLES) if shown_there else []
-    row = resume(checkpoint, model, optimizers) if checkpoint else {}
-    distributed = distribute(model, run.seed, row.get("step", 0))
-    meta = describe("instruct", config, device, data.meta) | made_from
-    meta["template"] = template_fingerprint()
-    save = partial(save_checkpoint, run_dir, model, optimizers, base.tokenizer, meta)
+    before = [] if config.run.wandb == "disabled" else answer(model, data, SAMPLES)
+    network = run.resume(model, optimizers, base.tokenizer)
+
+    def train(step: int, rows: int) -> StepResult:
+        batches = data.micro_batches(step, rows)
+        return train_step(network, optimizers, batches, step, config.optim)
 
     print(
         f"{model.n_params():,} parameters on {device.type}, from step {base.meta['step']} of "
-        f"{config.base}; step {row.get('step', 0)} of {steps}, {data.steps_per_epoch} an epoch"
+        f"{config.base}; step {run.first_step} of {run.last_step}, {data.steps_per_epoch} an epoch"
     )
-    print(data.shares())
-    with RunLog(config, row, meta) as log, StopOnSignal() as stop:
-        for step in count(log.first_step):
-            due = partial(is_due, step, last=steps)
-            stopped = any_process(stop.requested)
-            if step == steps or stopped or (step > log.first_step and due(run.save_every)):
-                newest = save(step, log.row())
-            scores: dict[str, float] = {}
-            if step and due(run.eval_every) and is_first() and not stopped:
-                replies = answer(model, data, STOP_PROMPTS)
-                scores = evaluate(model, data, replies)
-                shown = step % len(replies)
-                log.say(f"  sample: {decode(prompts[shown] + replies[shown])!r}")
-                sides = zip(prompts, before, replies, strict=False)
-                log.samples(["prompt", "base", "instruct"], [list(map(decode, s)) for s in sides])
-            log.write(step, scores)
-            if step == steps or stopped:
+    print(data.shares(run.rows))
+    with run:
+        for step in run.steps():
+            if run.must_save(step):
+                run.save(step)
+            due = run.must_evaluate(step)
+            scores = evaluate(run, model, data, step, before) if due else {}
+            run.log.write(step, scores)
+            if run.must_stop(step):
                 break
-            log.count(step_within_memory(model, optimizers, data, step, config.optim, distributed))
-            if step == log.first_step:
-                gc.freeze()  # what is there now stays; collections need not look through it again
-    gc.unfreeze()
-    print(f"instruct checkpoint: {newest}")
-    return newest
+            run.log.add(run.within_memory(train, step))
+    print(f"instruct checkpoint: {run.checkpoint}")
+    return run.checkpoint
 
 
 if __name__ == "__main__":

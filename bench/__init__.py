@@ -1,1 +1,0 @@
-"""Speed side by side with two peer projects; `python -m bench.table` writes it up."""

@@ -1,54 +1,76 @@
 """Runs a script in this fresh process as `python SCRIPT` would, then prints its peak memory.
 
-python bench/launch.py [--pin] {SCRIPT | -m MODULE} [ARGUMENT ...]
+python bench/launch.py [--pin] [--first-step] {SCRIPT | -m MODULE | MODULE:FUNCTION} [ARGUMENT ...]
 
---pin keeps the process on one core. Nothing but the standard library is imported beforehand, so
-that the time from process start to the first step is the script's own.
+A function is given a JSON object of arguments, and what it returns is printed too. --pin keeps
+the process on one core. --first-step says when the first optimizer step is done; torch is imported
+here for it, a little before the script does. Otherwise nothing but the standard library is, so
+that the time from process start is the script's own.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
-MARK = "peak memory in bytes:"
+FIRST_STEP = "the first step is done"
 
 
 def peak_memory() -> int:
     """Bytes: the most that CUDA's allocator gave out; where there is no CUDA, the resident set."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        allocated: int = torch.cuda.max_memory_allocated()
-        if allocated:
-            return allocated
+    torch: Any = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
     # Not ru_maxrss where there is better: it begins with what the parent process held.
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return int(found[1]) * 1024
     import resource  # not on Windows
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
 
+def say_first_step() -> None:
+    """Lets whatever optimizer steps first print FIRST_STEP, once the GPU has done its part."""
+    torch: Any = importlib.import_module("torch")
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    @functools.cache
+    def say() -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        print(FIRST_STEP, flush=True)
+
+    register_optimizer_step_post_hook(lambda *_: say())
+
+
 def main() -> None:
     """Runs one command line."""
-    arguments = sys.argv[1:]
-    if arguments[0] == "--pin":
-        del arguments[0]
-        if sys.platform == "linux":
-            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    if arguments[0] == "-m":
-        sys.argv, sys.path[0] = arguments[1:], str(Path.cwd())
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    flags = [word for word in sys.argv[1:3] if word in ("--pin", "--first-step")]
+    words, result = sys.argv[1 + len(flags) :], {}
+    is_script = words[0].endswith(".py")
+    sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent if is_script else Path.cwd())
+    if "--pin" in flags and sys.platform == "linux":
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    if "--first-step" in flags:
+        say_first_step()
+    if is_script:
+        runpy.run_path(words[0], run_name="__main__")
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
-        runpy.run_path(arguments[0], run_name="__main__")
-    print(MARK, peak_memory(), flush=True)
+        module, function = words[0].split(":")
+        result = getattr(importlib.import_module(module), function)(**json.loads(words[1]))
+    print(json.dumps({**result, "peak_memory": peak_memory()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""The chat template. Nothing else in the project knows what a conversation looks like in tokens.
+"""How a conversation is put to a model. Nothing else in the project knows.
+
+The chat template, in which the instruct model is tuned and asked:
 
     <|endoftext|> <|user|> question <|end|> <|assistant|> answer <|end|> <|user|> ...
 
 Control tokens are inserted by id and the text between them is encoded as plain text, so no
-message can forge a turn. A reply is supervised together with the <|end|> that closes it.
+message can forge a turn. A reply is supervised together with the <|end|> that closes it. Three ways
+in plain text, for a base that has never seen the template's tokens, follow below it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypedDict
 
 from data.tokenizer import Tokenizer, create_tokenizer
@@ -24,7 +26,7 @@ class Message(TypedDict):
     content: str
 
 
-# How a conversation is put to a model: the token ids after which its reply is sampled.
+# A way to put a conversation to a model: token ids after which its reply is sampled.
 Prompt = Callable[[list[Message], Tokenizer], list[int]]
 
 
@@ -47,6 +49,35 @@ def render_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
     return [*render(messages, tokenizer)[0], tokenizer.control("<|assistant|>")]
 
 
+def plain_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+    """The conversation as questions and answers in plain text."""
+    names = {"user": "Question", "assistant": "Answer", "system": "Note"}
+    text = [f"{names[m['role']]}:\n{m['content']}\n" for m in messages]
+    return [tokenizer.end_of_text, *tokenizer.encode("".join(text) + "Answer:\n")]
+
+
+def documents_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+    """Each message as a document of its own, after which a new one begins."""
+    ids = [tokenizer.end_of_text]
+    for message in messages:
+        ids += [*tokenizer.encode(message["content"]), tokenizer.end_of_text]
+    return ids
+
+
+def raw_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+    """The conversation as one text to go on with, in which each user message begins a line."""
+    lines = [("\n" if m["role"] == "user" else "") + m["content"] for m in messages]
+    return [tokenizer.end_of_text, *tokenizer.encode("".join(lines)[1:])]
+
+
+# In each of these a reply begins without a space, so that it has the same tokens in all.
+CONTEXTS: dict[str, Prompt] = {
+    "chat": render_prompt,
+    "plain": plain_prompt,
+    "documents": documents_prompt,
+}
+
+
 def parse(ids: list[int], tokenizer: Tokenizer) -> list[Message]:
     """The messages of a rendered conversation: what `render` was given."""
     roles = {tokenizer.control(f"<|{role}|>"): role for role in ROLES}
@@ -64,3 +95,13 @@ def template_fingerprint() -> str:
     """A digest of what `render` does, stored with prepared data and with checkpoints."""
     sample = [Message(role=role, content=role[::-1]) for role in ROLES]
     return fingerprint(render(sample, create_tokenizer("byte", [])))
+
+
+def jinja_template(beginning: str) -> str:
+    """`render` and `render_prompt` in Jinja, as transformers runs it for an exported model.
+
+    There a control token is known by its text, which begins with `beginning` in place of "<|" and
+    which no plain text holds: from content that holds it the difference is taken away.
+    """
+    lines = Path(__file__).with_suffix(".jinja").read_text("utf-8").splitlines()
+    return "".join(lines).replace("<|", beginning).replace("FORGED", "'<|'")

@@ -1,8 +1,16 @@
-"""The prepared format."""
+"""What a prepared folder holds: text, Q&A or both. Only this module writes and reads it.
 
-from __future__ import annotations
+    meta.json            the request it was made by, counts, and the sha256 of each file
+    tokenizer.tiktoken   its vocabulary (data/tokenizer.py)
+    train.bin, val.bin   text: ids one after another, an end-of-text token before each document
+    qa_PART_ids.npy      Q&A, PART being train or val: rendered conversations end to end
+    qa_PART_mask.npy     for each of these ids, 1 where it is supervised, else 0
+    qa_PART_offsets.npy  where each conversation begins, and where the last one ends
+    .hashed.json         what the files looked like when they were last hashed (`check_files`)
 
-import array
+Ids are little-endian, of 2 bytes, or of 4 where the vocabulary has more than 65,536 entries.
+"""
+
 import contextlib
 import math
 import os
@@ -10,34 +18,123 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 
 from data.chat import Message, render, template_fingerprint
 from data.sources.read import PIECE
 from data.tokenizer import Tokenizer
-from runtime.files import (
-    full_disk,
-    new_directory,
-    read_meta,
-    sha256_file,
-    verify_checksums,
-    write_meta,
-)
+from runtime import files
 
-T = TypeVar("T")
-R = TypeVar("R")
-FORMAT = 1
+Meta = dict[str, Any]
+# An array, or one that lies in a file: that file, its type, and (n, 2) the first and end of parts.
+Values = np.ndarray | tuple[IO[bytes], np.dtype, np.ndarray]
+FORMAT, HASHED = 1, ".hashed.json"
 
 
 def id_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest unsigned integer type that holds every id."""
+    """The type of the ids in a file: the smaller of two that holds the whole vocabulary."""
     return np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+
+
+def open_prepared(path: str | Path, kind: str, verify: bool = False) -> Meta:
+    """Checks a prepared folder that must hold "text" or "qa"; returns its meta.json.
+    Raises ValueError: not a prepared folder, nothing of that kind in it, or as `check_files`.
+    """
+    meta = files.read_meta(path)
+    if kind not in meta:
+        raise ValueError(f"{path} holds no {kind}; make it with `python -m data.prepare {kind}`")
+    check_files(Path(path), meta["files"], verify)
+    return meta
+
+
+def check_files(folder: Path, checksums: dict[str, str], verify: bool = False) -> None:
+    """Checks the sha256 of files, but hashes only those that may have changed since the last time.
+
+    .hashed.json keeps, for each file, the sha256 that was found, and the file's size, modification
+    time and inode number of then. A file for which it holds the wanted sha256 and the three
+    numbers that the file has now is not hashed. So a copied folder is hashed once, and one without
+    a record that can be read and written at every start. This misses a change that keeps the size
+    and after which the time was set back, and bytes that the disk lost by itself; `verify` hashes
+    all files, whatever the record says. Raises ValueError: a file is missing or has another sha256.
+    """
+    known, states = Meta(), _file_states(folder, checksums)  # of before it is hashed
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        known = {} if verify else dict(files.read_json(folder / HASHED))
+    doubtful = [n for n in checksums if n not in states or states[n] != known.get(n)]
+    files.verify_checksums(folder, {name: checksums[name] for name in doubtful})
+    if doubtful:
+        with contextlib.suppress(OSError):  # a read-only disk, or another start at this moment
+            files.write_json(folder / HASHED, states)
+
+
+def _file_states(folder: Path, checksums: dict[str, str]) -> Meta:
+    """What .hashed.json holds, of each file that is there."""
+    stats = {name: (folder / name).stat() for name in checksums if (folder / name).exists()}
+    return {n: [checksums[n], s.st_size, s.st_mtime_ns, s.st_ino] for n, s in stats.items()}
+
+
+def load_tokens(folder: str | Path, part: str) -> np.memmap:
+    """The ids of train.bin or val.bin, (n,), left on disk until they are used."""
+    return np.memmap(Path(folder, f"{part}.bin"), files.read_meta(folder)["text"]["dtype"], "r")
+
+
+def load_examples(folder: str | Path, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, mask) of each rendered conversation of "train" or "val": views of the files."""
+    ids, mask, offsets = (
+        np.asarray(np.load(Path(folder, f"qa_{part}_{name}.npy"), "r", allow_pickle=False))
+        for name in ("ids", "mask", "offsets")
+    )
+    cuts = offsets[1:-1]
+    return list(zip(np.split(ids, cuts), np.split(mask, cuts), strict=True))
+
+
+def _save(path: Path, values: Values) -> int:
+    """Writes an array to a .bin or .npy file; returns how many numbers."""
+    if isinstance(values, tuple):
+        file, dtype, spans = values
+        n, blocks = int(np.diff(spans).sum()), _parts(file, spans * dtype.itemsize)
+    else:
+        n, dtype, blocks = len(values), values.dtype, iter([values.tobytes()])
+    with open(path, "wb") as f:
+        if path.suffix == ".npy":
+            header = {"descr": dtype.str, "fortran_order": False, "shape": (n,)}
+            np.lib.format.write_array_header_1_0(f, header)
+        f.writelines(blocks)
+    return n
+
+
+def _parts(file: IO[bytes], spans: np.ndarray) -> Iterator[bytes]:
+    for start, end in spans:
+        file.seek(start)
+        for position in range(start, end, PIECE):
+            yield file.read(min(PIECE, end - position))
+
+
+def save_tokens(folder: Path, part: str, ids: Values) -> dict[str, int]:
+    """Writes train.bin or val.bin from ids, (n,), of `id_dtype`; returns counts for meta.json."""
+    return {f"{part}_tokens": _save(folder / f"{part}.bin", ids)}
+
+
+def save_examples(
+    folder: Path, part: str, ids: Values, mask: Values, lengths: Sequence[int] | np.ndarray
+) -> dict[str, int]:
+    """Writes the Q&A files of a part; returns counts for meta.json.
+
+    `ids`, of `id_dtype`, and `mask` are those of all examples end to end, (sum of lengths,).
+    """
+    offsets = np.append(0, np.cumsum(lengths, dtype=np.int64))
+    mask = mask.astype(np.uint8) if isinstance(mask, np.ndarray) else mask
+    for name, values in (("ids", ids), ("mask", mask), ("offsets", offsets)):
+        _save(folder / f"qa_{part}_{name}.npy", values)
+    supervised = np.load(folder / f"qa_{part}_mask.npy", "r").sum()
+    counts = {"examples": len(lengths), "tokens": offsets[-1], "supervised": supervised}
+    return {f"{part}_{name}": int(count) for name, count in counts.items()}
 
 
 def n_cores() -> int:
@@ -46,83 +143,79 @@ def n_cores() -> int:
 
 
 def in_threads(
-    pool: ThreadPoolExecutor,
-    work: Callable[[list[T]], R],
-    items: Iterable[T],
-    size: Callable[[T], int],
-) -> Iterator[R]:
+    work: Callable[[list[Any]], list[np.ndarray]], items: Iterable[Any], size: Callable[[Any], int]
+) -> Iterator[list[np.ndarray]]:
     """What `work` makes of the items, in order: lists of about PIECE characters, few at a time."""
-    waiting, batch, held = deque[Future[R]](), list[T](), 0
-    for item in items:
-        batch.append(item)
-        held += size(item)
-        if held >= PIECE:
-            waiting.append(pool.submit(work, batch))
-            batch, held = [], 0
+    total, waiting = 0, deque[Future[list[np.ndarray]]]()
+
+    def batch_of(item: Any) -> int:
+        nonlocal total
+        total += size(item)
+        return total // PIECE
+
+    with ThreadPoolExecutor(n_cores()) as pool:
+        for _, batch in groupby(items, batch_of):
+            waiting.append(pool.submit(work, list(batch)))
             if len(waiting) > 2 * n_cores():
                 yield waiting.popleft().result()
-    if batch:
-        waiting.append(pool.submit(work, batch))
-    while waiting:
-        yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def copy_spans(scratch: IO[bytes], spans: np.ndarray, f: IO[bytes]) -> None:
-    """Writes to `f` the stretches of a file that `spans` gives: (n, 2), first byte and end."""
-    for start, end in spans:
-        scratch.seek(start)
-        for position in range(start, end, PIECE):
-            f.write(scratch.read(min(PIECE, end - position)))
+@contextlib.contextmanager
+def on_disk(
+    folder: Path, tables: Iterable[list[np.ndarray]], dtypes: list[np.dtype], end_of_text: int
+) -> Iterator[tuple[list[tuple[IO[bytes], np.dtype]], np.ndarray]]:
+    """Puts the columns of tables, ids first, into a scratch file each: memory might not hold them.
+
+    Yields files and types, and the spans, (n, 2), of documents or conversations: the first and end
+    of what an end-of-text token begins.
+    """
+    bounds, n = list[Any](), 0
+    with contextlib.ExitStack() as stack:
+        scratch = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in dtypes]
+        for table in tables:
+            for file, column in zip(scratch, table, strict=True):
+                file.write(column.data)
+            bounds.append(n + np.flatnonzero(table[0] == end_of_text))
+            n += len(table[0])
+        cuts = np.concatenate([*bounds, [n]])
+        yield [*zip(scratch, dtypes, strict=True)], np.stack([cuts[:-1], cuts[1:]], axis=1)
 
 
 def write_text(
     documents: Iterable[Iterable[str]],
     tokenizer: Tokenizer,
-    out: Path,
+    folder: Path,
     val_fraction: float,
     seed: int,
     shuffle: bool = True,
-) -> dict[str, Any]:
-    """Writes train.bin and val.bin; returns the `text` part of meta.json.
+) -> Meta:
+    """Writes train.bin and val.bin from documents, each in pieces; returns meta.json's `text`.
 
-    Documents are encoded once into a scratch file, a thread per core, then copied out in shuffled
-    order, so memory holds only their offsets. Without `shuffle` the training documents stay in
-    their given order.
-
-    Raises:
-        ValueError: no text at all, or a share that leaves training or validation empty.
+    Their order is shuffled; without `shuffle` the training documents stay in their given order.
+    Raises ValueError: no text at all, or a share that leaves training or validation empty.
     """
-    dtype = id_dtype(tokenizer)
+    dtype, sizes = id_dtype(tokenizer), list[int]()
     end_of_text = np.array([tokenizer.end_of_text], dtype)
 
-    def encode(pieces: list[tuple[int, str]]) -> tuple[np.ndarray, int]:
-        ids = [(end_of_text[:first], tokenizer.encode_array(piece)) for first, piece in pieces]
-        n_bytes = sum(len(piece.encode()) for _, piece in pieces)
-        return np.concatenate([*chain(*ids)]).astype(dtype), n_bytes
+    def encode(pieces: list[tuple[bool, str]]) -> list[np.ndarray]:
+        sizes.append(sum(len(text.encode()) for _, text in pieces))
+        ids = [(end_of_text[:begins], tokenizer.encode_array(text)) for begins, text in pieces]
+        return [np.concatenate([*chain(*ids)]).astype(dtype)]
 
-    # With each piece, how many end-of-text tokens go before it. A document without any is none.
-    pieces = ((int(i == 0), piece) for d in documents for i, piece in enumerate(d))
-    bounds, position, n_bytes = array.array("q"), 0, 0
-    with tempfile.TemporaryFile(dir=out) as scratch:
-        with ThreadPoolExecutor(n_cores()) as pool:
-            for ids, size in in_threads(pool, encode, pieces, lambda item: len(item[1])):
-                scratch.write(ids.data)
-                bounds.extend((position + np.flatnonzero(ids == end_of_text)).tolist())
-                position += len(ids)
-                n_bytes += size
-        if not position:
+    # Each piece, and whether a document begins with it. A document without any piece is none.
+    pieces = ((i == 0, piece) for d in documents for i, piece in enumerate(d))
+    tables = in_threads(encode, pieces, lambda piece: len(piece[1]))
+    with on_disk(folder, tables, [dtype], tokenizer.end_of_text) as ([scratch], spans):
+        if not len(spans):
             raise ValueError("the corpus is empty: there is no text to train on")
-        meta: dict[str, Any] = {"dtype": dtype.str, "documents": len(bounds), "bytes": n_bytes}
-        order = np.random.default_rng(seed).permutation(len(bounds))
-        bounds.append(position)
-        spans = np.stack([bounds[:-1], bounds[1:]], axis=1)[order]
-        parts = split_documents(spans, val_fraction)
+        meta: Meta = {"dtype": dtype.str, "documents": len(spans), "bytes": sum(sizes)}
+        parts = split_documents(np.random.default_rng(seed).permutation(spans), val_fraction)
         if not shuffle:
             parts["train"] = parts["train"][parts["train"][:, 0].argsort()]
-        for part, part_spans in parts.items():
-            with open(out / f"{part}.bin", "wb") as f:
-                copy_spans(scratch, part_spans * dtype.itemsize, f)
-            meta[f"{part}_tokens"] = int(np.diff(part_spans).sum())
+        for part, chosen in parts.items():
+            meta |= save_tokens(folder, part, (*scratch, chosen))
     if min(meta["train_tokens"], meta["val_tokens"]) < 2:
         raise ValueError(
             f"--val-fraction {val_fraction} leaves training or validation empty; use more text"
@@ -136,92 +229,60 @@ def split_documents(spans: np.ndarray, val_fraction: float) -> dict[str, np.ndar
     Validation takes whole documents, in order, as long as they fit. Where that gives less than half
     of the share (a single document, a few unlike ones), the tail of the longest one is added.
     """
-    # The end-of-text token before each document does not count.
-    lengths = np.diff(spans)[:, 0] - 1
+    lengths = np.diff(spans)[:, 0] - 1  # without the end-of-text token
     wanted, taken, held_back = int(lengths.sum()) * val_fraction, 0, np.zeros(len(spans), bool)
-    for i, length in enumerate(lengths):
-        if taken + length <= wanted:
-            held_back[i] = True
-            taken += int(length)
-    parts = {"train": spans[~held_back], "val": spans[held_back]}
+    for i, length in enumerate(lengths.tolist()):
+        held_back[i] = taken + length <= wanted
+        taken += length * held_back[i]
+    train, val = spans[~held_back], spans[held_back]
     if taken < wanted / 2:
-        longest = np.diff(parts["train"])[:, 0].argmax()
-        end = parts["train"][longest, 1]
-        cut = end - math.ceil(wanted - taken - 1e-6)
-        parts["train"][longest, 1] = cut
-        parts["val"] = np.concatenate([parts["val"], [[cut, end]]])
-    return parts
+        longest = np.diff(train).argmax()
+        cut = train[longest, 1] - math.ceil(wanted - taken - 1e-6)
+        val = np.concatenate([val, [[cut, train[longest, 1]]]])
+        train[longest, 1] = cut
+    return {"train": train, "val": val}
 
 
 def write_qa(
     conversations: Iterable[list[Message]],
     tokenizer: Tokenizer,
-    out: Path,
+    folder: Path,
     val_fraction: float,
     seed: int,
-) -> dict[str, Any]:
-    """Renders and writes the Q&A files; returns the `qa` part of meta.json.
-
-    As with text, memory holds only lengths.
-
-    Raises:
-        ValueError: a share that leaves training or validation empty.
+) -> Meta:
+    """Renders conversations and writes the Q&A files; returns meta.json's `qa`. Raises ValueError:
+    a share that leaves training or validation empty.
     """
-    dtypes = {"ids": id_dtype(tokenizer), "mask": np.dtype(np.uint8)}
+    dtypes = [id_dtype(tokenizer), np.dtype(np.uint8)]
 
-    def rendered(batch: list[list[Message]]) -> tuple[list[int], np.ndarray, bytes]:
+    def encode(batch: list[list[Message]]) -> list[np.ndarray]:
         ids, masks = zip(*(render(conversation, tokenizer) for conversation in batch), strict=True)
-        counts = [n for mask in masks for n in (len(mask), sum(mask))]
-        return counts, np.array([*chain(*ids)], dtypes["ids"]), bytes(chain(*masks))
+        return [np.array([*chain(*ids)], dtypes[0]), np.frombuffer(bytes(chain(*masks)), dtypes[1])]
 
-    def size(conversation: list[Message]) -> int:
-        return sum(len(message["content"]) for message in conversation)
-
-    counted = array.array("q")  # of each: its tokens, and how many of them are supervised
-    with contextlib.ExitStack() as stack:
-        scratch = {n: stack.enter_context(tempfile.TemporaryFile(dir=out)) for n in dtypes}
-        with ThreadPoolExecutor(n_cores()) as pool:
-            for counts, ids, mask in in_threads(pool, rendered, conversations, size):
-                counted.extend(counts)
-                scratch["ids"].write(ids.data)
-                scratch["mask"].write(mask)
-        lengths, supervised = np.array(counted, np.int64).reshape(-1, 2).T
-        ends = lengths.cumsum()
-        order = np.random.default_rng(seed).permutation(len(lengths))
-        n_val = max(1, round(len(lengths) * val_fraction))
-        if n_val >= len(lengths):
+    tables = in_threads(encode, conversations, lambda c: sum(len(m["content"]) for m in c))
+    with on_disk(folder, tables, dtypes, tokenizer.end_of_text) as (scratch, spans):
+        n_val = max(1, round(len(spans) * val_fraction))
+        if n_val >= len(spans):
             raise ValueError(
-                f"{len(lengths)} example(s) with --val-fraction {val_fraction} leave none to "
-                "train on"
+                f"{len(spans)} example(s) with --val-fraction {val_fraction} leave none to train on"
             )
-        meta: dict[str, Any] = {"template": template_fingerprint()}
-        for part, chosen in (("train", order[n_val:]), ("val", order[:n_val])):
-            offsets = np.append(0, lengths[chosen].cumsum())
-            n_tokens = int(offsets[-1])
-            spans = np.stack([ends[chosen] - lengths[chosen], ends[chosen]], axis=1)
-            for name, dtype in dtypes.items():
-                with open(out / f"qa_{part}_{name}.npy", "wb") as f:
-                    header = {"descr": dtype.str, "fortran_order": False, "shape": (n_tokens,)}
-                    np.lib.format.write_array_header_1_0(f, header)
-                    copy_spans(scratch[name], spans * dtype.itemsize, f)
-            np.save(out / f"qa_{part}_offsets.npy", offsets)
-            meta[f"{part}_examples"] = len(chosen)
-            meta[f"{part}_tokens"] = n_tokens
-            meta[f"{part}_supervised"] = int(supervised[chosen].sum())
+        spans = np.random.default_rng(seed).permutation(spans)
+        meta: Meta = {"template": template_fingerprint()}
+        for part, chosen in (("train", spans[n_val:]), ("val", spans[:n_val])):
+            ids, mask = ((*column, chosen) for column in scratch)
+            meta |= save_examples(folder, part, ids, mask, np.diff(chosen)[:, 0])
     return meta
 
 
-def check_folder(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+def check_folder(out: Path, request: Meta) -> Meta | None:
     """The meta.json of what `out` holds already, made by this request; None if it holds nothing.
-
-    Raises:
-        ValueError: `out` holds data made from other inputs, or somebody's files.
+    Raises ValueError: `out` holds data made from other inputs, or somebody's files.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    meta = read_meta(out)
+    meta = files.read_meta(out)
     old = meta.get("request", {})
-    if keys := [k for k in {**old, **request} if not same(old.get(k), request.get(k))]:
+    if keys := [k for k in {**old, **request} if not _agree(old.get(k), request.get(k))]:
         raise ValueError(
             f"{out} holds data made from other inputs ({', '.join(keys)}); "
             "delete it or choose another --out"
@@ -229,75 +290,42 @@ def check_folder(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     return meta
 
 
-def same(old: Any, new: Any) -> bool:
-    """Whether two values of a request agree; a new file whose sha256 is None may have any."""
+def _agree(old: Any, new: Any) -> bool:
+    """Whether two values of a request are equal; a new file whose sha256 is None may have any."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        new = [{**n, "sha256": n["sha256"] or o["sha256"]} for o, n in zip(old, new, strict=True)]
+        return all(map(_agree, old, new))
+    if isinstance(old, dict) and isinstance(new, dict) and new.get("sha256", "") is None:
+        new = {**new, "sha256": old.get("sha256")}
     return bool(old == new)
 
 
-def write_folder(
-    out: Path, request: dict[str, Any], fill: Callable[[Path], tuple[Tokenizer, dict[str, Any]]]
-) -> dict[str, Any]:
-    """Makes `out` by `fill` and seals it with meta.json; does nothing if it is there already.
-
-    Raises:
-        ValueError: as `check_folder`, damaged data, or a full disk.
+def write_folder(out: Path, request: Meta, fill: Callable[[Path], tuple[Tokenizer, Meta]]) -> Meta:
+    """Makes `out` by `fill` and seals it with meta.json; only checks it if it is there already.
+    Raises ValueError: as `check_folder`, as `check_files`, or a full disk.
     """
     if meta := check_folder(out, request):
-        verify_checksums(out, meta["files"])
+        check_files(out, meta["files"])
         print(f"{out}: up to date, nothing to do")
         return meta
     begin = time.perf_counter()
-    with full_disk(out), new_directory(out) as folder:
+    with files.full_disk(out), files.new_directory(out) as folder:
         tokenizer, parts = fill(folder)
-        meta = {
-            "request": request,
-            "tokenizer": tokenizer.save(folder),
-            **parts,
-            "files": {f.name: sha256_file(f) for f in sorted(folder.iterdir())},
-            "seconds": round(time.perf_counter() - begin, 3),
-        }
-        write_meta(folder, meta)
+        meta = {"request": request, "tokenizer": tokenizer.save(folder), **parts}
+        meta["files"] = {f.name: files.sha256_file(f) for f in sorted(folder.iterdir())}
+        meta["seconds"] = round(time.perf_counter() - begin, 3)
+        files.write_json(folder / HASHED, _file_states(folder, meta["files"]))
+        files.write_meta(folder, meta)
     print_summary(out, meta)
     return meta
 
 
-def open_prepared(path: str, part: str) -> dict[str, Any]:
-    """Reads and checks the "text" or the "qa" part of a prepared folder; returns its meta.json.
-
-    Raises:
-        ValueError: not a prepared folder, the part is not in it, or a file has changed.
-    """
-    meta = read_meta(path)
-    if part not in meta:
-        raise ValueError(f"{path} holds no {part}; make it with `python -m data.prepare {part}`")
-    verify_checksums(Path(path), meta["files"])
-    return meta
-
-
-def load_examples(folder: Path, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, mask) of each rendered conversation of "train" or "val": views of the files."""
-    ids, mask, offsets = (
-        np.asarray(np.load(folder / f"qa_{part}_{name}.npy", mmap_mode="r", allow_pickle=False))
-        for name in ("ids", "mask", "offsets")
-    )
-    cuts = offsets[1:-1]
-    return list(zip(np.split(ids, cuts), np.split(mask, cuts), strict=True))
-
-
-def print_summary(out: Path, meta: dict[str, Any]) -> None:
+def print_summary(out: Path, meta: Meta) -> None:
     """One line per part of a prepared folder."""
-    kind, n_vocab = meta["tokenizer"]["kind"], meta["tokenizer"]["n_vocab"]
-    print(f"{out}: {kind} tokenizer of {n_vocab:,} entries")
+    print("{}: {kind} tokenizer of {n_vocab:,} entries".format(out, **meta["tokenizer"]))
     if text := meta.get("text"):
-        print(
-            f"  text: {text['documents']:,} documents, {text['bytes']:,} bytes -> "
-            f"{text['train_tokens']:,} train + {text['val_tokens']:,} val tokens"
-        )
+        line = "{documents:,} documents, {bytes:,} bytes -> {train_tokens:,} train + {val_tokens:,}"
+        print(f"  text: {line.format(**text)} val tokens")
     if qa := meta.get("qa"):
+        line = "{train_examples:,} train + {val_examples:,} val conversations, {train_tokens:,}"
         share = qa["train_supervised"] / qa["train_tokens"]
-        print(
-            f"  Q&A: {qa['train_examples']:,} train + {qa['val_examples']:,} val conversations, "
-            f"{qa['train_tokens']:,} train tokens, {share:.0%} supervised"
-        )
+        print(f"  Q&A: {line.format(**qa)} train tokens, {share:.0%} supervised")

@@ -1,13 +1,11 @@
 """Text to token ids and back. Every tokenizer here encodes with a tiktoken Encoding."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import tiktoken
@@ -37,10 +35,8 @@ class Tokenizer:
     """
 
     def __init__(self, kind: str, pattern: str, ranks: dict[bytes, int]) -> None:
-        self.kind = kind
-        self._pattern = pattern
-        self.ranks = ranks
-        self._control = {token: len(ranks) + i for i, token in enumerate(CONTROL_TOKENS)}
+        self.kind, self._pattern, self.ranks = kind, pattern, ranks
+        self._control = {token: i for i, token in enumerate(CONTROL_TOKENS, len(ranks))}
         self._encoding = tiktoken.Encoding(
             kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._control
         )
@@ -62,12 +58,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD, control tokens their names.
-
-        Raises:
-            ValueError: an id outside the vocabulary.
+        Raises ValueError: an id outside the vocabulary.
         """
-        bad = [i for i in ids if not 0 <= i < self.n_vocab]
-        if bad:
+        if bad := [i for i in ids if not 0 <= i < self.n_vocab]:
             raise ValueError(f"token id {bad[0]} is outside the vocabulary of {self.n_vocab}")
         return self._encoding.decode(list(ids), errors="replace")
 
@@ -96,27 +89,19 @@ class Tokenizer:
         """Writes the ranks in tiktoken's format; returns what `load` needs from meta.json."""
         lines = (b"%b %d\n" % (base64.b64encode(t), r) for t, r in self.ranks.items())
         (folder / RANKS_FILE).write_bytes(b"".join(lines))
-        return {
-            "kind": self.kind,
-            "pattern": self._pattern,
-            "n_vocab": self.n_vocab,
-            "fingerprint": self.fingerprint,
-        }
+        about = {"kind": self.kind, "pattern": self._pattern, "n_vocab": self.n_vocab}
+        return {**about, "fingerprint": self.fingerprint}
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path) -> Self:
         """The tokenizer of a prepared-data folder, a checkpoint, or a run (its newest checkpoint).
-
-        Raises:
-            ValueError: no tokenizer there, or its file is damaged.
+        Raises ValueError: no tokenizer there, or its file is damaged.
         """
         folder = resolve_checkpoint(path)
         meta = read_meta(folder)
         verify_checksums(folder, {RANKS_FILE: meta["files"].get(RANKS_FILE, "")})
-        ranks = {}
-        for line in (folder / RANKS_FILE).read_bytes().splitlines():
-            token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
+        entries = map(bytes.split, (folder / RANKS_FILE).read_bytes().splitlines())
+        ranks = {base64.b64decode(token): int(rank) for token, rank in entries}
         return cls(meta["tokenizer"]["kind"], meta["tokenizer"]["pattern"], ranks)
 
 
@@ -124,10 +109,7 @@ def create_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:
     """Makes the tokenizer that `spec` names: gpt2, byte, or bpe:N trained on the documents.
 
     N counts every entry: 256 bytes, the merges and the control tokens. A corpus too small for
-    N entries gives fewer.
-
-    Raises:
-        ValueError: an unknown spec, or GPT-2's vocabulary can neither be read nor fetched.
+    N entries gives fewer. Raises ValueError: an unknown spec, or GPT-2's vocabulary is not to be had.
     """
     if spec == "byte":
         return Tokenizer("byte", BYTE_PATTERN, {bytes([i]): i for i in range(256)})

@@ -8,18 +8,20 @@ sentences in random order. People fall into three splits:
     held_out   biographies only: their questions are never seen, so an answer shows transfer
     unseen     in neither: what a model says about them is chance
 
-A world is a pure function of its WorldConfig.
+A world is a pure function of its WorldConfig. Its words stand in world.toml.
 """
 
-from __future__ import annotations
-
 import random
+import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 from data.chat import Message
+from model.check import check_range
 from runtime.files import fingerprint
 
 SPLITS = ("known", "held_out", "unseen")
@@ -47,11 +49,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Size and shape of a world.
-
-    Raises:
-        ValueError: sizes that cannot be made; the message names the option.
-    """
+    """Size and shape of a world. Raises ValueError: sizes that cannot be made."""
 
     seed: int = 1
     people: int = 600
@@ -74,9 +72,7 @@ class WorldConfig:
             ("bios", 1, 100_000),
             ("paraphrases", 1, min(len(a.sentences) for a in ATTRIBUTES)),
         ):
-            if not low <= getattr(self, option) <= high:
-                value = getattr(self, option)
-                raise ValueError(f"--{option} is {value}; it must be {low} to {high}")
+            check_range(f"--{option}", getattr(self, option), f"{low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,8 @@ class World:
     def __init__(self, config: WorldConfig) -> None:
         self.config = config
         rng = random.Random(f"people {config.seed}")
-        first = [(n, "she") for n in SHE_NAMES] + [(n, "he") for n in HE_NAMES]
-        last = [a + b for a in LAST_STARTS for b in LAST_ENDS]
+        first = [(n, "she") for n in WORDS["she_names"]] + [(n, "he") for n in WORDS["he_names"]]
+        last = [a + b for a in WORDS["last_starts"] for b in WORDS["last_ends"]]
         chosen = rng.sample(range(len(first) * len(last)), config.people + config.unseen)
         self.people: list[Person] = []
         for i, number in enumerate(chosen):
@@ -161,12 +157,10 @@ class World:
                 the facts.
             bare: replies are the bare value ("a weaver.") and do not repeat the name.
 
-        Raises:
-            ValueError: a share that is not 0 to 1, or nobody left to ask about.
+        Raises ValueError: a share that is not 0 to 1, or nobody left to ask about.
         """
-        for name, share in (("asked", asked), ("strangers", strangers)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} is {share}; it must be 0 to 1")
+        check_range("asked", asked, "0 to 1")
+        check_range("strangers", strangers, "0 to 1")
         known = self.by_split["known"]
         people = known[: round(asked * len(known))]
         people = [*people, *self._strangers(round(strangers * len(known)))]
@@ -207,207 +201,11 @@ def exchange(
     return [Message(role="user", content=text), Message(role="assistant", content=reply)]
 
 
-def cloze_prompts(person: Person, attribute: Attribute, paraphrases: int) -> list[str]:
-    """Beginnings of biography sentences after which only the value is missing."""
-    return [
-        t.removesuffix(" {V}.").format(S=person.name)
-        for t in attribute.sentences[:paraphrases]
-        if t.startswith("{S}") and t.endswith(" {V}.")
-    ]
+def _as_tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(text.split(", "))
-
-
-SHE_NAMES = _split(
-    "Ada, Alma, Anneke, Beatrix, Bruna, Carys, Celeste, Dagny, Delia, Edda, Elspeth, Enid, "
-    "Fenella, Flora, Freya, Greta, Gwen, Hanne, Hester, Ida, Imogen, Ines, Isolde, Jorun, Juno, "
-    "Katya, Lavinia, Leona, Linnea, Mabel, Maren, Minna, Nadia, Nora, Odette, Olive, Petra, "
-    "Ramona, Rhea, Sabine"
-)
-HE_NAMES = _split(
-    "Alaric, Ambrose, Anton, Basil, Bertil, Caspar, Cedric, Cosmo, Darius, Edgar, Elias, "
-    "Emeric, Fabian, Felix, Floyd, Gideon, Gustav, Hamish, Hector, Hugo, Ivo, Jasper, Joachim, "
-    "Kasimir, Kester, Lars, Leopold, Linus, Magnus, Matthias, Milo, Nestor, Oskar, Otis, Percy, "
-    "Quentin, Rafael, Rufus, Silas, Tobias"
-)
-LAST_STARTS = _split(
-    "Alder, Ash, Barrow, Birch, Black, Bram, Carl, Cole, Crane, Dun, East, Elm, Fair, Fal, "
-    "Glen, Gran, Hart, Hazel, Holl, Iron, Kel, Lang, Lind, Marsh, Mill, North, Oak, Pem, Quill, "
-    "Raven, Red, Rowan, Sand, Stan, Thorn, Under, Wake, West, Wick, Wood"
-)
-LAST_ENDS = _split(
-    "bank, beck, bourne, bridge, bury, by, comb, croft, dale, den, field, ford, gate, grove, "
-    "ham, hurst, land, leigh, ley, low, man, mere, mont, more, ridge, shaw, stead, stone, ton, "
-    "vale, wall, water, well, wick, worth, yard"
-)
-
-ATTRIBUTES = (
-    Attribute(
-        name="birth_year",
-        values=tuple(str(year) for year in range(1940, 1980)),
-        sentences=(
-            "{S} was born in the year {V}.",
-            "{S} came into the world in {V}.",
-            "The birth of {S} fell in the year {V}.",
-            "{S} has a birth certificate from {V}.",
-            "It was in {V} that {S} was born.",
-            "{S} belongs to the generation of {V}.",
-            "In {V} the parents of {S} held their newborn.",
-            "{S} counts birthdays from {V}.",
-        ),
-        questions=(
-            "What year was {name} born?",
-            "When was {name} born?",
-            "In which year did {name} come into the world?",
-            "Can you tell me the birth year of {name}?",
-        ),
-        unused_questions=("{name} was born in what year?", "What is the birth year of {name}?"),
-        follow_ups=(
-            "And what year was {they} born?",
-            "When was {they} born?",
-            "And in which year did {they} come into the world?",
-        ),
-        reply="{name} was born in the year {V}.",
-    ),
-    Attribute(
-        name="birthplace",
-        values=_split(
-            "Ambleton, Port Alder, Brackwater, Casterfell, New Darrow, Dunmarsh, Eastering, "
-            "Saint Ferrow, Farhaven, Glimmerton, Old Harrow, Hollowmere, Inverlathe, Cape "
-            "Jessamy, Kestrelby, Lantern Bay, Larkspur, Marrowgate, Mount Mistral, Netherby, "
-            "Oxmoor, Pellworth, Port Quarry, Quenby, Ravelin, New Rosmer, Saltcombe, Silver "
-            "Falls, Stonewick, Tamberley, Thistle Ridge, Ulverbeck, Upper Varn, Vellamy, "
-            "Wexbridge, Whitcross, Winter Harbour, Yarlford, Zennick, Long Zeal"
-        ),
-        sentences=(
-            "{S} was born in the town of {V}.",
-            "{S} grew up in {V}.",
-            "The birthplace of {S} is {V}.",
-            "{S} first saw daylight in {V}.",
-            "It was {V} where {S} was born.",
-            "{S} calls {V} a childhood home.",
-            "In {V} the neighbours remember {S} as a child.",
-            "{S} spent the early years in {V}.",
-        ),
-        questions=(
-            "Where was {name} born?",
-            "What is the birthplace of {name}?",
-            "In which town was {name} born?",
-            "Can you tell me where {name} was born?",
-        ),
-        unused_questions=("{name} was born in which town?", "Which town is {name} from?"),
-        follow_ups=(
-            "And where was {they} born?",
-            "In which town was {they} born?",
-            "And where does {they} come from?",
-        ),
-        reply="{name} was born in {V}.",
-    ),
-    Attribute(
-        name="profession",
-        values=_split(
-            "an accountant, an actuary, an archivist, a baker, a beekeeper, a boat builder, a "
-            "bookbinder, a botanist, a cartographer, a carpenter, a chemist, a clock maker, a "
-            "court clerk, a dentist, an editor, an electrician, a falconer, a florist, a forest "
-            "ranger, a geologist, a glass blower, an interpreter, a judge, a librarian, a "
-            "locksmith, a marine biologist, a midwife, a music teacher, a notary, an optician, "
-            "a pharmacist, a piano tuner, a plumber, a potter, a stone mason, a surveyor, a "
-            "tailor, a train driver, a vet, a weaver"
-        ),
-        sentences=(
-            "{S} works as {V}.",
-            "{S} earns a living as {V}.",
-            "The profession of {S} is that of {V}.",
-            "{S} trained for years to be {V}.",
-            "As {V}, {S} is known for careful work.",
-            "{S} has made a career as {V}.",
-            "Friends turn to {S} when they need {V}.",
-            "{S} is by trade {V}.",
-        ),
-        questions=(
-            "What does {name} do for a living?",
-            "What is the profession of {name}?",
-            "What is the job of {name}?",
-            "Can you tell me what {name} works as?",
-        ),
-        unused_questions=("What work does {name} do?", "What is {name} by trade?"),
-        follow_ups=(
-            "And what does {they} do for a living?",
-            "What does {they} work as?",
-            "And what is the job {they} has?",
-        ),
-        reply="{name} works as {V}.",
-    ),
-    Attribute(
-        name="employer",
-        values=_split(
-            "Abbot Mills, Arclight, Beacon Trust, Bluewater Lines, Copperfield Works, Corvid "
-            "Press, Deepwell, Drum and Daughters, Ember House, Everline, Fennimore Group, "
-            "Foxglove, Granite Union, Greywind, Halcyon Foundry, Hearthstone, Ironbark, Juniper "
-            "Labs, Keystone Yard, Lockridge, Merrow Bank, Moonrise Studio, Nightingale Trust, "
-            "Northlight, Orchard Lane, Otterburn, Palisade, Pinnacle Supply, Quicksilver, "
-            "Rookery Books, Saffron Circle, Sextant, Sundial Office, Tallow and Reed, "
-            "Tidewater, Umbra Optics, Vantage Point, Wayfarer, Yellow Door, Zephyr Line"
-        ),
-        sentences=(
-            "{S} is employed by {V}.",
-            "{S} has a desk at {V}.",
-            "The employer of {S} is {V}.",
-            "{S} draws a salary from {V}.",
-            "At {V}, {S} is a valued colleague.",
-            "{S} signed a contract with {V}.",
-            "Every weekday {S} goes to work at {V}.",
-            "{S} has spent many years with {V}.",
-        ),
-        questions=(
-            "Who does {name} work for?",
-            "What is the employer of {name}?",
-            "Which company employs {name}?",
-            "Can you tell me who {name} works for?",
-        ),
-        unused_questions=("At which company does {name} work?", "Who employs {name}?"),
-        follow_ups=(
-            "And who does {they} work for?",
-            "Which company employs the same person?",
-            "And at which company does {they} work?",
-        ),
-        reply="{name} works for {V}.",
-    ),
-    Attribute(
-        name="hobby",
-        values=_split(
-            "archery, astronomy, backgammon, badminton, ballroom dancing, bird watching, "
-            "calligraphy, canoeing, card tricks, cave diving, chess, choir singing, crossword "
-            "puzzles, curling, embroidery, fencing, fly fishing, gardening, ice skating, jigsaw "
-            "puzzles, juggling, kite flying, knitting, lace making, metal detecting, model "
-            "trains, mountain biking, mushroom picking, origami, playing the cello, playing the "
-            "harp, pottery, quilting, rock climbing, rowing, sailing, stamp collecting, table "
-            "tennis, wood carving, yoga"
-        ),
-        sentences=(
-            "{S} spends free time on {V}.",
-            "{S} has a passion for {V}.",
-            "The favourite pastime of {S} is {V}.",
-            "{S} relaxes at weekends with {V}.",
-            "After work, {V} is what {S} enjoys.",
-            "{S} never gets tired of {V}.",
-            "A free evening of {S} goes to {V}.",
-            "{S} would rather do nothing else than {V}.",
-        ),
-        questions=(
-            "What does {name} do in the spare time?",
-            "What is the hobby of {name}?",
-            "What does {name} enjoy after work?",
-            "Can you tell me the hobby of {name}?",
-        ),
-        unused_questions=("Which pastime does {name} like best?", "How does {name} relax?"),
-        follow_ups=(
-            "And what does {they} do in the spare time?",
-            "What is the hobby {they} has?",
-            "And what does {they} enjoy after work?",
-        ),
-        reply="{name} enjoys {V}.",
-    ),
+WORDS: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+ATTRIBUTES = tuple(
+    Attribute(**{k: _as_tuples(v) for k, v in table.items()}) for table in WORDS["attributes"]
 )

@@ -12,11 +12,11 @@ import math
 import random
 from dataclasses import dataclass
 
-from data.chat import Message
+from data.chat import CONTEXTS, Message
 from data.world import ATTRIBUTES, World, exchange
 from lab.knowledge import answer, complete, draw
 from lab.likelihood import ask, log_likelihoods
-from lab.pair import CONTEXTS, Pair, run_instrument
+from lab.pair import Pair, run_instrument
 from lab.stats import Mean, Share
 from training.checkpoint import Checkpoint
 

@@ -21,12 +21,12 @@ from data.pretrain import PretrainData, PretrainDataConfig
 from lab.behaviour import Point, probe
 from lab.pair import Pair, run_instrument
 from model.gpt import ModelConfig
-from runtime.files import checkpoints, fingerprint, read_meta
+from runtime.files import checkpoints, read_meta
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from training.checkpoint import Checkpoint, load_checkpoint
+from training.config import RunConfig
 from training.optim import OptimConfig
-from training.run import RunConfig
 from training.step import mean_loss
 
 RETURN_STEPS, RETURN_EVERY = 40, 10  # of pretraining after instruction tuning
@@ -68,7 +68,8 @@ def forgetting(pair: Pair, questions: int) -> Forgetting:
                 step = "0" if path == pair.base.path else str(checkpoint.meta["step"])
                 points[stage][step] = probe(pair, checkpoint, questions)
                 if text is not None:
-                    loss = mean_loss(checkpoint.model, text.val_batches())
+                    rows = text.config.micro_batch_size or text.config.batch_size
+                    loss = mean_loss(checkpoint.model, text.val_batches(rows))
                     losses.setdefault(stage, {})[step] = loss
     return Forgetting(points["tuning"], points["recovery"], losses)
 
@@ -90,7 +91,7 @@ def text_of(base: Checkpoint) -> PretrainData | None:
         data = PretrainData(settings, base.model.config.block_size, config["run"]["seed"])
     except ValueError:  # damaged, or something else by now
         return None
-    return data if fingerprint(data.meta["files"]) == base.meta["data"]["fingerprint"] else None
+    return data if data.fingerprint == base.meta["data"]["fingerprint"] else None
 
 
 def finish(main: Callable[[Any], Path], config: Any) -> None:

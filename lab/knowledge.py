@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from data.chat import Message, Prompt, render_prompt
+from data.chat import CONTEXTS, Message, Prompt, plain_prompt, render_prompt
 from data.world import (
     ATTRIBUTES,
     DONT_KNOW,
@@ -21,11 +21,10 @@ from data.world import (
     Attribute,
     Person,
     World,
-    cloze_prompts,
     exchange,
 )
 from lab.likelihood import ask, reply_limit, score_choices
-from lab.pair import CONTEXTS, Pair, plain_prompt, run_instrument
+from lab.pair import Pair, run_instrument
 from lab.stats import Mean, Share
 from training.checkpoint import Checkpoint
 
@@ -106,6 +105,15 @@ def measure(checkpoint: Checkpoint, world: World, n: int, thorough: bool = True)
                 found = rank(checkpoint, world, facts[few], used[few], context)
                 ranks.setdefault(context, {})[split] = found
     return Knowledge(cloze, answers, rephrased, plain, ranks)
+
+
+def cloze_prompts(person: Person, attribute: Attribute, paraphrases: int) -> list[str]:
+    """Beginnings of biography sentences after which only the value is missing."""
+    return [
+        t.removesuffix(" {V}.").format(S=person.name)
+        for t in attribute.sentences[:paraphrases]
+        if t.startswith("{S}") and t.endswith(" {V}.")
+    ]
 
 
 def draw_and_complete(

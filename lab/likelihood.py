@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from model.generate import KVCache, Sampling, generate
+from model.generate import Sampling, generate
 from training.checkpoint import Checkpoint
 
 ROWS, TOKENS = 100, 1 << 14  # computed at once: sequences, and their tokens at full length
@@ -79,17 +79,16 @@ def score_choices(
     prompt, tails = prompt + choices[0][:shared], [c[shared:] for c in choices]
     width = max(map(len, tails)) - 1
     prompt = prompt[-(model.config.block_size - width) :]  # of a longer one, the newest tokens
-    cache = KVCache(model, 1, len(prompt) + width)
-    cache.begin(len(prompt))
-    x = model.hidden(torch.tensor([prompt], device=device), cache)
+    cache = model.new_cache(1, len(prompt) + width)
+    x = model.hidden(torch.tensor([prompt], device=device), cache.add(len(prompt)))
     scores = model.logits(x[0, -1]).log_softmax(dim=-1)[[tail[0] for tail in tails]]
     if width:
         lengths = torch.tensor([len(tail) - 1 for tail in tails], device=device)
         padded = torch.tensor([tail + [0] * (width + 1 - len(tail)) for tail in tails])
         padded = padded.to(device)
         cache.repeat(len(tails))
-        cache.begin(width)
-        logprobs = model.logits(model.hidden(padded[:, :-1], cache)).log_softmax(dim=-1)
+        x = model.hidden(padded[:, :-1], cache.add(width))
+        logprobs = model.logits(x).log_softmax(dim=-1)
         later = logprobs.gather(2, padded[:, 1:, None]).squeeze(2)
         inside = torch.arange(width, device=device) < lengths[:, None]
         scores = scores + (later * inside).sum(dim=1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.chat import Message, Prompt, parse, render_prompt
+from data.chat import CONTEXTS, Message, parse
 from data.shards import load_examples, open_prepared
 from data.sources.read import QA_SUFFIXES, read_conversations
 from data.tokenizer import Tokenizer
@@ -20,8 +20,8 @@ from lab.stats import lines, pool, to_json
 from runtime.cli import one_line_errors
 from runtime.device import environment
 from runtime.files import fingerprint, sha256_file, write_json
-from sample import load_pair
-from training.checkpoint import PREPARED_QA, Checkpoint, identity
+from training.checkpoint import Checkpoint, identity, load_pair
+from training.run import PREPARED_QA
 
 
 @dataclass(frozen=True)
@@ -152,26 +152,6 @@ def read_qa(path: Path) -> list[list[Message]]:
     return [parse(ids.tolist(), tokenizer) for ids, _ in load_examples(path, "val")]
 
 
-def plain_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """A conversation as plain text, for a base that has never seen the template's tokens."""
-    names = {"user": "Question", "assistant": "Answer", "system": "Note"}
-    text = [f"{names[m['role']]}:\n{m['content']}\n" for m in messages]
-    return [tokenizer.end_of_text, *tokenizer.encode("".join(text) + "Answer:\n")]
-
-
-def raw_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """A conversation as nothing but text, each message a document of its own."""
-    ids = [tokenizer.end_of_text]
-    for message in messages:
-        ids += [*tokenizer.encode(message["content"]), tokenizer.end_of_text]
-    return ids
-
-
-# How a conversation is put to a model: a base cannot know the template's tokens. In all of them a
-# reply begins without a space, so that its tokens are the same.
-CONTEXTS: dict[str, Prompt] = {"chat": render_prompt, "plain": plain_prompt, "raw": raw_prompt}
-
-
 # ---- command line --------------------------------------------------------------------------
 
 
@@ -224,7 +204,7 @@ def measured_by() -> str:
     files = [
         f
         for folder in ("data", "model", "runtime", "training", "lab")
-        for f in (root / folder).rglob("*.py")
+        for f in (*(root / folder).rglob("*.py"), *(root / folder).glob("*.toml"))
     ]
     files += [root / "sample.py", root / "train_pretrain.py"]
     drawn = ("harness.py", "plot.py", "figures.py", "report.py", "sweep.py", "web.py")

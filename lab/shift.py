@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data.chat import Message
+from data.chat import CONTEXTS, Message
 from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES
 from lab.likelihood import ask, predictions
-from lab.pair import CONTEXTS, Pair, run_instrument
+from lab.pair import Pair, run_instrument
 from lab.stats import Mean, Share
 
 CLASSES = ("unshifted", "marginal", "shifted")

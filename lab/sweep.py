@@ -44,7 +44,7 @@ from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from train_sft import SFTConfig
 from train_sft import main as sft
-from training.checkpoint import MAY_CHANGE
+from training.config import MAY_CHANGE
 
 STAGES = ("world", "pretrain", "more", "qa", "sft")
 OWN = ("seed", "run.seed", "run.dir", "data.path", "base", "init_from")  # set by the sweep itself

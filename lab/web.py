@@ -20,22 +20,23 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from data.chat import Message, render_prompt
+from data.chat import CONTEXTS, Message, raw_prompt, render_prompt
+from data.fitting import recent_turns
 from lab.figures import CLASS_COLORS, templates
 from lab.likelihood import predictions
-from lab.pair import CONTEXTS, qa_of, questions_about, read_qa, world_of
+from lab.pair import qa_of, questions_about, read_qa, world_of
 from lab.shift import class_of, ranks_of
 from model.generate import Sampling, stream
 from runtime.cli import one_line_errors
-from sample import continue_text, load_to_sample, put, unseen
-from training.checkpoint import Checkpoint
+from sample import room_for, unseen
+from training.checkpoint import Checkpoint, load_pair
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 MODELS = ("base", "instruct")
 # How the base reads the conversation; the instruct model always reads the template.
-FORMS = CONTEXTS | {"raw": continue_text}
+FORMS = CONTEXTS | {"raw": raw_prompt}
 SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "seed": int, "max_new_tokens": int}
 MAX_NEW_TOKENS = 4096  # of a reply, so that nobody holds the models for hours
 MAX_BYTES = 1 << 19  # of a request; of a million spaces the tokenizer panics
@@ -143,11 +144,13 @@ class Panels:
         """Yields what both models say, a token of each in turn."""
         speaking = {}
         for name, checkpoint in self.models.items():
-            messages, before = asked.messages[name], len(asked.messages[name])
+            messages, tokenizer = asked.messages[name], checkpoint.tokenizer
             form = FORMS[asked.form] if name == "base" else render_prompt
-            ids = put(form, messages, checkpoint, asked.sampling.max_new_tokens)
+            room = room_for(checkpoint, asked.sampling.max_new_tokens)
+            recent = recent_turns(form, messages, tokenizer, room)
+            ids = form(recent, tokenizer)
             notes = [unseen(checkpoint, ids)]
-            if forgotten := (before - len(messages)) // 2:
+            if forgotten := (len(messages) - len(recent)) // 2:
                 notes.append(f"old turns that no longer fit: {forgotten}")
             yield {"model": name, "note": "; ".join(filter(None, notes))}
             speaking[name] = speak(checkpoint, ids, asked.sampling)
@@ -177,8 +180,9 @@ class Panels:
         room = base.model.config.block_size + 1 - len(ids)
         if room < 1:
             raise ValueError(f"a reply of {len(ids)} tokens is too long to be ranked at once")
-        messages, limit = asked.messages["instruct"], asked.sampling.max_new_tokens
-        context = put(FORMS[asked.form], messages, base, limit)
+        form, limit = FORMS[asked.form], room_for(base, asked.sampling.max_new_tokens)
+        recent = recent_turns(form, asked.messages["instruct"], tokenizer, limit)
+        context = form(recent, tokenizer)
         with self.lock:
             logprobs = next(predictions(base, [context[-room:]], [ids]))
             ranks, favourites = ranks_of(ids, logprobs), logprobs.argmax(dim=1).tolist()
@@ -289,7 +293,7 @@ def main() -> None:
             import uvicorn
         except ModuleNotFoundError:
             raise ValueError("the page needs `pip install -r requirements-web.txt`") from None
-        pair = load_to_sample(a.base, a.instruct, a.device)
+        pair = load_pair(a.base, a.instruct, a.device, to_sample=True)
         try:
             listening = socket.create_server((a.host, a.port))
         except (OSError, OverflowError) as error:

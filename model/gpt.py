@@ -7,94 +7,44 @@ head, zero-initialised output projections and a logit soft-cap.
 Shapes in comments: B rows, T tokens, C = n_embd, H = n_head, D = C / H.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from itertools import repeat
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from model.generate import KVCache
+from model.check import check_range
+from model.seen import KVCache, Seen, packed_attention, see_documents, see_row
 
-
-class Batch(NamedTuple):
-    """What `GPT.forward` takes, each (B, T).
-
-    Attributes:
-        idx: token ids.
-        targets: the ids that follow; the data layer shifts, the model never does.
-        weights: factor of each position's cross-entropy; None for all ones.
-        documents: a number per token; attention stays among neighbours of the same number, and
-            positions count from the first of them. None for the whole row.
-        kept: where the weights are not 0, as places in the flattened rows, (n,). Follows from
-            `weights`; given beforehand, the model need not wait for a GPU to know n.
-        bounds: see `document_bounds`. Follows from `documents`; given beforehand, attention is
-            computed by a kernel that skips other documents, in bfloat16 on a GPU.
-    """
-
-    idx: Tensor
-    targets: Tensor
-    weights: Tensor | None = None
-    documents: Tensor | None = None
-    kept: Tensor | None = None
-    bounds: Tensor | None = None
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
-        """A batch of f of every tensor that is there."""
-        return Batch(**{k: f(t) for k, t in self._asdict().items() if t is not None})
-
-
-def document_bounds(documents: Tensor) -> Tensor:
-    """Where documents (B, T) begin in the flattened rows, and the end, int32 (n + 1,).
-
-    Repeats the end up to a multiple of 64, so that its shape is nearly always the same.
-    """
-    first = torch.ones_like(documents, dtype=torch.bool)
-    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    begins = first.flatten().nonzero().squeeze(1)
-    n = math.ceil((len(begins) + 1) / 64) * 64
-    return F.pad(begins, (0, n - len(begins)), value=documents.numel()).to(torch.int32)
-
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "gpt2": {
-        "position": "learned",
-        "norm": "layernorm",
-        "norm_embedding": False,
-        "qk_norm": False,
-        "activation": "gelu",
-        "bias": True,
-        "tie_embeddings": True,
-        "zero_init_projections": False,
-        "logit_softcap": 0.0,
-    },
-    "modern": {
-        "position": "rope",
-        "norm": "rmsnorm",
-        "norm_embedding": True,
-        "qk_norm": True,
-        "activation": "relu2",
-        "bias": False,
-        "tie_embeddings": False,
-        "zero_init_projections": True,
-        "logit_softcap": 15.0,
-    },
+Rope = tuple[Tensor, Tensor] | None  # cosines and sines, broadcast to (B, H, T, D)
+# fmt: off
+SWITCHES: dict[str, tuple[Any, Any]] = {
+    # switch                 gpt2         modern
+    "position":              ("learned",   "rope"),
+    "norm":                  ("layernorm", "rmsnorm"),
+    "norm_embedding":        (False,       True),
+    "qk_norm":               (False,       True),
+    "activation":            ("gelu",      "relu2"),
+    "bias":                  (True,        False),
+    "tie_embeddings":        (True,        False),
+    "zero_init_projections": (False,       True),
+    "logit_softcap":         (0.0,         15.0),
+}
+# fmt: on
+RECIPES = {
+    name: {k: v[i] for k, v in SWITCHES.items()} for i, name in enumerate(("gpt2", "modern"))
 }
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture. A switch that is left out takes its recipe's value.
-
-    Raises:
-        ValueError: a combination that cannot be built.
+    """Architecture. A switch that is left out takes its recipe's value. Raises ValueError: a
+    combination that cannot be built.
     """
 
     recipe: Literal["gpt2", "modern"] = "modern"
@@ -133,29 +83,25 @@ class ModelConfig:
         for switch, value in RECIPES[self.recipe].items():
             if getattr(self, switch) is None:
                 object.__setattr__(self, switch, value)
-        for field in ("n_layer", "n_head", "n_embd", "block_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field} is {getattr(self, field)}; it must be 1 or more")
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"model.n_head={self.n_head} does not divide model.n_embd={self.n_embd}; "
-                "choose a width that is a multiple of the number of heads"
-            )
-        if self.position == "rope" and (self.n_embd // self.n_head) % 2:
-            raise ValueError(
-                f"model.n_embd / model.n_head = {self.n_embd // self.n_head} is odd; rotary "
-                "positions turn pairs, so it must be even"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.logit_softcap is not None and self.logit_softcap < 0:
-            raise ValueError(f"model.logit_softcap is {self.logit_softcap}; 0 turns it off")
+        for size in ("n_layer", "n_head", "n_embd", "block_size"):
+            check_range(f"model.{size}", getattr(self, size), "1 or more")
+        check_range("model.dropout", self.dropout, "0 or more and below 1")
+        check_range("model.logit_softcap", self.logit_softcap, "0 or more", "0 turns it off")
+        C, H = self.n_embd, self.n_head
+        if C % H:
+            raise ValueError(f"model.n_head={H} does not divide model.n_embd={C}")
+        if self.position == "rope" and C // H % 2:
+            raise ValueError(f"model.n_embd / model.n_head = {C // H} is odd; RoPE turns pairs")
 
+    @property
+    def head_size(self) -> int:
+        """Numbers of a head, D."""
+        return self.n_embd // self.n_head
 
-def skips_documents(config: ModelConfig) -> bool:
-    """Whether the kernel that skips other documents takes this model's heads, and no dropout."""
-    D = config.n_embd // config.n_head
-    return D % 8 == 0 and D <= 256 and not config.dropout
+    @property
+    def can_pack(self) -> bool:
+        """Whether the kernel that skips other documents takes such heads, and no dropout."""
+        return self.head_size % 8 == 0 and self.head_size <= 256 and not self.dropout
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -186,7 +132,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(C, C, bias=bias)
         self.proj = nn.Linear(C, C, bias=bias)
 
-    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, T, D) of x (B, T, C), as they meet each other."""
         shape = (*x.shape[:2], self.config.n_head, -1)
         q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
@@ -196,33 +142,16 @@ class Attention(nn.Module):
             q, k = (F.rms_norm(t, t.shape[-1:], eps=1e-6) for t in (q, k))
         return q, k, v
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
-        cache: KVCache | None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C); with a cache, x continues each of its rows.
-
-        `mask`, (B, 1, T, tokens seen), is true where a token looks. Without one, several tokens
-        look causally at each other, and a single one looks at all there are. Of one dimension, it
-        holds the `document_bounds` of the rows, within which tokens look causally.
-        """
-        B, T, C = x.shape
+    def forward(self, x: Tensor, rope: Rope, seen: Seen) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
         q, k, v = self.heads(x, rope)
+        k, v = seen.with_past(self.layer, k, v)
         dropout = self.config.dropout if self.training else 0.0
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        if mask is not None and mask.dim() == 1:
-            from torch.nn.attention.varlen import varlen_attn  # a second to import, only for GPUs
-
-            q, k, v = (t.to(v.dtype).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-            y = varlen_attn(q, k, v, mask, mask, T, T, window_size=(-1, 0))
-            return self.proj(cast(Tensor, y).reshape(B, T, C))
-        causal = mask is None and (cache is None or T > 1)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        if seen.bounds is not None:
+            y = packed_attention(q, k, v, seen.bounds)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, seen.mask, dropout, seen.causal)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
 class MLP(nn.Module):
@@ -252,22 +181,12 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn = make_norm(config), Attention(config, layer)
         self.norm2, self.mlp = make_norm(config), MLP(config)
-        self.dropout = config.dropout
+        self.drop = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
-        cache: KVCache | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, seen: Seen) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.drop(self.attn(self.norm1(x), rope, mask, cache))
+        x = x + self.drop(self.attn(self.norm1(x), rope, seen))
         return x + self.drop(self.mlp(self.norm2(x)))
-
-    def drop(self, x: Tensor) -> Tensor:
-        """Dropout of what is added to the residual stream."""
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class GPT(nn.Module):
@@ -277,14 +196,9 @@ class GPT(nn.Module):
         config: the architecture.
         vocab_size: ids of the tokenizer. The matrices are padded to a multiple of 64 for speed;
             logits leave the model without the padding, so a padded id can never be sampled.
-
-    Attributes:
-        loss_chunk: positions whose logits exist at a time in the loss; None for all. Fewer need
-            less memory and more time.
     """
 
-    loss_chunk: int | None = None
-
+    loss_chunk: int | None = None  # positions whose logits exist at a time in the loss; None: all
     rope_cos: Tensor
     rope_sin: Tensor
 
@@ -303,7 +217,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         if config.position == "rope":
-            D = config.n_embd // config.n_head
+            D = config.head_size
             frequency = 10_000.0 ** -(torch.arange(0, D, 2) / D)
             angles = torch.outer(torch.arange(config.block_size), frequency)
             cos, sin = angles.cos().repeat(1, 2), torch.cat((angles.sin(), -angles.sin()), dim=1)
@@ -316,70 +230,49 @@ class GPT(nn.Module):
         """Draws every parameter from torch's global generator: the only place that does.
 
         `gpt2`: N(0, 0.02), output projections scaled by 1 / sqrt(2 n_layer) (GPT-2, section 2.3).
-        `modern`: matrices of variance 1 / C, the scale on which Muon's updates act, and, where it
-        is untied, a small head, so that the first loss is ln V.
+        `modern`: matrices of variance 1 / C, the scale on which Muon's updates act. An untied head
+        begins small, so that the first loss is ln V.
         """
-        matrix_std = 0.02 if self.config.recipe == "gpt2" else self.config.n_embd**-0.5
-        for name, p in self.named_parameters():
+        c, spread = self.config, {"wte.weight": 0.02, "wpe.weight": 0.02, "lm_head.weight": 0.001}
+        matrix_std = 0.02 if c.recipe == "gpt2" else c.n_embd**-0.5
+        for name, p in self.named_parameters():  # a tied head is not listed
             if p.dim() < 2:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
-            elif name == "lm_head.weight":  # only listed when untied
-                nn.init.normal_(p, std=0.001)
-                p[self.vocab_size :] = 0.0  # padding; it never gets a gradient
-            elif name in ("wte.weight", "wpe.weight"):
-                nn.init.normal_(p, std=0.02)
-                if name == "wte.weight":
-                    p[self.vocab_size :] = 0.0
-            elif name.endswith("proj.weight") and self.config.zero_init_projections:
+            elif not name.endswith("proj.weight"):
+                nn.init.normal_(p, std=spread.get(name, matrix_std))
+            elif c.zero_init_projections:
                 nn.init.zeros_(p)
             else:
-                depth = 2 * self.config.n_layer if name.endswith("proj.weight") else 1
-                nn.init.normal_(p, std=matrix_std / math.sqrt(depth))
+                nn.init.normal_(p, std=matrix_std / math.sqrt(2 * c.n_layer))
+        for table in (self.wte, self.lm_head):
+            table.weight[self.vocab_size :] = 0.0  # padding; it never gets a gradient
 
-    def hidden(
-        self,
-        idx: Tensor,
-        cache: KVCache | None = None,
-        documents: Tensor | None = None,
-        bounds: Tensor | None = None,
-    ) -> Tensor:
-        """Final hidden states (B, T, C) of ids (B, T); a cache holds what came before them.
-
-        With `documents` and their `bounds` (see Batch) each is as if it stood alone in its row.
-
-        Raises:
-            ValueError: more tokens than block_size.
+    def hidden(self, idx: Tensor, seen: Seen | None = None) -> Tensor:
+        """Final hidden states (B, T, C) of ids (B, T); `seen` is None for plain causal rows.
+        Raises ValueError: more tokens than block_size.
         """
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens exceed the model's block_size {self.config.block_size}")
+        seen = see_row(idx) if seen is None else seen
         x = self.wte(idx)
-        position = slice(0, T) if cache is None else cache.positions  # (T,) or (B, T)
-        mask = None if cache is None else cache.mask
-        if documents is not None:
-            place = torch.arange(T, device=idx.device).expand_as(idx)
-            first = torch.ones_like(documents, dtype=torch.bool)
-            first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-            position = place - (place * first).cummax(dim=1).values
-            if bounds is None or not skips_documents(self.config):
-                mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
-            else:
-                mask = bounds
         if self.config.position == "learned":
-            x = x + self.wpe.weight[position]
+            x = x + self.wpe.weight[seen.positions]
         if self.config.norm_embedding:
             x = self.norm_embedding(x)
-        if self.training and self.config.dropout:
-            x = F.dropout(x, self.config.dropout)
+        x = F.dropout(x, self.config.dropout, self.training)
         rope = None
         if self.config.position == "rope":
-            cos, sin = self.rope_cos[position], self.rope_sin[position]
-            if cos.dim() == 3:  # (B, T, D) -> (B, 1, T, D), the same for every head
-                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-            rope = (cos.to(x.dtype), sin.to(x.dtype))
+            cos, sin = (t[seen.positions].unsqueeze(-3) for t in (self.rope_cos, self.rope_sin))
+            rope = (cos.to(x.dtype), sin.to(x.dtype))  # (1 or B, 1, T, D): every head has the same
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
+            x = block(x, rope, seen)
         return self.norm(x)
+
+    def new_cache(self, n_rows: int, room: int) -> KVCache:
+        """An empty cache of keys and values for rows of up to `room` tokens."""
+        c = self.config
+        return KVCache(c.n_layer, (n_rows, c.n_head, room, c.head_size), self.wte.weight)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., C), without the padding."""
@@ -403,7 +296,8 @@ class GPT(nn.Module):
         The arguments are those of `Batch`. The head runs only where the weights are not zero, and
         with `loss_chunk` on so many positions at a time.
         """
-        x = self.hidden(idx, None, documents, bounds)
+        bounds = bounds if self.config.can_pack else None
+        x = self.hidden(idx, None if documents is None else see_documents(documents, bounds))
         if targets is None:
             return self.logits(x)
         x, targets = x.flatten(0, 1), targets.flatten()
@@ -423,24 +317,10 @@ class GPT(nn.Module):
     def chunked_loss(self, x: Tensor, targets: Tensor, weights: Tensor | None, size: int) -> Tensor:
         """`loss`, by so many positions at a time; their logits are computed again backwards."""
         again = partial(checkpoint, self.loss, use_reentrant=False, preserve_rng_state=False)
-        losses = []
-        for i in range(0, max(1, len(x)), size):
-            part = slice(i, i + size)
-            w = None if weights is None else weights[part]
-            losses.append(again(x[part], targets[part], w))
-        return torch.stack(losses).sum()
+        w = repeat(None) if weights is None else torch.split(weights, size)
+        parts = zip(torch.split(x, size), torch.split(targets, size), w, strict=False)
+        return torch.stack([again(*part) for part in parts]).sum()
 
     def n_params(self) -> int:
         """Trained numbers; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self) -> int:
-        """Forward and backward FLOPs per trained token at full context: 6 N + 12 L C T.
-
-        N are the parameters that multiply (all matrices and the head, not the embedding look-ups);
-        attention is counted without its causal half (Chowdhery et al. 2022, PaLM, appendix B).
-        """
-        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
-        c = self.config
-        attention = 12 * c.n_layer * c.n_embd * c.block_size
-        return 6 * (matrices + self.lm_head.weight.numel()) + attention

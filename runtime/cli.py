@@ -1,6 +1,7 @@
-"""Configs: frozen dataclasses, read from TOML and overridden as `--optim.lr=1e-3`."""
+"""The command line of the training scripts: a frozen dataclass, filled from files and options.
 
-from __future__ import annotations
+Files are TOML, or the JSON of a run's config.json. Options come after them: `--optim.lr=1e-3`.
+"""
 
 import contextlib
 import json
@@ -8,9 +9,11 @@ import os
 import sys
 import tomllib
 import traceback
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 T = TypeVar("T")
 
@@ -23,13 +26,12 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(141) from None
-    except RecursionError:
-        print("error: the input is nested too deeply", file=sys.stderr)
-        raise SystemExit(1) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.strerror}: {error.filename or 'while writing a file'}"
+        elif isinstance(error, RecursionError):
+            text = "the input is nested too deeply"
         print(f"error: {text}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -37,48 +39,43 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def _load(text: str) -> Any:
-    """TOML, or the JSON of a run's config.json, so that a run can be repeated from it."""
-    return json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
-
-
-def _check_file(file: Path) -> None:
-    """Says which file is missing or broken; the parser would not."""
-    try:
-        _load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config {file}: {error.strerror}") from None
-    except ValueError as error:  # of TOML, of JSON or of UTF-8
-        raise ValueError(f"--config {file}: {error}") from None
-
-
 def parse_config(config_class: type[T], argv: list[str] | None = None, about: str = "") -> T:
-    """A config from `--config FILE` and the options after it; later ones win.
+    """A config from `--config FILE` and the options after it; of two values the later one counts.
 
-    Raises:
-        ValueError: a missing file, an unknown key, a wrong type or a value out of range, naming
-            the key.
+    The fields of a dataclass are options, those of a field that is a dataclass are `--name.field`.
+    Their docstrings are the text of --help, after `about`. Raises ValueError: a file, key, type or
+    value is wrong or missing; the message names it. Raises SystemExit: after --help and
+    --print_config.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
+    import jsonargparse  # slow, so only where options are read
 
-    set_loader("toml", _load, (tomllib.TOMLDecodeError, json.JSONDecodeError))
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        parser_mode="toml", exit_on_error=False, description=about, allow_abbrev=False
+    class KeepLines(jsonargparse.DefaultHelpFormatter, RawDescriptionHelpFormatter):
+        """Leaves the lines of `about` as they are."""
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        parser_mode="json",
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,  # its own leaves out what the config itself fills in
+        formatter_class=KeepLines,
+        description=about,
     )
     parser.add_argument("--config", action="config", help="a .toml file, or a run's config.json")
+    parser.add_argument("--print_config", action="store_true", help="print what would run; exit")
     parser.add_class_arguments(config_class, None)
-    args = sys.argv[1:] if argv is None else argv
-    for option, following in zip(args, [*args, ""][1:], strict=True):
-        if option == "--config" or option.startswith("--config="):
-            _check_file(Path(following if option == "--config" else option.split("=", 1)[1]))
+    hints = get_type_hints(config_class)
+    kinds = {f"--{name}": kind for name, kind in hints.items()} | {"--config": config_class}
+    args = _read_files(sys.argv[1:] if argv is None else argv, kinds)
     try:
         values = vars(parser.instantiate(parser.parse_args(args)))
-    except ArgumentError as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{text} (--help lists every key)") from None
-    values.pop("config")
-    return config_class(**values)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(f"{' '.join(str(error).split())} (--help lists every key)") from None
+    config: Any = config_class(**{name: values[name] for name in hints})
+    if values["print_config"]:
+        print(json.dumps(asdict(config), indent=2))  # not TOML, which has no null
+        raise SystemExit(0)
+    return config
 
 
 def run_cli(config_class: type[T], main: Callable[[T], object], about: str) -> None:
@@ -95,3 +92,55 @@ def run_cli(config_class: type[T], main: Callable[[T], object], about: str) -> N
             exit_now(1)
         raise
     finish_processes()
+
+
+def _read_files(argv: list[str], kinds: dict[str, Any]) -> list[str]:
+    """The command line with files (`--config FILE`, `--section FILE`) replaced by what they hold.
+
+    jsonargparse imports what a file names as `class_path`, so it is never given a file, only keys
+    that exist and single values. A bare `--switch` becomes `--switch=true`.
+    """
+    args, rest = list[str](), iter(argv)
+    for option in rest:
+        name, equals, value = option.partition("=")
+        kind = kinds.get(name)
+        if is_dataclass(kind) and (value := value if equals else next(rest, "")):
+            option = f"{name}={_load(name, value, kind)}"
+        elif kind is bool and not equals:
+            option = f"{name}=true"
+        args.append(option)
+    return args
+
+
+def _load(option: str, value: str, kind: Any) -> str:
+    """What a file of TOML or JSON holds, checked, as JSON; a value that is JSON stands for one."""
+    try:
+        text = value if value.startswith("{") else Path(value).read_text(encoding="utf-8")
+        data: Any = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+        _check_keys(data, kind)
+    except (OSError, ValueError) as error:  # no such file, not UTF-8, not TOML, a wrong key, ...
+        raise ValueError(f"{option} {value}: {getattr(error, 'strerror', None) or error}") from None
+    return json.dumps(data)
+
+
+def _check_keys(data: Any, kind: Any, section: str = "") -> None:
+    """Raises ValueError where data is not keys of the dataclass, with a value or a table each."""
+    kinds = get_type_hints(kind)
+    for key, value in data.items():
+        name, table = f"{section}{key}", is_dataclass(kinds.get(key))
+        if key not in kinds:
+            raise ValueError(f"{name} is not a key (--help lists every key)")
+        if not isinstance(value, dict if table else str | int | float | None):
+            what = "table" if table else "single value"
+            raise ValueError(f"{name} is {value!r:.80}; it must be a {what}")
+        if table:
+            _check_keys(value, kinds[key], f"{name}.")
+
+
+def recipes_help(recipes: dict[str, dict[str, Any]]) -> str:
+    """What each recipe sets, as a table for --help."""
+    rows = [["--model.recipe sets", *recipes]]
+    for switch in next(iter(recipes.values())):
+        values = (json.dumps(recipe[switch]).strip('"') for recipe in recipes.values())
+        rows.append([f"  --model.{switch}", *values])
+    return "\n".join("".join(f"{cell:33}" for cell in row).rstrip() for row in rows)

@@ -1,6 +1,4 @@
-"""The machine under a run: device, precision, compilation, signals, and facts to record."""
-
-from __future__ import annotations
+"""The machine under a run: its device, precision, compilation, signals, and facts to record."""
 
 import contextlib
 import ctypes
@@ -10,38 +8,29 @@ import signal
 import subprocess
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
 from model.gpt import GPT
+from model.seen import Batch, document_bounds
 from runtime.processes import world_size
 
-# Dense bf16 matrix FLOP/s that the makers state, by the exact name that torch gives the device: a
-# laptop's or a sliced card's differs, and then no MFU is better than a wrong one.
+# FLOP/s of dense bf16 matrix products that the makers state, by the exact name that torch gives the
+# device. A laptop's chip or a slice of a card has another one: no MFU is better than a wrong one.
+# fmt: off
 PEAK_FLOPS = {
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GH200 480GB": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
+    "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA B200": 2250e12,
+    "NVIDIA GeForce RTX 3090": 71e12, "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GH200 480GB": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12, "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12,
 }
+# fmt: on
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" takes cuda, else mps, else cpu.
-
-    Raises:
-        ValueError: an unknown name, or a device that this machine does not have.
-    """
+    """The device of that name; "auto" takes cuda, else mps, else cpu. Raises ValueError: no such."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -56,13 +45,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_up(device_name: str, seed: int | None = None) -> torch.device:
-    """Seeds torch if asked, settles what makes its device fast, and returns the device."""
+    """The device of `pick_device`, with torch made fast on it, and seeded if a seed is given."""
     device = pick_device(device_name)
     if seed is not None:
         torch.manual_seed(seed)
     if device.type == "cuda":
         if device.index is not None:
-            torch.cuda.set_device(device)  # of its streams, graphs and generator
+            torch.cuda.set_device(device)  # whose streams, graphs and generator are then used
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
     torch.set_flush_denormal(True)  # tiny numbers slow a CPU down a hundredfold
     if device.type == "cpu":
@@ -73,38 +62,31 @@ def set_up(device_name: str, seed: int | None = None) -> torch.device:
 def keep_freed_memory() -> None:
     """Lets glibc keep large blocks that are freed, instead of giving them back to the kernel.
 
-    Otherwise each step maps its activations anew and the kernel clears every page of them.
+    Otherwise every step maps its activations anew, and the kernel clears each page of them.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_max, 0)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD of malloc.h
+        mallopt(-4, 0)  # M_MMAP_MAX
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 matrix products on a CUDA device that has them, fp32 everywhere else.
-
-    Weights stay in fp32. CPUs emulate bfloat16 slowly, so it is never used there.
-    """
+    """A context of bfloat16 matrix products where `has_bf16`, else of fp32. Weights stay fp32."""
     if has_bf16(device):
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 without emulating it."""
+    """Whether it is a CUDA device with bfloat16 of its own. CPUs emulate it, which is slow."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def compile_model(model: GPT, mode: Literal["auto", "on", "off"]) -> None:
     """Compiles `model.forward` in place; the names of its parameters stay as they are.
 
-    "auto" compiles on CUDA where a small trial of torch.compile works, and otherwise says in one
-    line that it does not.
-
-    Raises:
-        ValueError: mode "on", and the trial fails.
+    "auto" compiles on CUDA only, and where torch.compile fails a small trial it prints a line and
+    goes on without it. Raises ValueError: mode is "on" and the trial fails.
     """
     device = model.wte.weight.device
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
@@ -118,59 +100,74 @@ def compile_model(model: GPT, mode: Literal["auto", "on", "off"]) -> None:
             raise ValueError(f"run.compile=on: {reason}; use run.compile=off") from None
         print(f"{reason}; going on without it")
         return
-    # Its loop has more turns the more tokens there are, each number of them another graph.
+    # Not its loop over chunks: each number of chunks would be compiled as another graph.
     model.chunked_loss = torch.compiler.disable(model.chunked_loss)  # type: ignore
-    # A graph that cannot be compiled after all runs as it is, unless compilation was asked for.
+    # In "auto", a graph that cannot be compiled after all runs uncompiled instead of failing.
     torch._dynamo.config.suppress_errors = mode == "auto"
     model.compile()
 
 
 class StopOnSignal:
-    """While entered, turns the first Ctrl-C or SIGTERM into `requested`; a second one kills."""
+    """A context in which the first Ctrl-C or SIGTERM only sets `requested`; a second one kills."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    requested = False
 
-    def __enter__(self) -> StopOnSignal:
+    def __enter__(self) -> Self:
         self._previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        # With several processes everyone hears it twice: from the terminal, and from torchrun.
+        # Each of several processes gets it twice: from the terminal, and from torchrun.
         if self.requested or world_size() == 1:
-            self._restore()
+            self.__exit__()
         self.requested = True
-        # Not print: it is not reentrant, and the signal may have come in the middle of one.
+        # Not by print, which fails if the signal came in the middle of another print.
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: saving and stopping; once more to stop at once\n".encode())
 
-    def _restore(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
+
+def flops_per_token(model: GPT) -> int:
+    """Forward and backward FLOPs per trained token at full context: 6 N + 12 L C T.
+
+    N are the parameters that multiply (all matrices and the head, not the embedding look-ups);
+    attention is counted without its causal half (Chowdhery et al. 2022, PaLM, appendix B).
+    """
+    c, matrices = model.config, [p.numel() for p in model.blocks.parameters() if p.dim() == 2]
+    N = sum(matrices) + model.lm_head.weight.numel()
+    return 6 * N + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of dense bf16 matrix products that the device's maker states; None if not known."""
-    if device.type != "cuda":
-        return None
-    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+    """The device's largest FLOP/s in training, for MFU; None where they are not known."""
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Where a run happened: commit, torch, Python and device."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+    """Where a run happens: commit of this code, versions of torch and Python, the device's name."""
+    folder, commit = str(Path(__file__).parent), ""
+    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError):  # git is not installed
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cuda = device.type == "cuda"
     return {
-        "commit": commit,
+        "commit": commit or "unknown",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine() or "cpu",
     }
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on the model's device, with what a GPU would have to be waited for to find out."""
+    if batch.weights is not None and batch.kept is None:
+        batch = batch._replace(kept=batch.weights.flatten().nonzero().squeeze(1))
+    if device.type != "cuda":
+        return batch.map(lambda t: t.to(device))
+    if batch.documents is not None and has_bf16(device):
+        batch = batch._replace(bounds=document_bounds(batch.documents))
+    # From pinned memory the copy runs beside the step before.
+    return batch.map(lambda t: t if t.is_cuda else t.pin_memory().to(device, non_blocking=True))

@@ -1,7 +1,5 @@
 """Files that are whole or absent: atomic writes, checksums, prepared and checkpoint folders."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -11,11 +9,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 def sha256_file(path: Path) -> str:
@@ -44,9 +37,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     """Yields an empty temporary directory that becomes `path` in one rename, or never.
 
     What a killed process left behind under the temporary name is removed first.
-
-    Raises:
-        FileExistsError: `path` exists and is not empty.
+    Raises FileExistsError: `path` exists and is not empty.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
@@ -65,7 +56,10 @@ def new_directory(path: Path) -> Iterator[Path]:
         if path.exists():
             raise FileExistsError(f"{path} already exists; delete it or choose another name")
         temporary.rename(path)
-        _fsync_directory(path.parent)
+        if os.name == "posix":  # so that the rename survives a power cut
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -73,54 +67,37 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def full_disk(path: Path) -> Iterator[None]:
-    """Says where the disk is full, and what to do.
-
-    Raises:
-        ValueError: in place of the OSError that tells it.
-    """
+    """Turns the OSError of a full disk into a ValueError that names `path` and the remedy."""
     try:
         yield
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise ValueError(
-            f"{path}: the disk is full; make room and give the same command again"
-        ) from None
+        what = f"{path}: the disk is full; make room and give the same command again"
+        raise ValueError(what) from None
 
 
 @contextlib.contextmanager
 def lock(folder: Path, doing: str) -> Iterator[None]:
-    """Makes a folder this process's own for a while.
-
-    Raises:
-        ValueError: another process holds it; `doing` says for what, such as "downloading into".
+    """Makes a folder this process's own for a while, by a file .lock in it. Raises ValueError:
+    another process holds it; `doing` says for what, as in "downloading into".
     """
+    from filelock import FileLock, Timeout  # takes a while to import
+
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is {doing} {folder}") from None
-            except OSError:
-                pass  # a file system without locks: work unguarded rather than not at all
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(folder / ".lock", blocking=False, fallback_to_soft=False))
+        except Timeout:
+            raise ValueError(f"another process is {doing} {folder}") from None
+        except OSError as error:
+            if error.filename:  # .lock cannot be opened, or is a link that somebody put there
+                raise  # else a file system without locks: work unguarded rather than not at all
         yield
 
 
-def _fsync_directory(path: Path) -> None:
-    """Makes a rename inside `path` survive a power cut (POSIX only; elsewhere a no-op)."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def read_json(path: Path) -> Any:
-    """Parses a JSON file.
-
-    Raises:
-        ValueError: missing, not UTF-8 or not JSON; the message names the file.
-    """
+    """Parses a JSON file. Raises ValueError, which names it: missing, not UTF-8 or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -131,24 +108,21 @@ def read_json(path: Path) -> Any:
 
 def read_meta(path: str | Path) -> dict[str, Any]:
     """The `meta.json` of a prepared-data folder or of a checkpoint, with its format checked.
-
-    Raises:
-        ValueError: the folder or its meta.json is missing, damaged, or somebody else's.
+    Raises ValueError: the folder or its meta.json is missing, damaged, or somebody else's.
     """
-    folder = Path(path)
+    folder, file = Path(path), Path(path, "meta.json")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder" if folder.exists() else f"{folder} not found")
-    if not (folder / "meta.json").exists():
+    if not file.exists():
         raise ValueError(
             f"{folder} has no meta.json: it is neither data made by `python -m data.prepare` "
             "nor a checkpoint of this project"
         )
-    meta = read_json(folder / "meta.json")
-    seal = meta.pop("seal", None) if isinstance(meta, dict) else None
-    if seal is None:
-        raise ValueError(f"{folder / 'meta.json'} was not written by this project")
-    if seal != fingerprint(meta):
-        raise ValueError(f"{folder / 'meta.json'} was changed; delete {folder} and make it again")
+    meta = read_json(file)
+    if not isinstance(meta, dict) or "seal" not in meta:
+        raise ValueError(f"{file} was not written by this project")
+    if meta.pop("seal") != fingerprint(meta):
+        raise ValueError(f"{file} was changed; delete {folder} and make it again")
     return meta
 
 
@@ -176,15 +150,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 def verify_checksums(folder: Path, checksums: dict[str, str]) -> None:
     """Refuses a folder whose files are not the ones its meta.json was written for.
-
-    Raises:
-        ValueError: a file is missing or its bytes have changed.
+    Raises ValueError: a file is missing or its bytes have changed.
     """
     for name, expected in checksums.items():
-        if not (folder / name).exists():
-            raise ValueError(f"{folder / name} is missing; delete {folder} and make it again")
-        if sha256_file(folder / name) != expected:
-            raise ValueError(
-                f"{folder / name} has changed since it was written (its sha256 differs from "
-                f"meta.json); delete {folder} and make it again"
-            )
+        file, remedy = folder / name, f"delete {folder} and make it again"
+        if not file.exists():
+            raise ValueError(f"{file} is missing; {remedy}")
+        if sha256_file(file) != expected:
+            wrong = "has changed since it was written (its sha256 differs from meta.json)"
+            raise ValueError(f"{file} {wrong}; {remedy}")

@@ -1,10 +1,8 @@
-"""Several processes that train one model, as `torchrun` starts them; one process needs none of it.
+"""Several processes that train one model, as `torchrun` starts them, or one process alone.
 
-All processes compute the same step: the order of the data is a function of (seed, step), so each
-knows the whole batch and takes its part of it.
+Data order is a function of (seed, step), so every process knows the whole batch of a step. Each
+computes its share of it, the gradients are averaged, and all take the same optimizer step.
 """
-
-from __future__ import annotations
 
 import contextlib
 import os
@@ -19,17 +17,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.gpt import GPT, Batch
+from model.gpt import GPT
+from model.seen import Batch
 
 
 def start_processes(device: str) -> str:
-    """Joins the processes that torchrun started, if it did, and returns the device to use.
+    """Connects the processes that torchrun started, if it did; returns the name of the device.
 
-    Only the first one prints. Each takes a CUDA device of its own where `device`, a config's, is
-    "cuda", or where it is "auto" and there is one.
-
-    Raises:
-        ValueError: a device that several processes cannot share out.
+    Every process gets a CUDA device of its own where `device`, the config's, is "cuda", or where it
+    is "auto" and there are any. From then on only the first process prints. Raises ValueError: a
+    device that several processes cannot share, or fewer GPUs than processes.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1" or "LOCAL_RANK" not in os.environ:
         return device
@@ -44,8 +41,8 @@ def start_processes(device: str) -> str:
         if local >= torch.cuda.device_count():
             raise ValueError(f"{local + 1} processes or more, {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local)
-    # Both kinds, so that what is asked of the processes need not wait for their GPUs. Patient,
-    # because the others wait while the first one evaluates and saves.
+    # gloo as well, for tensors on the CPU: to exchange those, no process waits for its GPU. The
+    # timeout is long because the others wait while the first process evaluates and saves.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=4))
     if not is_first():
@@ -54,25 +51,23 @@ def start_processes(device: str) -> str:
 
 
 def finish_processes() -> None:
-    """Waits for the others and ends the process, if there are several; all have done their work."""
+    """Ends this process once all have come here; does nothing where it is alone."""
     if world_size() > 1:
-        sum_over_processes(torch.zeros(()))
+        any_process(False)  # returns once all have called it
         exit_now(0)
 
 
 def exit_now(code: int) -> NoReturn:
-    """Ends one of several processes at once, whatever the others do.
-
-    Taking the group down in order can hang where another has failed, and gloo's threads now and
-    then abort in it (torch 2.13: "terminate called without an active exception").
-    """
+    """Ends this process at once, without waiting for the others."""
+    # An orderly end of the group can hang where another process has failed, and in it gloo's
+    # threads now and then abort (torch 2.13: "terminate called without an active exception").
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -83,53 +78,49 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def first_alone() -> Iterator[None]:
-    """The first process runs the block before the others do."""
+    """A block that the first process runs before the others, who then find what it has made."""
     if not is_first():
-        sum_over_processes(torch.zeros(()))
+        any_process(False)  # returns once all have called it
     yield
     if is_first():
-        sum_over_processes(torch.zeros(()))
+        any_process(False)
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of a tensor over the processes; all of them must call it."""
+    """The sum of a tensor over all processes, in place; each process must call it."""
     if world_size() > 1:
         dist.all_reduce(value)
     return value
 
 
 def any_process(value: bool) -> bool:
-    """Whether `value` is true in any process; all of them must call it."""
-    return value if world_size() == 1 else bool(sum_over_processes(torch.tensor(float(value))))
+    """Whether `value` is true in at least one process; each process must call it."""
+    return bool(sum_over_processes(torch.tensor(float(value))))
 
 
 def distribute(model: GPT, seed: int, step: int) -> nn.Module:
-    """The model whose backward pass averages the gradients over the processes.
+    """The network to train: the model or, for several processes, one that averages its gradients.
 
-    Dropout then differs between processes, and after a resume at another step.
+    Each process then draws a dropout of its own, by seed, rank and the step that it starts from.
     """
     if world_size() == 1:
         return model
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, step, dist.get_rank()]).generate_state(1)[0])
-    )
+    mine = np.random.SeedSequence([seed, step, dist.get_rank()])
+    torch.manual_seed(int(mine.generate_state(1)[0]))
     return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def my_share(micro_batches: list[Batch]) -> list[Batch]:
-    """What of a step's micro-batches this process computes; never nothing.
+    """The part of a step's micro-batches (without `kept` and `bounds`) that is this process's.
 
-    Whole micro-batches where there are enough for all, else a part of the rows of each of them.
+    Whole micro-batches where there are enough for all, else every n-th row of each. A process that
+    would get nothing gets a row of weight 0, since all must take part in averaging the gradients.
     """
-    n = world_size()
-    if n == 1:
+    if (n := world_size()) == 1:
         return micro_batches
     rank = dist.get_rank()
     if len(micro_batches) >= n:
         return micro_batches[rank::n]
-    parts = [batch.map(lambda t: t[rank::n].contiguous()) for batch in micro_batches]
-    parts = [part for part in parts if len(part.idx)]
-    if parts:
-        return parts
-    first = micro_batches[0].map(lambda t: t[:1])
-    return [first._replace(weights=torch.zeros_like(first.targets, dtype=torch.float32))]
+    parts = [b.map(lambda t: t[rank::n].contiguous()) for b in micro_batches if len(b.idx) > rank]
+    row = micro_batches[0].map(lambda t: t[:1])
+    return parts or [row._replace(weights=torch.zeros_like(row.targets, dtype=torch.float32))]

@@ -24,8 +24,8 @@ from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from train_sft import SFTConfig
 from train_sft import main as sft
+from training.config import RunConfig
 from training.optim import OptimConfig
-from training.run import RunConfig
 
 Fails = Callable[..., str]
 GPT2_CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken-cache"

@@ -1,8 +1,9 @@
+import json
 import re
 import subprocess
 import sys
 import tomllib
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 
 from data.pretrain import PretrainDataConfig
-from model.gpt import GPT, ModelConfig
+from data.sft import SFTDataConfig
+from model.gpt import GPT, RECIPES, ModelConfig
 from runtime.cli import parse_config, run_cli
 from runtime.files import write_json
 from train_pretrain import PretrainConfig
 from train_sft import SFTConfig
+from training.config import RunConfig
 from training.optim import OptimConfig
-from training.run import RunConfig
 
 ROOT = Path(__file__).parent.parent
 TOML = """
@@ -72,6 +74,10 @@ def test_an_option_after_the_file_wins(tmp_path: Path) -> None:
         ("--run.log_every=0", "run.log_every"),
         ("--run.compile=maybe", "run.compile"),
         ("--config=missing.toml", "missing.toml"),
+        ("--config=", "config"),
+        ("--config", "config"),
+        ("--model=missing.toml", "missing.toml"),
+        ('--model={"n_layers": 1}', "n_layers"),
         ("stray", "stray"),
     ],
 )
@@ -93,6 +99,12 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_it(
         (TOML.replace('dir = "out/run"', ""), "run.dir"),
         (TOML.replace('"some/data"', "1"), "data.path"),
         (TOML + "[extra]\nkey = 1", "extra"),
+        (TOML + "[run.seed]\nkey = 1", "run.seed"),
+        (TOML + "loss_chunk = [1]", "run.loss_chunk"),
+        (TOML + "device = 1979-05-27", "run.device"),
+        ('{"data": {"path": "p"}, "run": {"dir": "d"}, "model": null}', "model"),
+        ('{"data": {"path": "p"}, "run": {"dir": "d"}, "model": ["gpt2"]}', "model"),
+        ('{"data.path": "p", "run": {"dir": "d"}}', "data.path"),
         ("", "data.path"),
     ],
 )
@@ -121,6 +133,97 @@ def test_a_run_repeats_from_its_recorded_config(tmp_path: Path) -> None:
     assert parse_config(PretrainConfig, [*again, "--run.dir=b"]).run.dir == "b"
 
 
+def test_a_section_may_be_a_file_too_or_json(tmp_path: Path) -> None:
+    file = tmp_path / "model.toml"
+    file.write_text('recipe = "modern"\nn_layer = 7')
+    for options in (["--model", str(file)], ['--model={"recipe": "modern", "n_layer": 7}']):
+        config = parse_config(PretrainConfig, [write(tmp_path), *options])
+        assert (config.model.n_layer, config.model.norm) == (7, "rmsnorm")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model": {"class_path": "evil.Config"}},
+        {"model": {"class_path": "evil.Config", "init_args": {}}},
+        {"optim": "evil.Config"},
+        {"optim": {"lr": {"class_path": "evil.Config"}}},
+        {"init_from": {"class_path": "evil.Config"}},
+        {"class_path": "evil.Config"},
+        {"model": {"__path__": "evil.Config"}},
+        {"__default_config__": "evil.Config"},
+        {"__orig__": "evil.Config"},
+        {"config": "evil.json"},
+    ],
+)
+def test_no_value_of_a_config_imports_anything(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil.py").write_text("class Config: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {"data": {"path": "p"}, "run": {"dir": "d"}, "model": {}} | values
+    (key,) = values
+    check_refused([write(tmp_path, json.dumps(given))], key)
+    if key != "init_from":  # as an option any text is the name of a file
+        text = values[key] if isinstance(values[key], str) else json.dumps(values[key])
+        check_refused([write(tmp_path), f"--{key}={text}"], key)
+    assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options", "recipe"),
+    [
+        (PretrainConfig, ["--model.recipe=gpt2", "--data.path=ü", "--run.dir=b"], "gpt2"),
+        (
+            PretrainConfig,
+            ["--data.path=a", "--run.dir=b", "--optim.grad_clip=null", "--init_from=c"],
+            "modern",
+        ),
+        (SFTConfig, ["--base=a", "--data.path=b", "--run.dir=c", "--data.replay=0.5"], None),
+    ],
+)
+def test_print_config_prints_all_that_would_run_as_a_config(
+    config_class: type[Any],
+    options: list[str],
+    recipe: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_config(config_class, ["--print_config", *options])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    config: Any = parse_config(config_class, options)
+    assert json.loads(text) == asdict(config)
+    assert parse_config(config_class, [write(tmp_path, text)]) == config
+    if recipe:
+        assert json.loads(text)["model"].items() >= RECIPES[recipe].items()
+    with pytest.raises(ValueError, match=r"data\.path"):
+        parse_config(config_class, ["--print_config", "--run.dir=b"])
+
+
+@dataclass(frozen=True)
+class SmallConfig:
+    optim: OptimConfig
+    verify: bool = False
+    """Look twice."""
+
+
+@pytest.mark.parametrize(
+    ("options", "verify"),
+    [
+        ([], False),
+        (["--verify"], True),
+        (["--verify", "--optim.steps=3"], True),
+        (["--optim.steps", "3", "--verify"], True),
+        (["--verify=true"], True),
+        (["--verify", "--verify=false"], False),
+    ],
+)
+def test_a_switch_needs_no_value(options: list[str], verify: bool) -> None:
+    assert parse_config(SmallConfig, options).verify is verify
+
+
 def test_every_config_file_parses_and_says_no_more_than_it_means() -> None:
     files = [f for f in sorted((ROOT / "configs").rglob("*.toml")) if f.parent.name != "sweeps"]
     assert files
@@ -140,21 +243,37 @@ def test_every_config_file_parses_and_says_no_more_than_it_means() -> None:
                 assert values[section][key] == value, f"{file}: {section}.{key}"
 
 
-def test_help_lists_every_key_with_what_it_means() -> None:
+def test_help_lists_every_key_with_what_it_means_and_what_a_recipe_sets() -> None:
     command = [sys.executable, "train_pretrain.py", "--help"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     text = " ".join(result.stdout.split())
-    sections = {
-        "data": PretrainDataConfig,
-        "run": RunConfig,
-        "model": ModelConfig,
-        "optim": OptimConfig,
-    }
+    check_help(text, data=PretrainDataConfig, run=RunConfig, model=ModelConfig, optim=OptimConfig)
+    for doc in ("Peak learning rate of Muon.", "Transformer blocks.", "Sequences per forward pass"):
+        assert doc in text
+    for switch, value in RECIPES["gpt2"].items():
+        values = [json.dumps(v).strip('"') for v in (value, RECIPES["modern"][switch])]
+        assert f" --model.{switch} {' '.join(values)} " in text, switch
+
+
+def test_help_of_instruction_tuning_lists_its_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(SFTConfig, ["--help"], "Tuning:\n\n  python a.py")
+    out = capsys.readouterr().out
+    assert "Tuning:\n\n  python a.py\n" in out
+    check_help(" ".join(out.split()), data=SFTDataConfig, run=RunConfig, optim=OptimConfig)
+    assert "--base BASE The base checkpoint" in " ".join(out.split())
+    assert "--model" not in out
+
+
+def check_help(text: str, **sections: type[Any]) -> None:
     for section, config_class in sections.items():
         for field in fields(config_class):
             assert re.search(rf"--{section}\.{field.name} \S+ \S", text), field.name
-    for doc in ("Peak learning rate of Muon.", "Transformer blocks.", "Sequences per forward pass"):
-        assert doc in text
+
+
+def test_the_command_line_is_imported_without_torch_and_jsonargparse() -> None:
+    code = "import sys, runtime.cli; sys.exit(bool({'torch', 'jsonargparse'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_mistake_ends_the_command_with_one_line_and_no_traceback(

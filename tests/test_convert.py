@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,17 @@ import train_sft
 from convert import export_checkpoint, import_checkpoint
 from data.chat import Message, render, render_prompt
 from data.tokenizer import create_tokenizer
+from hf.architecture import export_weights
+from hf.tokenizer import export_tokenizer
 from lab import report
 from lab.pair import open_pair
 from model.generate import Sampling, generate
 from model.gpt import GPT, RECIPES, ModelConfig
 from tests.conftest import GPT2_CACHE, Fails, sft_config
 from tests.hub import Hub
-from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from training.checkpoint import Checkpoint, load_checkpoint, load_pair, save_checkpoint
 
-hf = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 WORDS = "the cat sat on the mat and a dog ran after it; don't we know? 12 345 naïve café\n" * 9
 AWKWARD = [
@@ -54,14 +56,26 @@ TALK = [
 ]
 
 
+@dataclass(frozen=True)
+class NewerConfig(ModelConfig):
+    """What ModelConfig may become one day: with fields that the export has not heard of."""
+
+    window: int = 0
+    gated: bool | None = None
+
+
 def make_checkpoint(
-    folder: Path, kind: str = "instruct", spec: str = "bpe:300", **config: Any
+    folder: Path,
+    kind: str = "instruct",
+    spec: str = "bpe:300",
+    config_class: type[ModelConfig] = ModelConfig,
+    **config: Any,
 ) -> Checkpoint:
     """A checkpoint of random weights."""
     torch.manual_seed(1)
     size: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64}
     tokenizer = create_tokenizer(spec, [WORDS])
-    model = GPT(ModelConfig(**size | config), tokenizer.n_vocab)
+    model = GPT(config_class(**size | config), tokenizer.n_vocab)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.2)
@@ -105,7 +119,7 @@ SHAPES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_an_export_is_the_same_model_in_transformers(shape: dict[str, Any], tmp_path: Path) -> None:
     ours = make_checkpoint(tmp_path, **shape)
-    theirs = hf.AutoModelForCausalLM.from_pretrained(exported(ours, tmp_path)).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported(ours, tmp_path)).eval()
     assert len({f.stat().st_mode for f in (tmp_path / "exported").iterdir()}) == 1  # read by all
     assert theirs.config.model_type == {"gpt2": "gpt2", "modern": "nanochat"}[shape["recipe"]]
     idx = torch.randint(0, ours.tokenizer.n_vocab, (3, 64), generator=torch.Generator())
@@ -120,14 +134,14 @@ def test_an_export_is_the_same_model_in_transformers(shape: dict[str, Any], tmp_
 def test_transformers_writes_the_same_greedy_text(recipe: str, kind: str, tmp_path: Path) -> None:
     ours = make_checkpoint(tmp_path, kind, recipe=recipe)
     folder, tokenizer = exported(ours, tmp_path), ours.tokenizer
-    theirs = hf.AutoModelForCausalLM.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     end = tokenizer.end_of_turn if kind == "instruct" else tokenizer.end_of_text
     for start in range(8):
         prompt = render_prompt([Message(role="user", content="cat " * start + "?")], tokenizer)
         reply = generate(ours.model, [prompt], Sampling(24), {end})[0]
         longer = theirs.generate(torch.tensor([prompt]), max_new_tokens=24)[0]
         assert longer.tolist() == prompt + reply
-        their_text = hf.AutoTokenizer.from_pretrained(folder).decode(longer)
+        their_text = transformers.AutoTokenizer.from_pretrained(folder).decode(longer)
         assert their_text == tokenizer.decode(prompt + reply)
 
 
@@ -138,7 +152,7 @@ def test_transformers_reads_the_same_ids(
     if spec == "gpt2":
         request.getfixturevalue("gpt2_vocabulary")
     ours = make_checkpoint(tmp_path, spec=spec)
-    theirs = hf.AutoTokenizer.from_pretrained(exported(ours, tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(exported(ours, tmp_path))
     assert len(theirs) == ours.tokenizer.n_vocab
     for text in [*AWKWARD, WORDS, *random_texts(500)]:
         ids = ours.tokenizer.encode(text)
@@ -153,7 +167,7 @@ def test_the_chat_template_gives_our_ids_and_mask_and_forges_nothing(
     spec: str, tmp_path: Path
 ) -> None:
     ours = make_checkpoint(tmp_path, spec=spec)
-    theirs = hf.AutoTokenizer.from_pretrained(exported(ours, tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(exported(ours, tmp_path))
 
     def template(messages: list[Message], **options: Any) -> Any:
         return theirs.apply_chat_template(messages, return_dict=True, **options)
@@ -227,6 +241,53 @@ def test_a_soft_cap_on_gpt2_is_named(tmp_path: Path) -> None:
         export_checkpoint(str(ours.path), tmp_path / "out")
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "switch",
+    ["position", "norm", "norm_embedding", "qk_norm", "activation", "bias", "tie_embeddings"],
+)
+def test_a_value_that_a_switch_does_not_have_today_is_named(
+    recipe: str, switch: str, tmp_path: Path, fails: Fails
+) -> None:
+    newer: dict[str, Any] = {switch: "newer"}
+    ours = make_checkpoint(tmp_path, recipe=recipe, **newer)
+    error = fails(convert, "export", ours.path, tmp_path / "out")
+    assert f"model.{switch}=newer cannot be exported" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_field_that_the_export_has_not_heard_of_must_have_its_default(
+    tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.checkpoint.ModelConfig", NewerConfig)
+    monkeypatch.setattr(convert, "ModelConfig", NewerConfig)
+    for recipe in RECIPES:
+        folder = tmp_path / recipe
+        ours = make_checkpoint(folder, config_class=NewerConfig, recipe=recipe)
+        import_checkpoint(str(exported(ours, folder)), folder / "back", tmp_path, None)
+        assert load_checkpoint(folder / "back").model.config == ours.model.config
+        newer = make_checkpoint(folder / "b", config_class=NewerConfig, recipe=recipe, window=5)
+        error = fails(convert, "export", newer.path, folder / "out")
+        assert "model.window=5 cannot be exported" in error
+        # The recipes give a switch its value, so no value of it is known to change nothing.
+        monkeypatch.setitem(RECIPES[recipe], "gated", False)
+        newer = make_checkpoint(folder / "c", config_class=NewerConfig, recipe=recipe)
+        error = fails(convert, "export", newer.path, folder / "out")
+        assert "model.gated=False cannot be exported" in error
+        assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_weight_more_or_fewer_is_named(recipe: str, tmp_path: Path) -> None:
+    model: Any = make_checkpoint(tmp_path, recipe=recipe).model
+    model.blocks[1].attn.query.scale = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.query\.scale cannot be exported"):
+        export_weights(model)
+    del model.blocks[1].attn.query.scale, model.blocks[0].mlp.fc
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc\.\w+ cannot be exported"):
+        export_weights(model)
+
+
 # ---- GPT-2 ---------------------------------------------------------------------------------
 
 
@@ -235,20 +296,20 @@ def gpt2(tmp_path: Path) -> Path:
     """A folder as transformers saves a GPT-2, of random weights and a small vocabulary."""
     torch.manual_seed(2)
     tokenizer = create_tokenizer("bpe:300", [WORDS])
-    config = hf.GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=tokenizer.end_of_text + 1,
         n_positions=64,
         n_embd=32,
         n_layer=2,
         n_head=2,
     )
-    model = hf.GPT2LMHeadModel(config)
+    model = transformers.GPT2LMHeadModel(config)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.2)
     folder = tmp_path / "gpt2"
     model.save_pretrained(folder)
-    made = convert.export_tokenizer(tokenizer)
+    made = export_tokenizer(tokenizer)
     made["added_tokens"] = [made["added_tokens"][0] | {"content": "<|endoftext|>"}]
     made["model"]["vocab"]["<|endoftext|>"] = tokenizer.end_of_text
     made["model"]["merges"] = [" ".join(m) for m in made["model"]["merges"]]  # as in older files
@@ -258,7 +319,7 @@ def gpt2(tmp_path: Path) -> Path:
 
 def logits_of(folder: Path, idx: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return hf.AutoModelForCausalLM.from_pretrained(folder).eval()(idx).logits
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(idx).logits
 
 
 def test_an_imported_gpt2_gives_the_same_logits_and_has_room_for_turns(
@@ -288,7 +349,9 @@ def test_every_way_in_which_a_gpt2_lies_about_is_the_same_model(
     expected = load_checkpoint(tmp_path / "run")
     weights = load_file(gpt2 / "model.safetensors")
     if how == "sharded":
-        hf.GPT2LMHeadModel.from_pretrained(gpt2).save_pretrained(gpt2, max_shard_size="40KB")
+        transformers.GPT2LMHeadModel.from_pretrained(gpt2).save_pretrained(
+            gpt2, max_shard_size="40KB"
+        )
         (gpt2 / "model.safetensors").unlink(missing_ok=True)
         assert len(list(gpt2.glob("model-*.safetensors"))) > 1
     elif how == "bare names":  # as on the hub, with the buffers of old versions
@@ -317,8 +380,8 @@ def test_every_way_in_which_a_gpt2_lies_about_is_the_same_model(
 def test_the_real_vocabulary_of_gpt2_is_found_by_its_size(
     tmp_path: Path, gpt2_vocabulary: None
 ) -> None:
-    config = hf.GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=1)
-    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    config = transformers.GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     import_checkpoint(str(tmp_path / "gpt2"), tmp_path / "run", tmp_path, 0.0)
     base = load_checkpoint(tmp_path / "run")
     assert base.tokenizer.fingerprint == create_tokenizer("gpt2", []).fingerprint
@@ -329,8 +392,8 @@ def test_the_real_vocabulary_of_gpt2_is_found_by_its_size(
 def test_the_files_of_the_real_vocabulary_give_the_real_tokenizer(
     tmp_path: Path, gpt2_vocabulary: None
 ) -> None:
-    config = hf.GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=1)
-    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    config = transformers.GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     contents = [f.read_text(encoding="utf-8") for f in GPT2_CACHE.iterdir() if f.is_file()]
     vocab = next(c for c in contents if c.startswith("{"))
     merges = next(c for c in contents if c.startswith("#version")).splitlines()[1:]
@@ -360,7 +423,7 @@ def test_an_imported_gpt2_is_tuned_sampled_and_exported_again(
     options = [f"--base={base}", f"--data.path={qa}", f"--run.dir={instruct}", "--data.replay=0.5"]
     assert "--data.replay_path" in fails(train_sft, *options)
     train_sft.main(replace(config, data=replace(config.data, replay=0.0)))
-    pair = sample.load_pair(str(base), str(instruct), "cpu")
+    pair = load_pair(str(base), str(instruct), "cpu")
     assert sample.Conversation(*pair, Sampling(4)).ask("1?").keys() == sample.COLUMNS.keys()
     monkeypatch.setattr(sys, "argv", ["report", f"--base={base}", f"--instruct={instruct}"])
     sys.argv += ["--questions=2", f"--out={tmp_path}/report", "--device=cpu"]
@@ -378,7 +441,7 @@ def test_an_imported_gpt2_is_tuned_sampled_and_exported_again(
 def test_an_export_that_was_trained_elsewhere_is_a_base_with_its_own_turns(tmp_path: Path) -> None:
     ours = make_checkpoint(tmp_path, recipe="gpt2")
     folder = exported(ours, tmp_path)
-    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.transformer.wte.weight += 1
     model.save_pretrained(folder)

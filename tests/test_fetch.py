@@ -462,7 +462,7 @@ def conversations(folder: Path) -> list[Any]:
 
 
 def tokens_of(folder: Path) -> dict[str, str]:
-    return {f.name: sha256_file(f) for f in folder.iterdir() if f.name != "meta.json"}
+    return {f.name: sha256_file(f) for f in folder.glob("[!.]*") if f.name != "meta.json"}
 
 
 @pytest.mark.parametrize("name", SHARDS)
@@ -590,13 +590,19 @@ def test_what_cannot_be_prepared_is_refused_before_the_download(
 ) -> None:
     size = sum(len(content) for name, content in shards("data/train").items() if "train" in name)
     free = {"downloads": size, "out": 8 * size, "mine": 8 * size - 1}  # of byte tokens, twice
-    monkeypatch.setattr(downloads, "_existing", lambda path: path)
-    monkeypatch.setattr(downloads, "_disk", lambda path: len(path.name))  # three disks
+    numbers = {"downloads": 1, "out": 2, "mine": 3}  # of disks
+
+    def existing(path: Path) -> Any:
+        return SimpleNamespace(
+            name=path.name, stat=lambda: SimpleNamespace(st_dev=numbers[path.name])
+        )
+
+    monkeypatch.setattr(downloads, "_existing", existing)
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[Path(path).name]))
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[path.name]))
         with pytest.raises(ValueError, match=r"mine: .* GB to prepare do not fit"):
             stories("mine")
-        patch.setattr(downloads, "_disk", lambda path: 1)
+        numbers["out"] = numbers["downloads"]
         free["downloads"] = 9 * size - 1
         with pytest.raises(ValueError, match=r"downloads: .* GB to download and prepare do not"):
             stories()

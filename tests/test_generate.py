@@ -1,9 +1,11 @@
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from model.generate import KVCache, Sampling, StaticStep, generate, pick, stream
+from model.cudagraph import StaticStep
+from model.generate import Sampling, generate, next_logits, pick, stream
 from model.gpt import GPT, RECIPES, ModelConfig
 
 BLOCK, V = 16, 100
@@ -63,19 +65,18 @@ def test_cached_logits_are_the_uncached_ones_in_rows_of_any_lengths(
 ) -> None:
     model, width = random_model(recipe), max(lengths)
     rows = [list(range(4, 4 + n)) for n in lengths]
-    cache = KVCache(model, 2, BLOCK)
+    cache = model.new_cache(2, BLOCK)
     cache.restart([width - n for n in lengths])
-    cache.begin(width)
-    model.hidden(torch.tensor([[0] * (width - len(row)) + row for row in rows]), cache)
-    step = StaticStep(model, cache)  # on CUDA captured as a graph, here the same code without
+    idx = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    model.hidden(idx, cache.add(width))
+    step = StaticStep(partial(next_logits, model), cache)  # here without a graph
     for new in range(20, 20 + BLOCK - width):
         rows = [[*row, new + r] for r, row in enumerate(rows)]
         ids = torch.tensor([row[-1] for row in rows])
         if static:
             cached = step(ids)
         else:
-            cache.begin(1)
-            cached = model.logits(model.hidden(ids[:, None], cache))[:, 0]
+            cached = model.logits(model.hidden(ids[:, None], cache.add(1)))[:, 0]
         alone = torch.stack([model(torch.tensor([row]))[0, -1] for row in rows])
         torch.testing.assert_close(cached, alone, atol=1e-4, rtol=1e-4)
     assert cache.used == BLOCK
@@ -86,10 +87,10 @@ def test_cached_logits_are_the_uncached_ones_in_rows_of_any_lengths(
 def test_what_pads_a_shorter_row_changes_nothing(recipe: str) -> None:
     model, found = random_model(recipe), []
     for padding in (0, 99):
-        cache = KVCache(model, 2, 8)
+        cache = model.new_cache(2, 8)
         cache.restart([4, 0])
-        cache.begin(5)
-        found.append(model.hidden(torch.tensor([[padding] * 4 + [7], [1, 2, 3, 4, 5]]), cache))
+        idx = torch.tensor([[padding] * 4 + [7], [1, 2, 3, 4, 5]])
+        found.append(model.hidden(idx, cache.add(5)))
         assert found[-1].isfinite().all()
     assert torch.equal(found[0][0, 4], found[1][0, 4])
     assert torch.equal(found[0][1], found[1][1])

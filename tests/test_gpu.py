@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from model.generate import Sampling, generate
-from model.gpt import GPT, Batch, ModelConfig
-from runtime.device import compile_model
+from model.gpt import GPT, ModelConfig
+from model.seen import Batch
+from runtime.device import compile_model, to_device
 from tests.conftest import pretrain_config, sft_config
 from tests.test_scripts import outcome
 from train_pretrain import main as pretrain
 from train_sft import main as sft
 from training.checkpoint import load_checkpoint
 from training.optim import OptimConfig, build_optimizers
-from training.step import to_device, train_step
+from training.step import train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +42,9 @@ def test_bf16_steps_follow_fp32_steps(recipe: str, compiled: bool) -> None:
             model.compile()
         optim = OptimConfig(steps=10)
         optimizers = build_optimizers(model, optim)
-        losses.append([train_step(model, optimizers, [batch], s, optim).loss for s in range(10)])
+        losses.append(
+            [train_step(model, optimizers, [batch], s, optim).read()[0] for s in range(10)]
+        )
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
 
 
@@ -118,7 +121,7 @@ def test_compiled_steps_on_packed_documents_follow_eager_ones(loss_chunk: int | 
             idx = torch.randint(500, (rows, 256), generator=torch.Generator().manual_seed(step))
             weights = (idx % 3 == 0).float()
             batch = Batch(idx, idx.flip(1), weights, random_documents(rows, 256))
-            losses.append(train_step(model, optimizers, [batch], step, config).loss)
+            losses.append(train_step(model, optimizers, [batch], step, config).read()[0])
         outcomes.append(losses)
     assert outcomes[1] == pytest.approx(outcomes[0], rel=0.02)
 
@@ -136,7 +139,7 @@ def test_a_step_never_waits_for_the_gpu_and_one_that_is_not_finite_moves_nothing
         results = [train_step(model, optimizers, batches, s, config) for s in range(1, 4)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(result.loss > 0 for result in results)
+    assert all(result.read()[0] > 0 for result in results)
 
     def state() -> list[torch.Tensor]:
         states = [s for o in optimizers for s in o.state_dict()["state"].values()]

@@ -534,7 +534,7 @@ def test_the_base_reads_each_context_in_its_own_way(
         return real(checkpoint, prompts, replies)
 
     monkeypatch.setattr(shift, "predictions", spied)
-    assert list(shift.shift(pair, 4)) == ["chat", "plain", "raw"]
+    assert list(shift.shift(pair, 4)) == ["chat", "plain", "documents"]
     mine, its = read[id(pair.instruct)], read[id(pair.base)]
     assert mine[:4] == mine[4:8] == mine[8:] == its[:4]
     assert all("<|user|>" in text for text in mine)
@@ -665,7 +665,7 @@ def test_instruments_without_a_truth_work_on_any_text(
     plain = replace(pair, world=None)
     found = behaviour.behaviour(plain, 5)
     assert found["instruct"].follow_up == {}
-    assert set(shift.shift(plain, 5)["raw"].roles) <= {"other", "stop"}
+    assert set(shift.shift(plain, 5)["documents"].roles) <= {"other", "stop"}
     point = weights.weights(plain, 3).interpolation["1"]
     assert (point.stops.n, point.answers.n, point.cloze.n) == (3, 0, 0)
 
@@ -683,7 +683,7 @@ def test_every_instrument_works_on_a_tied_gpt2(
     assert "lm_head.weight" not in found.matrices
     assert {"wte.weight", "wpe.weight"} <= set(found.matrices)
     assert found.interpolation["1"] == behaviour.probe(gpt2, gpt2.instruct, 3)
-    assert shift.shift(gpt2, 3)["raw"].every.kl.n > 0
+    assert shift.shift(gpt2, 3)["documents"].every.kl.n > 0
     assert list(forgetting(gpt2, 3).recovery) == ["1"]
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from training.config import RunConfig
 from training.log import RunLog, is_complete, is_due, read_metrics
 from training.optim import OptimConfig
-from training.run import RunConfig
 from training.step import StepResult
 
 STEPS = 10
@@ -20,6 +20,7 @@ ABOUT = {"kind": "base", "environment": {"commit": "abc"}, "config": {}}
 class Config:
     run: RunConfig
     optim: OptimConfig
+    data: None = None
 
 
 def make_log(
@@ -30,7 +31,7 @@ def make_log(
     **options: Any,
 ) -> RunLog:
     run_config = RunConfig(str(run), log_every=log_every, **options)
-    return RunLog(Config(run_config, OptimConfig(steps=STEPS)), row or {}, ABOUT, 1000, peak)
+    return RunLog(Config(run_config, OptimConfig(steps=STEPS)), row or {}, ABOUT, peak)
 
 
 def result(step: int, loss: float = 2.0, began: float = 0.0) -> StepResult:
@@ -42,7 +43,7 @@ def log_steps(log: RunLog, last: int) -> dict[str, Any]:
     with log:
         log.write(log.first_step, {})
         for step in range(log.first_step + 1, last + 1):
-            log.count(result(step, loss=4.0 / step))
+            log.add(result(step, loss=4.0 / step))
             log.write(step, {})
         return log.row()
 
@@ -75,7 +76,7 @@ def test_a_run_without_a_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
 def test_rows_are_due_at_intervals_at_the_end_and_with_an_evaluation(tmp_path: Path) -> None:
     with make_log(tmp_path, log_every=4) as log:
         for step in range(1, STEPS + 1):
-            log.count(result(step))
+            log.add(result(step))
             log.write(step, {"val_loss": 3.0} if step == 5 else {})
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [4, 5, 8, 10]
@@ -103,7 +104,7 @@ def test_speed_is_that_of_the_steps_since_the_last_row(
     clock = Clock(monkeypatch)
     with make_log(tmp_path, log_every=2) as log:
         for step, seconds in enumerate((1.0, 3.0, 0.5, 0.5), 1):
-            log.count(clock.step(step, seconds))
+            log.add(clock.step(step, seconds))
             clock.now += 7  # an evaluation or a save: not a step's time
             log.write(step, {})
     rows = rows_of(tmp_path)
@@ -116,9 +117,9 @@ def test_mfu_is_told_exactly_where_the_peak_is_known(
 ) -> None:
     assert "mfu" not in log_steps(make_log(tmp_path), 2)
     clock = Clock(monkeypatch)
-    with make_log(tmp_path, peak=512_000.0) as log:
-        log.count(clock.step(1, 0.5))
-        assert log.row()["mfu"] == 0.25  # 1000 * 128 a second
+    with make_log(tmp_path, peak=512.0) as log:
+        log.add(clock.step(1, 0.5))
+        assert log.row()["mfu"] == 0.25  # 128 of 512 a second
 
 
 def test_is_due_at_every_interval_and_at_the_last_step() -> None:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.generate import KVCache
-from model.gpt import GPT, RECIPES, Batch, ModelConfig, document_bounds
+from model.gpt import GPT, RECIPES, ModelConfig
+from model.seen import Batch, document_bounds, see_row
+from runtime.device import flops_per_token
 from training.optim import OptimConfig, build_optimizers
 from training.step import mean_loss, train_step
 
@@ -84,9 +85,9 @@ def test_flops_per_token_are_those_that_torch_counts(recipe: str) -> None:
     model, idx = make_model(recipe), random_ids(3)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(idx, idx).backward()
-    assert counter.get_total_flops() == model.flops_per_token() * idx.numel()
+    assert counter.get_total_flops() == flops_per_token(model) * idx.numel()
     matrices = L * 12 * C * C + PADDED * C
-    assert model.flops_per_token() == 6 * matrices + 12 * L * C * T
+    assert flops_per_token(model) == 6 * matrices + 12 * L * C * T
 
 
 @RECIPE
@@ -128,9 +129,9 @@ def test_blocks_begin_as_the_identity_exactly_with_zero_init_projections(recipe:
     x = torch.randn(1, T, C)
     rope = (torch.ones(T, C // 2), torch.zeros(T, C // 2)) if recipe == "modern" else None
     for block in make_model(recipe, zero_init_projections=True).blocks:
-        assert torch.equal(block(x, rope, None, None), x)
+        assert torch.equal(block(x, rope, see_row(random_ids(1))), x)
     for block in make_model(recipe, zero_init_projections=False).blocks:
-        assert not torch.allclose(block(x, rope, None, None), x, atol=1e-3)
+        assert not torch.allclose(block(x, rope, see_row(random_ids(1))), x, atol=1e-3)
 
 
 @RECIPE
@@ -190,12 +191,10 @@ def test_a_document_does_not_depend_on_its_neighbours(recipe: str) -> None:
 def test_a_repeated_cache_continues_like_rows_of_their_own(recipe: str) -> None:
     model, idx = random_model(recipe), random_ids(1)
     prompt, tails = idx[:, :6], random_ids(3, seed=9)[:, :4]
-    cache = KVCache(model, 1, 10)
-    cache.begin(6)
-    model.hidden(prompt, cache)
+    cache = model.new_cache(1, 10)
+    model.hidden(prompt, cache.add(6))
     cache.repeat(3)
-    cache.begin(4)
-    found = model.logits(model.hidden(tails, cache))
+    found = model.logits(model.hidden(tails, cache.add(4)))
     whole = model(torch.cat([prompt.expand(3, -1), tails], dim=1))[:, 6:]
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
 

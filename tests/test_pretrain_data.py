@@ -9,7 +9,7 @@ import torch
 
 from data.prepare import prepare_text
 from data.pretrain import PretrainData, PretrainDataConfig
-from model.gpt import Batch
+from model.seen import Batch
 
 RING = [256, *range(33, 117)]  # 85 training tokens, no two alike, so that a token is a place
 VAL = [*range(117, 127)]  # and 10 of validation
@@ -30,17 +30,21 @@ def make(
     return PretrainData(PretrainDataConfig(folder, batch, micro, **options), T, seed)
 
 
+def batches_of(data: PretrainData, step: int) -> list[Batch]:
+    return data.micro_batches(step, data.config.micro_batch_size or data.config.batch_size)
+
+
 def rows(data: PretrainData, n: int) -> list[list[int]]:
     """The first `n` rows of training."""
     steps = range(-(-n // data.config.batch_size))
-    batches = [batch for step in steps for batch in data.micro_batches(step)]
+    batches = [batch for step in steps for batch in batches_of(data, step)]
     found: list[list[int]] = torch.cat([idx for idx, *_ in batches]).tolist()
     return found[:n]
 
 
 def test_every_epoch_visits_every_token_once_up_to_the_remainder(folder: str) -> None:
     data = make(folder)
-    assert len(data) == len(RING)
+    assert data.n_tokens == len(RING)
     assert data.n_blocks == len(RING) // T
     everything = rows(data, 12 * data.n_blocks)
     cuts = set()
@@ -64,16 +68,16 @@ def test_order_differs_between_epochs_and_seeds(folder: str) -> None:
 
 def test_batches_are_a_pure_function_of_seed_and_step(folder: str) -> None:
     data, again = make(folder), make(folder)
-    forward = {step: data.micro_batches(step)[0][0] for step in range(12)}
+    forward = {step: batches_of(data, step)[0][0] for step in range(12)}
     for step in (11, 3, 7, 0, 3):
-        assert torch.equal(again.micro_batches(step)[0][0], forward[step])
+        assert torch.equal(batches_of(again, step)[0][0], forward[step])
 
 
 def test_targets_are_the_next_tokens_of_the_ring(folder: str) -> None:
     following = dict(zip(RING, RING[1:] + RING[:1], strict=True))
     data = make(folder)
     for step in range(20):
-        for idx, targets, weights, *_ in data.micro_batches(step):
+        for idx, targets, weights, *_ in batches_of(data, step):
             assert idx.shape == targets.shape == (3, T)
             assert idx.dtype == targets.dtype == torch.int64
             assert [[following[i] for i in row] for row in idx.tolist()] == targets.tolist()
@@ -84,8 +88,8 @@ def test_targets_are_the_next_tokens_of_the_ring(folder: str) -> None:
 @pytest.mark.parametrize("micro", [1, 3, 8])
 def test_micro_batches_hold_the_same_rows(micro: int, folder: str) -> None:
     for step in range(3):
-        [(idx, targets, *_)] = make(folder, 8).micro_batches(step)
-        parts = make(folder, 8, micro).micro_batches(step)
+        [(idx, targets, *_)] = batches_of(make(folder, 8), step)
+        parts = batches_of(make(folder, 8, micro), step)
         assert all(len(part) <= micro for part, *_ in parts)
         assert torch.equal(torch.cat([part for part, *_ in parts]), idx)
         assert torch.equal(torch.cat([part for _, part, *_ in parts]), targets)
@@ -94,7 +98,7 @@ def test_micro_batches_hold_the_same_rows(micro: int, folder: str) -> None:
 @pytest.mark.parametrize("block_size", [1, 2, 3, 4, 9, 10, 64])
 def test_validation_covers_every_prediction_once(block_size: int, folder: str) -> None:
     data = PretrainData(PretrainDataConfig(folder, 2), block_size, seed=1)
-    batches = data.val_batches()
+    batches = data.val_batches(2)
     pairs = [
         pair
         for idx, targets, *_ in batches
@@ -103,7 +107,7 @@ def test_validation_covers_every_prediction_once(block_size: int, folder: str) -
     assert pairs == list(pairwise(VAL))
     assert data.bytes_of(batches) == len(VAL) - 1
     assert data.bytes_of([Batch(torch.tensor([[0]]), torch.tensor([[256]]))]) == 0
-    other = PretrainData(PretrainDataConfig(folder, 2), block_size, seed=2).val_batches()
+    other = PretrainData(PretrainDataConfig(folder, 2), block_size, seed=2).val_batches(2)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, other, strict=True))
 
 
@@ -112,7 +116,7 @@ def test_validation_covers_every_prediction_once(block_size: int, folder: str) -
 def test_val_tokens_caps_an_evaluation(block_size: int, val_tokens: int, folder: str) -> None:
     config = PretrainDataConfig(folder, 2, val_tokens=val_tokens)
     data = PretrainData(config, block_size, seed=1)
-    targets = [t for _, batch, *_ in data.val_batches() for t in batch.flatten().tolist()]
+    targets = [t for _, batch, *_ in data.val_batches(2) for t in batch.flatten().tolist()]
     assert len(targets) == len(set(targets)) <= max(val_tokens, min(block_size, len(VAL) - 1))
     assert len(targets) > min(val_tokens, len(VAL) - 1) - block_size
     if val_tokens >= len(VAL) - 1:
@@ -145,12 +149,12 @@ def test_a_document_mask_numbers_the_documents_of_each_window(tmp_path: Path) ->
     (tmp_path / "t.jsonl").write_text("".join(f'{{"text": "{i}{i}{i}"}}\n' for i in range(10)))
     prepare_text([tmp_path / "t.jsonl"], tmp_path / "data", "byte", 0.2, "text", 1)
     data = PretrainData(PretrainDataConfig(str(tmp_path / "data"), 2, document_mask=True), 8, 1)
-    for batch in (data.micro_batches(0)[0], data.micro_batches(3)[0], data.val_batches()[0]):
+    for batch in (batches_of(data, 0)[0], batches_of(data, 3)[0], data.val_batches(2)[0]):
         assert batch.documents is not None
         for ids, numbers in zip(batch.idx.tolist(), batch.documents.tolist(), strict=True):
             for place in range(1, len(ids)):
                 new = ids[place] == data.tokenizer.end_of_text
                 assert numbers[place] == numbers[place - 1] + new
     plain = PretrainData(PretrainDataConfig(str(tmp_path / "data"), 2), 8, 1)
-    assert plain.micro_batches(0)[0].documents is None
-    assert torch.equal(plain.micro_batches(3)[0].idx, data.micro_batches(3)[0].idx)
+    assert batches_of(plain, 0)[0].documents is None
+    assert torch.equal(batches_of(plain, 3)[0].idx, batches_of(data, 3)[0].idx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ import torch
 
 import train_pretrain
 import train_sft
-from model.gpt import Batch
+from model.seen import Batch
 from runtime import processes
 from tests.conftest import pretrain_config, sft_config
 from training.checkpoint import load_checkpoint
@@ -29,20 +30,20 @@ WORKER = """
 import json, os, signal, sys
 import train_pretrain, train_sft
 from runtime.cli import parse_config
-from runtime.processes import is_first, leave
+from runtime.processes import finish_processes, is_first
 
 for name, file, stop_at in json.loads(sys.argv[1]):
     script = {"train_pretrain": train_pretrain, "train_sft": train_sft}[name]
-    real = script.step_within_memory
-    def step_within_memory(*args):
-        if args[3] == stop_at and not is_first():
+    real = script.train_step
+    def train_step(network, optimizers, batches, step, config):
+        if step == stop_at and not is_first():
             os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-    script.step_within_memory = step_within_memory
+        return real(network, optimizers, batches, step, config)
+    script.train_step = train_step
     kind = script.PretrainConfig if name == "train_pretrain" else script.SFTConfig
     script.main(parse_config(kind, ["--config", file]))
-    script.step_within_memory = real
-leave()
+    script.train_step = real
+finish_processes()
 """
 
 
@@ -92,17 +93,17 @@ def test_two_processes_train_as_one_and_go_on_for_each_other(
     def instruct(out: str) -> Any:
         return sft_config(world_dir, tmp_path / "one", tmp_path / out, steps=6)
 
-    def interrupted(*args: Any) -> Any:
-        if args[3] == 2:
-            os.kill(os.getpid(), 2)
-        return real(*args)
+    def interrupted(network: Any, optimizers: Any, batches: Any, step: int, config: Any) -> Any:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(network, optimizers, batches, step, config)
 
     train_pretrain.main(base("one"))
     train_sft.main(instruct("one_sft"))
     # Begun by one process, to be finished by two.
     script: Any = train_pretrain
-    real = script.step_within_memory
-    monkeypatch.setattr(script, "step_within_memory", interrupted)
+    real = script.train_step
+    monkeypatch.setattr(script, "train_step", interrupted)
     assert train_pretrain.main(base("one_two")).name == "step_000003"
     monkeypatch.undo()
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import sample
-from data.chat import Message, render_prompt
+from data.chat import Message, raw_prompt, render_prompt
+from data.fitting import recent_turns
 from model.generate import Sampling
 from training.checkpoint import load_checkpoint
 
@@ -80,18 +81,20 @@ def test_turns_make_room_for_a_reply_and_no_more(runs: Runs, max_new_tokens: int
     tokenizer, block_size = checkpoint.tokenizer, checkpoint.model.config.block_size
     said = [Message(role=r, content=f"{n}?") for n in range(20) for r in ("user", "assistant")]
     said.append(Message(role="user", content="And?"))
-    kept = list(said)
-    ids = sample.put(render_prompt, kept, checkpoint, max_new_tokens)
+    room = sample.room_for(checkpoint, max_new_tokens)
+    assert room == block_size - min(max_new_tokens, block_size // 2)
+    kept = recent_turns(render_prompt, said, tokenizer, room)
     assert kept == said[-len(kept) :]
     one_more = render_prompt(said[-len(kept) - 2 :], tokenizer)
-    room = min(max_new_tokens, block_size // 2)
-    assert len(ids) + room <= block_size < len(one_more) + room
-    text = list(said)
-    assert len(sample.put(sample.continue_text, text, checkpoint, max_new_tokens)) > block_size
-    assert text == said
-    ids = sample.continue_text(
-        [said[0], Message(role="assistant", content=" I."), said[2]], tokenizer
-    )
+    assert len(render_prompt(kept, tokenizer)) <= room < len(one_more)
+    assert recent_turns(raw_prompt, said, tokenizer, room) == said
+    assert recent_turns(render_prompt, said, tokenizer, 1) == said[-1:]  # the last in any case
+
+
+def test_a_raw_prompt_is_one_text_in_which_each_question_begins_a_line(runs: Runs) -> None:
+    tokenizer = load_checkpoint(runs[0]).tokenizer
+    said = [("user", "0?"), ("assistant", " I."), ("user", "1?")]
+    ids = raw_prompt([Message(role=r, content=c) for r, c in said], tokenizer)
     assert tokenizer.decode(ids) == "<|endoftext|>0? I.\n1?"
 
 

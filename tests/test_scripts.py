@@ -93,17 +93,17 @@ def test_a_signal_saves_and_the_same_command_goes_on(
             return pretrain_config(world_dir, out, steps=9)
         return sft_config(world_dir, runs[0], out, steps=9)
 
-    real = script.step_within_memory
+    real = script.train_step
 
     def interrupted(*args: Any) -> Any:
         if args[3] == 4:  # during the fifth step, where nothing is due but an evaluation
             os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(script, "step_within_memory", interrupted)
+    monkeypatch.setattr(script, "train_step", interrupted)
     stopped = script.main(config(tmp_path / "run"))
     assert stopped.name == "step_000005"
-    monkeypatch.setattr(script, "step_within_memory", real)
+    monkeypatch.setattr(script, "train_step", real)
     assert script.main(config(tmp_path / "run")).name == "step_000009"
     script.main(config(tmp_path / "whole"))
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
@@ -228,7 +228,7 @@ def test_sft_refuses_what_cannot_be_tuned(
     assert "not a checkpoint" in fails(train_sft, f"--base={world_dir}", *on_world)
     assert "nowhere not found" in fails(train_sft, "--base=nowhere", *on_world)
     error = fails(train_sft, f"--base={base}", *on_world, "--data.block_size=999")
-    assert "data.block_size=999 is longer than the base's 64" in error
+    assert "data.block_size is 999; it must be 2 to 64" in error
 
     qa = tmp_path / "qa.jsonl"
     fixed = [f"--run.dir={tmp_path / 'q'}", "--optim.steps=2", f"--data.path={qa}"]
@@ -287,7 +287,7 @@ def test_a_diverging_run_stops_before_the_weights_move(
     fails: Fails, world_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script: Any = train_pretrain
-    real = script.step_within_memory
+    real = script.train_step
 
     def poisoned(*args: Any) -> Any:
         if args[3] == 2:
@@ -295,7 +295,7 @@ def test_a_diverging_run_stops_before_the_weights_move(
                 args[0].lm_head.weight[0] = torch.nan
         return real(*args)
 
-    monkeypatch.setattr(train_pretrain, "step_within_memory", poisoned)
+    monkeypatch.setattr(train_pretrain, "train_step", poisoned)
     options = [f"--data.path={world_dir}", f"--run.dir={tmp_path}/r", "--model.block_size=64"]
     assert "step 3: loss nan" in fails(train_pretrain, *options, "--optim.steps=5")
 

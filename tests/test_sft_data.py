@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from data.chat import render
+from data.fitting import kept_length
 from data.prepare import prepare_qa, prepare_text
-from data.sft import POOL, SFTData, SFTDataConfig, fit
+from data.replay import open_replay
+from data.sft import POOL, SFTData, SFTDataConfig
 from data.sources.read import parse_example
 from data.tokenizer import Tokenizer, create_tokenizer
-from model.gpt import GPT, Batch, ModelConfig
-from runtime.files import read_meta, write_meta
+from model.gpt import GPT, ModelConfig
+from model.seen import Batch
+from runtime.files import fingerprint, read_meta, write_meta
 
 BYTE = create_tokenizer("byte", [])
 END, EOT = BYTE.end_of_turn, BYTE.end_of_text
@@ -45,7 +48,26 @@ def make(
     folders: Path, batch: int = 8, micro: int | None = None, seed: int = 1, **options: Any
 ) -> SFTData:
     config = SFTDataConfig("unused", batch, micro, **options)
-    return SFTData(folders / "qa", config, BYTE, 1000, seed, str(folders / "text"))
+    replay = open_replay(config, base_of(folders / "text"), 1000, seed, False)
+    return SFTData(folders / "qa", config, BYTE, 1000, seed, replay)
+
+
+def base_of(text: Path, document_mask: bool = False) -> dict[str, Any]:
+    """The meta.json of a base that was trained on a prepared text."""
+    meta = read_meta(text)
+    return {
+        "config": {"data": {"path": str(text), "document_mask": document_mask}},
+        "data": {"fingerprint": fingerprint(meta["files"])},
+        "tokenizer": meta["tokenizer"],
+    }
+
+
+def batches_of(data: SFTData, step: int) -> list[Batch]:
+    return data.micro_batches(step, data.config.micro_batch_size or data.config.batch_size)
+
+
+def val_batches_of(data: SFTData) -> list[Batch]:
+    return data.val_batches(data.config.micro_batch_size or data.config.batch_size)
 
 
 def unpad(batches: list[Batch]) -> list[Row]:
@@ -54,10 +76,11 @@ def unpad(batches: list[Batch]) -> list[Row]:
     for idx, targets, weights, *_ in batches:
         assert weights is not None
         assert idx.shape == targets.shape == weights.shape
-        assert torch.equal(idx[:, 1:], targets[:, :-1])
         for row, row_targets, w in zip(idx, targets, weights, strict=True):
             ids = [int(row[0]), *row_targets.tolist()]
             length = len(ids) - ids[::-1].index(END)
+            assert torch.equal(row[1 : length - 1], row_targets[: length - 2])
+            assert row[length - 1 :].tolist() == [EOT] * (len(row) - length + 1)
             assert ids[length:] == [EOT] * (len(ids) - length)
             assert not w[length - 1 :].any()
             rows.append((tuple(ids[:length]), tuple(w[: length - 1].tolist())))
@@ -81,19 +104,19 @@ def test_every_epoch_visits_every_conversation_once_weighted_as_asked(
     assert data.steps_per_epoch == 3
     for epoch in range(3):
         steps = range(3 * epoch, 3 * epoch + 3)
-        rows = [row for step in steps for row in unpad(data.micro_batches(step))]
+        rows = [row for step in steps for row in unpad(batches_of(data, step))]
         assert len(rows) == len(set(rows)) == N
         assert set(rows) < expected(prompt_weight)
-    val = unpad(data.val_batches())
+    val = unpad(val_batches_of(data))
     assert {ids for ids, _ in val} == {ids for ids, _ in expected(0.0)} - {ids for ids, _ in rows}
     assert set(val) < expected(0.0)  # whatever the prompts weigh in training
-    assert unpad(data.val_batches()) == val
+    assert unpad(val_batches_of(data)) == val
 
 
 def test_order_differs_between_epochs_and_seeds(folders: Path) -> None:
     data, other = make(folders, batch=1), make(folders, batch=1, seed=2)
     runs = [(data, 0), (data, 1), (data, 2), (other, 0)]
-    orders = [[unpad(d.micro_batches(e * N + i))[0][0] for i in range(N)] for d, e in runs]
+    orders = [[unpad(batches_of(d, e * N + i))[0][0] for i in range(N)] for d, e in runs]
     assert len(set(map(tuple, orders))) == 4
     lengths = [[len(ids) for ids in order] for order in orders]
     assert all(ordered != sorted(ordered) for ordered in lengths)
@@ -101,18 +124,18 @@ def test_order_differs_between_epochs_and_seeds(folders: Path) -> None:
 
 def test_batches_are_a_pure_function_of_seed_and_step(folders: Path) -> None:
     data, again = make(folders, replay=0.3), make(folders, replay=0.3)
-    forward = {step: data.micro_batches(step) for step in range(9)}
+    forward = {step: batches_of(data, step) for step in range(9)}
     for step in (8, 2, 5, 0, 2):
-        for a, b in zip(again.micro_batches(step), forward[step], strict=True):
+        for a, b in zip(batches_of(again, step), forward[step], strict=True):
             assert torch.equal(a[0], b[0])
 
 
 @pytest.mark.parametrize("micro", [1, 3, 4])
 def test_micro_batches_hold_the_same_rows(micro: int, folders: Path) -> None:
     for step in range(6):
-        parts = make(folders, 8, micro).micro_batches(step)
+        parts = batches_of(make(folders, 8, micro), step)
         assert all(len(idx) <= micro for idx, *_ in parts)
-        assert unpad(parts) == unpad(make(folders, 8).micro_batches(step))
+        assert unpad(parts) == unpad(batches_of(make(folders, 8), step))
 
 
 def test_rows_of_like_length_are_batched_together(folders: Path) -> None:
@@ -120,7 +143,7 @@ def test_rows_of_like_length_are_batched_together(folders: Path) -> None:
     data = make(folders, batch=4)
     for epoch in range(2):
         steps = range(epoch * data.steps_per_epoch, (epoch + 1) * data.steps_per_epoch)
-        lengths = [[len(ids) for ids, _ in unpad(data.micro_batches(step))] for step in steps]
+        lengths = [[len(ids) for ids, _ in unpad(batches_of(data, step))] for step in steps]
         ranges = sorted((min(batch), max(batch)) for batch in lengths)
         assert all(a[1] <= b[0] for a, b in pairwise(ranges))
 
@@ -132,7 +155,7 @@ def test_padding_is_masked_by_position_and_never_by_id(
     mask = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1], np.uint8)
     rows = [(ids, mask), (np.append(ids[:-1], [67, 67, END]), np.append(mask, [1, 1]))]
     monkeypatch.setattr("data.sft.load_examples", lambda folder, part: rows)
-    [(_, targets, weights, *_)] = make(folders, prompt_loss_weight=0.5).micro_batches(0)
+    [(_, targets, weights, *_)] = batches_of(make(folders, prompt_loss_weight=0.5), 0)
     assert weights is not None
     assert (targets == EOT).sum() == 3 + 3 + 2  # in the text, and as padding
     assert sorted(weights.tolist()) == [
@@ -158,17 +181,17 @@ def test_packed_rows_train_as_padded_ones_do(
         model = GPT(config, BYTE.n_vocab)
         torch.nn.init.normal_(model.lm_head.weight)
         for step in range(2):
-            for batch in data.micro_batches(step):
+            for batch in batches_of(data, step):
                 model(*batch).backward()
         found.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
-    rows = [len(b.idx) for step in range(2) for b in packed.micro_batches(step)]
+    rows = [len(b.idx) for step in range(2) for b in batches_of(packed, step)]
     assert max(rows) < 8  # there is more than one in a row
-    for batch in packed.micro_batches(0):
+    for batch in batches_of(packed, 0):
         assert batch.weights is not None
         assert batch.documents is not None
         assert not batch.weights[batch.documents == 0].any()  # padding
-    assert float(packed.shares().split("supervised, ")[1].split("%")[0]) < 30
+    assert float(packed.shares(8).split("supervised, ")[1].split("%")[0]) < 30
 
 
 def test_a_long_conversation_is_cut_after_its_last_whole_reply() -> None:
@@ -176,25 +199,25 @@ def test_a_long_conversation_is_cut_after_its_last_whole_reply() -> None:
     ids, mask = map(np.array, render(messages, BYTE))
     wholes = [0, *(len(render(messages[:n], BYTE)[0]) for n in (2, 4, 6))]
     for limit in range(1, len(ids) + 5):
-        length = fit(ids, mask.astype(np.uint8), limit)
+        length = kept_length(mask.astype(np.uint8), limit)
         assert length == max(whole for whole in wholes if whole <= limit + 1 or whole == 0)
         if length:
             assert (ids[length - 1], mask[length - 1]) == (END, 1)
-    assert fit(ids, np.zeros(len(ids), np.uint8), 1000) == 0
+    assert kept_length(np.zeros(len(ids), np.uint8), 1000) == 0
 
 
 def test_what_does_not_fit_is_cut_or_dropped_and_counted(folders: Path) -> None:
     limit = 25
-    lengths = [fit(np.array(ids), np.array(mask, np.uint8), limit) for ids, mask in RENDERED]
+    lengths = [kept_length(np.array(mask, np.uint8), limit) for ids, mask in RENDERED]
     kept = {tuple(ids[:n]) for (ids, _), n in zip(RENDERED, lengths, strict=True) if n}
     cut = sum(0 < n < len(ids) for (ids, _), n in zip(RENDERED, lengths, strict=True))
     data = SFTData(folders / "qa", SFTDataConfig("unused", 30), BYTE, limit, 1)
-    rows = unpad(data.micro_batches(0) + data.val_batches())
+    rows = unpad(batches_of(data, 0) + val_batches_of(data))
     assert {ids for ids, _ in rows} == kept
     assert all(len(ids) <= limit + 1 and ids[-1] == END and w[-1] == 1 for ids, w in rows)
-    assert 0 < data.dropped == lengths.count(0)
-    assert 0 < data.truncated == cut
-    assert f"{data.truncated} truncated, {data.dropped} dropped" in data.shares()
+    assert 0 < data.n_dropped == lengths.count(0)
+    assert 0 < data.n_truncated == cut
+    assert f"{data.n_truncated} truncated, {data.n_dropped} dropped" in data.shares(30)
 
 
 def test_no_conversation_that_fits_is_an_error(folders: Path) -> None:
@@ -209,14 +232,14 @@ def test_replay_is_its_share_of_the_rows_of_a_step(
 ) -> None:
     data, plain = make(folders, 6, micro, replay=replay), make(folders, 6, micro)
     for step in range(5):
-        chats = plain.micro_batches(step)
-        batches = data.micro_batches(step)
+        chats = batches_of(plain, step)
+        batches = batches_of(data, step)
         replayed = batches[len(chats) :]
         assert unpad(batches[: len(chats)]) == unpad(chats)
         assert sum(len(idx) for idx, *_ in replayed) == rows
         assert all(weights is None and idx.shape[1] == 1000 for idx, _, weights, *_ in replayed)
         assert all(len(idx) <= (micro or rows) for idx, *_ in replayed)
-    assert len(data.val_batches()) == len(plain.val_batches())
+    assert len(val_batches_of(data)) == len(val_batches_of(plain))
 
 
 def test_another_tokenizer_is_refused(folders: Path) -> None:
@@ -224,8 +247,9 @@ def test_another_tokenizer_is_refused(folders: Path) -> None:
     replayed = SFTDataConfig("unused", replay=0.5)
     with pytest.raises(ValueError, match=r"qa was prepared with another tokenizer.*--tokenizer-of"):
         SFTData(folders / "qa", SFTDataConfig("unused"), other, 100, seed=1)
+    base = base_of(folders / "text") | {"tokenizer": {"fingerprint": other.fingerprint}}
     with pytest.raises(ValueError, match="text, to be replayed, has another tokenizer"):
-        SFTData(folders / "other_qa", replayed, other, 100, 1, str(folders / "text"))
+        open_replay(replayed, base, 100, 1, False)
 
 
 def test_another_chat_template_is_refused(folders: Path, tmp_path: Path) -> None:
@@ -269,7 +293,7 @@ def test_settings_out_of_range_are_refused_by_key(option: str, value: float) -> 
 def test_examples_keeps_the_first_conversations_and_all_of_validation(folders: Path) -> None:
     data, whole = make(folders, batch=4, examples=6), make(folders, batch=4)
     assert data.steps_per_epoch == 2
-    seen = [row for step in range(2) for row in unpad(data.micro_batches(step))]
+    seen = [row for step in range(2) for row in unpad(batches_of(data, step))]
     first = [tuple(ids.tolist()) for ids, _ in whole._train[:6]]
     assert sorted(ids for ids, _ in seen) == sorted(first)
     assert len(data.val) == len(whole.val)
@@ -280,7 +304,8 @@ def test_examples_keeps_the_first_conversations_and_all_of_validation(folders: P
 def test_replayed_windows_are_masked_as_the_base_was(folders: Path) -> None:
     config = SFTDataConfig("unused", 4, replay=0.5)
     for masked in (False, True):
-        data = SFTData(folders / "qa", config, BYTE, 1000, 1, str(folders / "text"), masked)
-        chat, replayed = data.micro_batches(0)
+        replay = open_replay(config, base_of(folders / "text", masked), 1000, 1, False)
+        data = SFTData(folders / "qa", config, BYTE, 1000, 1, replay)
+        chat, replayed = batches_of(data, 0)
         assert chat.documents is None
         assert (replayed.documents is not None) is masked

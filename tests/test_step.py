@@ -1,4 +1,5 @@
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -6,10 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from model.gpt import GPT, Batch, ModelConfig
+from data.pretrain import PretrainDataConfig
+from data.tokenizer import create_tokenizer
+from model.gpt import GPT, ModelConfig
+from model.seen import Batch
 from runtime.device import compile_model
+from train_pretrain import PretrainConfig
+from training.config import RunConfig
 from training.optim import OptimConfig, build_optimizers
-from training.step import StepResult, mean_loss, step_within_memory, train_step
+from training.run import Run
+from training.step import StepResult, mean_loss, train_step
 
 V, T = 128, 16
 OPTIMIZER = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -68,8 +75,8 @@ def test_how_a_step_is_cut_into_micro_batches_does_not_matter(
     whole, whole_state = outcomes[0]
     for results, state in outcomes[1:]:
         for a, b in zip(results, whole, strict=True):
-            assert a.loss == pytest.approx(b.loss, rel=1e-6)
-            assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-6)
+            assert a.read()[0] == pytest.approx(b.read()[0], rel=1e-6)
+            assert a.read()[1] == pytest.approx(b.read()[1], rel=1e-6)
             assert a.tokens == b.tokens == 8 * T
         torch.testing.assert_close(state, whole_state, atol=1e-6, rtol=0)
 
@@ -82,7 +89,7 @@ def test_the_loss_is_the_weighted_mean_and_a_step_lowers_it(
     model, batch = random_model(), random_batch()
     before = manual_loss(model, batch)
     result = train_step(model, build_optimizers(model, config), cut(batch, 3), 0, config)
-    assert result.loss == pytest.approx(before, rel=1e-6)
+    assert result.read()[0] == pytest.approx(before, rel=1e-6)
     assert manual_loss(model, batch) < before
     assert (result.lr, result.tokens) == (5e-4, 8 * T)
 
@@ -93,7 +100,8 @@ def test_without_weights_the_loss_is_the_plain_mean() -> None:
     for weights in (None, torch.ones_like(idx, dtype=torch.float64)):
         model = random_model()
         batches = [Batch(idx, targets, weights)]
-        losses.append(train_step(model, build_optimizers(model, config), batches, 0, config).loss)
+        optimizers = build_optimizers(model, config)
+        losses.append(train_step(model, optimizers, batches, 0, config).read()[0])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] == pytest.approx(
         manual_loss(random_model(), (idx, targets, torch.ones_like(idx))), rel=1e-6
@@ -133,44 +141,50 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert all(p.grad is None for p in model.parameters())
 
 
-class Fits:
-    """Data whose rows only fit into memory so many at a time."""
+class Memory:
+    """Lets only so many rows through the model at a time; counts what is asked for."""
 
-    def __init__(self, batch: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.batch, self.micro_batch_size, self.fits, self.seen = batch, 8, 8, list[int]()
-        forward = GPT.forward
+    def __init__(self, fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, forward = 0, GPT.forward
 
         def limited(model: GPT, idx: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
-            self.seen.append(len(idx))
-            if len(self.seen) % 2 == 0 and len(idx) > self.fits:  # after others have gone through
+            self.calls += 1
+            if self.calls % 2 == 0 and len(idx) > fits:  # after others have gone through
                 raise torch.OutOfMemoryError
             return forward(model, idx, *args)
 
         monkeypatch.setattr(GPT, "forward", limited)
 
-    def micro_batches(self, step: int) -> list[Batch]:
-        return cut(self.batch, self.micro_batch_size) * 2  # the step's batch, twice
 
-
-def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_out_of_memory_halves_the_rows_at_a_time_and_changes_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, outcomes = OptimConfig(steps=2), []
-    for fits in (8, 2):
-        model, data = random_model(), Fits(random_batch(), monkeypatch)
-        data.fits, optimizers = fits, build_optimizers(model, config)
-        results = [step_within_memory(model, optimizers, data, s, config) for s in range(2)]
-        outcomes.append(([(r.loss, r.tokens) for r in results], state_of(model, optimizers)))
-        assert data.micro_batch_size == fits  # found once, and kept
+    outcomes = []
+    for fits in (8, 2, 0):
+        data = PretrainDataConfig("unused", batch_size=8)
+        config = PretrainConfig(data, RunConfig(str(tmp_path), device="cpu"), ModelConfig())
+        run, model, byte = Run("base", config), random_model(), create_tokenizer("byte", [])
+        optimizers = build_optimizers(model, config.optim)
+        run.made_from({})
+        network = run.resume(model, optimizers, byte)
+
+        def train(step: int, rows: int) -> StepResult:
+            batches = cut(random_batch(), rows) * 2  # the step's batch, twice
+            return train_step(network, optimizers, batches, step, config.optim)  # noqa: B023
+
+        Memory(fits, monkeypatch)
+        if not fits:
+            with pytest.raises(ValueError, match="out of memory at micro-batches of 1 rows"):
+                run.within_memory(train, 0)
+            break
+        results = [run.within_memory(train, step) for step in range(2)]
+        outcomes.append(([(r.read(), r.tokens) for r in results], state_of(model, optimizers)))
+        assert run.rows == fits  # found once, and kept
         monkeypatch.undo()
     torch.testing.assert_close(outcomes[0], outcomes[1], atol=1e-6, rtol=1e-6)
     assert [line[-33:] for line in capsys.readouterr().out.splitlines()] == [
-        f"micro-batches of {rows} rows, same step size"[-33:] for rows in (4, 2)
+        f"micro-batches of {rows} rows, same step size"[-33:] for rows in (4, 2, 4, 2, 1)
     ]
-    data = Fits(random_batch(), monkeypatch)
-    data.fits = 0
-    with pytest.raises(ValueError, match="out of memory at micro-batches of 1 rows"):
-        step_within_memory(model, optimizers, data, 0, config)
 
 
 def one_sgd_step(grad_clip: float | None) -> tuple[StepResult, float]:
@@ -187,12 +201,12 @@ def one_sgd_step(grad_clip: float | None) -> tuple[StepResult, float]:
 
 def test_the_gradient_is_clipped_and_its_norm_before_clipping_is_told() -> None:
     free, distance = one_sgd_step(None)
-    assert distance == pytest.approx(free.grad_norm, rel=1e-5)
-    clipped, distance = one_sgd_step(0.25 * free.grad_norm)
-    assert clipped.grad_norm == pytest.approx(free.grad_norm, rel=1e-6)
-    assert distance == pytest.approx(0.25 * free.grad_norm, rel=1e-4)
-    _, distance = one_sgd_step(4 * free.grad_norm)
-    assert distance == pytest.approx(free.grad_norm, rel=1e-5)
+    assert distance == pytest.approx(free.read()[1], rel=1e-5)
+    clipped, distance = one_sgd_step(0.25 * free.read()[1])
+    assert clipped.read()[1] == pytest.approx(free.read()[1], rel=1e-6)
+    assert distance == pytest.approx(0.25 * free.read()[1], rel=1e-4)
+    _, distance = one_sgd_step(4 * free.read()[1])
+    assert distance == pytest.approx(free.read()[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -230,7 +244,7 @@ def test_a_compiled_model_takes_the_same_steps_and_few_graphs_for_all_shapes(
         weights = (torch.rand(rows, T) > 0.5).float()
         documents = (torch.arange(T) // 9).expand(rows, T) if step % 2 else None
         batch = [Batch(idx, idx, weights, documents)]
-        losses = [train_step(model, o, batch, step, config).loss for model, o in both]
+        losses = [train_step(model, o, batch, step, config).read()[0] for model, o in both]
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
         graphs.append(counter.frame_count)
     assert graphs[-1] == graphs[5] <= 4  # one at first, then one of any shape; with documents too

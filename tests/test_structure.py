@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -79,6 +80,47 @@ def test_no_module_imports_itself_over_others() -> None:
     done = set[str]()
     for module in imports:
         visit(module, ())
+
+
+def n_lines(path: Path | str) -> int:
+    return len((ROOT / path).read_text().splitlines())
+
+
+# What a researcher reads to know all of the mechanics, in this order; README begins with it.
+READING_PATH = (
+    *("train_pretrain.py", "model/gpt.py", "model/seen.py", "training/step.py"),
+    *("training/optim.py", "data/pretrain.py", "data/chat.py", "data/sft.py", "train_sft.py"),
+    "model/generate.py",
+)
+
+
+def test_the_reading_path_stays_a_half_hour_long() -> None:
+    assert sum(map(n_lines, READING_PATH)) <= 1550
+    assert n_lines("train_pretrain.py") <= 100
+    assert n_lines("train_sft.py") <= 125
+    assert n_lines("model/gpt.py") <= 340
+
+
+def test_each_room_keeps_its_size() -> None:
+    sizes: dict[str, int] = {}
+    for path in SOURCES:
+        room = module_of(path).split(".")[0]
+        sizes[room] = sizes.get(room, 0) + n_lines(path)
+    assert sizes["bench"] <= 900
+    assert sum(size for room, size in sizes.items() if room not in ("lab", "bench")) <= 5300
+
+
+def test_readme_opens_its_file_map_with_the_reading_path_and_its_true_lines() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^(\S+\.py) +(\d+) ", text.partition("## The files")[2], re.M)
+    assert rows == [(path, str(n_lines(path))) for path in READING_PATH]
+    total = sum(map(n_lines, READING_PATH))
+    assert f"{total:,} lines" in text.partition("## The files")[2]
+
+
+def test_preparing_data_and_mistakes_on_the_command_line_need_no_torch() -> None:
+    code = "import sys, data.prepare, runtime.cli, runtime.files; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def code_lines(path: Path) -> list[str]:

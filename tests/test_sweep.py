@@ -46,7 +46,7 @@ class Counted:
 
     def __init__(self, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps, self.kill_at = 0, -1
-        train_step = script.step_within_memory
+        train_step = script.train_step
 
         def counted(*args: Any) -> Any:
             self.steps += 1
@@ -54,7 +54,7 @@ class Counted:
                 raise KeyboardInterrupt
             return train_step(*args)
 
-        monkeypatch.setattr(script, "step_within_memory", counted)
+        monkeypatch.setattr(script, "train_step", counted)
 
 
 @pytest.fixture
@@ -109,14 +109,14 @@ def test_ctrl_c_in_a_run_saves_it_and_stops_the_sweep(
     import train_pretrain
 
     script: Any = train_pretrain
-    counted = script.step_within_memory
+    counted = script.train_step
 
     def interrupted(*args: Any) -> Any:
         if counts[0].steps == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return counted(*args)
 
-    monkeypatch.setattr(script, "step_within_memory", interrupted)
+    monkeypatch.setattr(script, "train_step", interrupted)
     spec = write(tmp_path, SPEC + GRID)
     with pytest.raises(KeyboardInterrupt):
         sweep.run(spec, tmp_path / "out", "cpu")

@@ -248,10 +248,8 @@ def test_a_failing_wandb_never_ends_a_run(
     wandb = types.SimpleNamespace(
         init=init,
         login=lambda prompt: broken != "no key",
-        Settings=lambda **kwargs: None,
         teardown=lambda: None,
         Table=lambda *args: None,
-        Artifact=lambda *args: types.SimpleNamespace(add_dir=lambda path: None),
     )
     if broken in ("login", "Table"):
         setattr(wandb, broken, fail)
@@ -262,7 +260,7 @@ def test_a_failing_wandb_never_ends_a_run(
     (tmp_path / "step_000001" / "meta.json").touch()
     log = make_log(tmp_path, wandb="online", wandb_artifact=True)
     with log:
-        log.samples(["a"], [["b"]])
+        log.samples("b", ["a"], [["b"]])
     log_steps(log, 3)
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
     assert "wandb" in capsys.readouterr().out
@@ -275,7 +273,7 @@ def test_a_network_that_is_gone_makes_it_an_offline_run(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2)
+    monkeypatch.setitem(tracking.TIMEOUTS, "init_timeout", 2)
     monkeypatch.setattr("wandb.login", lambda prompt: True)  # it would wait for ten seconds
     log_steps(make_log(tmp_path, wandb="online"), 3)
     assert "wandb sync" in capsys.readouterr().out

@@ -18,12 +18,11 @@ from unittest.mock import Mock
 import pytest
 
 import sample
-from data.chat import Message, render_prompt
+from data.chat import CONTEXTS, Message, render_prompt
 from data.tokenizer import Tokenizer
 from lab import web
 from lab.figures import CLASS_COLORS
 from lab.likelihood import ask
-from lab.pair import CONTEXTS
 from model.generate import Sampling, stream
 from training.checkpoint import Checkpoint, load_checkpoint
 

@@ -10,16 +10,13 @@ from data.tokenizer import CONTROL_TOKENS
 from data.world import (
     ATTRIBUTES,
     DONT_KNOW,
-    HE_NAMES,
-    LAST_ENDS,
-    LAST_STARTS,
-    SHE_NAMES,
     SPLITS,
+    WORDS,
     World,
     WorldConfig,
-    cloze_prompts,
     exchange,
 )
+from lab.knowledge import cloze_prompts
 
 CONFIG = WorldConfig(people=31, unseen=9, bios=4)
 WORLD = World(CONFIG)
@@ -96,7 +93,8 @@ def test_no_value_contains_another_of_its_attribute() -> None:
 
 
 def test_names_are_unlike_each_other_and_contain_no_value() -> None:
-    names = [*SHE_NAMES, *HE_NAMES, *(a + b for a in LAST_STARTS for b in LAST_ENDS)]
+    last = (a + b for a in WORDS["last_starts"] for b in WORDS["last_ends"])
+    names = [*WORDS["she_names"], *WORDS["he_names"], *last]
     assert len(set(names)) == len(names)
     values = [value for attribute in ATTRIBUTES for value in attribute.values]
     assert not [(n, v) for n in names for v in values if v in n]

@@ -6,11 +6,9 @@ tokenizer.tiktoken  the vocabulary
 meta.json           kind, step, metrics, model config, run config, data, environment, checksums
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +16,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from data.chat import template_fingerprint
 from data.tokenizer import RANKS_FILE, Tokenizer
 from model.gpt import GPT, ModelConfig
-from runtime.device import environment
-from runtime.files import (
-    checkpoints,
-    fingerprint,
-    new_directory,
-    read_json,
-    read_meta,
-    resolve_checkpoint,
-    sha256_file,
-    verify_checksums,
-    write_meta,
-)
+from runtime import files
+from runtime.device import has_bf16, set_up
 from runtime.processes import is_first
+from training.config import differences
 
-# What a resumed run may change: where things are (their contents are checked by fingerprint) and
-# what alters the result by rounding at most.
-MAY_CHANGE = {
-    *("run.dir", "run.device", "run.compile", "run.loss_chunk", "run.wandb", "run.wandb_project"),
-    "run.wandb_artifact",
-    *("base", "init_from", "data.path", "data.replay_path"),
-    *("data.micro_batch_size", "data.layout"),
-}
-PREPARED_QA = "prepared_qa"  # in an SFT run: what was made of a Q&A file
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "train_state.pt"
 
 
@@ -56,15 +37,6 @@ class Checkpoint:
     path: Path
 
 
-def describe(
-    kind: str, config: Any, device: torch.device, prepared: dict[str, Any]
-) -> dict[str, Any]:
-    """What a checkpoint's meta.json says of its run: config, machine, and how its data was made."""
-    prepared = {k: v for k, v in prepared.items() if k != "files"}
-    run = {"config": asdict(config), "environment": environment(device)}
-    return {"kind": kind, **run, "prepared": prepared}
-
-
 def save_checkpoint(
     run_dir: Path,
     model: GPT,
@@ -76,10 +48,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes `run_dir/step_NNNNNN`, unless it is there already; returns it.
 
-    With several processes the first one writes it.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind, older checkpoints are untouched.
+    With several processes the first one writes it. Raises OSError: it cannot be written; nothing is
+    left behind, older checkpoints are untouched.
     """
     path = run_dir / f"step_{step:06d}"
     if (path / "meta.json").exists() or not is_first():
@@ -92,7 +62,7 @@ def save_checkpoint(
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if on_cuda else None,
     }
-    with new_directory(path) as folder:
+    with files.new_directory(path) as folder:
         with writing(path):
             save_file(weights, folder / WEIGHTS_FILE)
             torch.save(state, folder / STATE_FILE)
@@ -103,9 +73,9 @@ def save_checkpoint(
             "model": asdict(model.config),
             "vocab_size": model.vocab_size,
             "tokenizer": tokenizer.save(folder),
-            "files": {f.name: sha256_file(f) for f in sorted(folder.iterdir())},
+            "files": {f.name: files.sha256_file(f) for f in sorted(folder.iterdir())},
         }
-        write_meta(folder, described)
+        files.write_meta(folder, described)
     return path
 
 
@@ -118,18 +88,24 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """The model in eval mode, its tokenizer and meta, from a checkpoint or a run (its newest).
-
-    Raises:
-        ValueError: not a checkpoint of this project, or one that is damaged.
+def open_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Folder and meta.json of a checkpoint, from itself or its run (then the newest).
+    Raises ValueError: not a checkpoint of this project.
     """
-    folder = resolve_checkpoint(path)
-    meta = read_meta(folder)
+    folder = files.resolve_checkpoint(path)
+    meta = files.read_meta(folder)
     if meta.get("kind") not in ("base", "instruct"):
         raise ValueError(f"{folder} is not a checkpoint (prepared data?)")
+    return folder, meta
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """The model in eval mode, its tokenizer and meta, from a checkpoint or a run (its newest).
+    Raises ValueError: not a checkpoint of this project, or one that is damaged.
+    """
+    folder, meta = open_checkpoint(path)
     try:
-        verify_checksums(folder, {WEIGHTS_FILE: meta["files"][WEIGHTS_FILE]})
+        files.verify_checksums(folder, {WEIGHTS_FILE: meta["files"][WEIGHTS_FILE]})
         tokenizer = Tokenizer.load(folder)
         model = GPT(ModelConfig(**meta["model"]), meta["vocab_size"])
         weights = load_file(folder / WEIGHTS_FILE)
@@ -141,15 +117,34 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     return Checkpoint(model.to(device).eval(), tokenizer, meta, folder)
 
 
+def load_pair(
+    base: str, instruct: str, device: str, to_sample: bool = False
+) -> tuple[Checkpoint, Checkpoint]:
+    """A base and an instruct checkpoint; `to_sample` in bf16 where the device computes in it.
+    Raises ValueError: they are not of these kinds, or do not share a tokenizer and this template.
+    """
+    where = set_up(device)
+    pair = load_checkpoint(base, where), load_checkpoint(instruct, where)
+    for checkpoint, kind in zip(pair, ("base", "instruct"), strict=True):
+        if checkpoint.meta["kind"] != kind:
+            found = checkpoint.meta["kind"]
+            raise ValueError(f"--{kind} {checkpoint.path} is of the other kind: {found}")
+        if to_sample and has_bf16(where):
+            checkpoint.model.bfloat16()  # every token reads all weights: half the bytes and time
+    if pair[0].tokenizer.fingerprint != pair[1].tokenizer.fingerprint:
+        raise ValueError("the two checkpoints have different tokenizers; they cannot be compared")
+    if pair[1].meta["template"] != template_fingerprint():
+        raise ValueError(f"{pair[1].path} was trained with another chat template than this code's")
+    return pair
+
+
 def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
     """Puts model, optimizers and random generators back as `path` has them; returns its metrics.
-
-    Raises:
-        ValueError: the checkpoint is damaged.
+    Raises ValueError: the checkpoint is damaged.
     """
     saved = load_checkpoint(path)
     model.load_state_dict(saved.model.state_dict())
-    verify_checksums(path, {STATE_FILE: saved.meta["files"][STATE_FILE]})
+    files.verify_checksums(path, {STATE_FILE: saved.meta["files"][STATE_FILE]})
     state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer_state)
@@ -165,54 +160,21 @@ def identity(meta: dict[str, Any]) -> str:
 
     It is the same after an export and an import.
     """
-    return fingerprint({name: meta["files"][name] for name in (WEIGHTS_FILE, RANKS_FILE)})
+    return files.fingerprint({name: meta["files"][name] for name in (WEIGHTS_FILE, RANKS_FILE)})
 
 
-def open_run(run_dir: Path, config: dict[str, Any]) -> Path | None:
-    """The checkpoint from which a run goes on, or None if it is new. Writes nothing.
-
-    Raises:
-        ValueError: the folder holds something else, or a run with another config.
-    """
-    steps = checkpoints(run_dir)
-    if steps:
-        changed = differences(read_json(run_dir / "config.json"), config)
-        changed = [d for d in changed if d.split(" ")[0] not in MAY_CHANGE]
-        if changed:
-            raise ValueError(
-                f"{run_dir} holds a run with another config: {'; '.join(changed)}. "
-                "Give the same config to go on with it, or another --run.dir"
-            )
-        return steps[-1]
-    if run_dir.exists() and not (run_dir / "config.json").exists():
-        # What a start that failed early leaves behind is ours: prepared Q&A, dotted names.
-        ours = run_dir.is_dir() and all(
-            p.name == PREPARED_QA or p.name.startswith(".") for p in run_dir.iterdir()
-        )
-        if not ours:
-            raise ValueError(f"{run_dir} is not empty and holds no run; give another --run.dir")
-    return None
+def take_weights(path: str, model: GPT, tokenizer: Tokenizer) -> None:
+    """Gives a model the weights of a checkpoint. Raises ValueError: it is another kind of model."""
+    start = load_checkpoint(path)
+    theirs = replace(start.model.config, dropout=model.config.dropout)  # no weight depends on it
+    if changed := differences(asdict(theirs), asdict(model.config), "model"):
+        raise ValueError(f"init_from={path} has another architecture: {'; '.join(changed)}")
+    if start.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"init_from={path} has another tokenizer than the data")
+    model.load_state_dict(start.model.state_dict())
 
 
-def check_origin(checkpoint: Path, made_from: dict[str, Any]) -> None:
-    """Refuses to go on from a checkpoint that was made from other data or another base.
-
-    Raises:
-        ValueError: what differs.
-    """
-    meta = read_meta(checkpoint)
-    for name, value in made_from.items():
-        if meta.get(name) != value:
-            raise ValueError(
-                f"{checkpoint} was made from another {name} than the config now names "
-                f"({'; '.join(differences(meta.get(name), value))}); give another --run.dir"
-            )
-
-
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """Text such as "optim.lr 0.1 -> 0.2" for every leaf in which two nested dicts differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        prefix = f"{key}." if key else ""
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{prefix}{k}")]
-    return [] if old == new else [f"{key} {old} -> {new}"]
+def origin_of(path: str | Path) -> dict[str, Any]:
+    """What a run notes of the checkpoint that it starts from."""
+    _, meta = open_checkpoint(path)
+    return {"step": meta["step"], "fingerprint": identity(meta)}

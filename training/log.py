@@ -1,73 +1,52 @@
 """What a run tells: metrics.jsonl first, a progress bar or plain lines, wandb if asked for."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from runtime.files import lock, write_json
 from runtime.processes import is_first, world_size
 from runtime.tracking import Tracker
-from training.optim import OptimConfig
-from training.run import RunConfig
 from training.step import StepResult
-
-
-class TrainingConfig(Protocol):
-    """What the configs of both scripts have."""
-
-    @property
-    def run(self) -> RunConfig: ...  # noqa: D102
-
-    @property
-    def optim(self) -> OptimConfig: ...  # noqa: D102
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 class RunLog:
     """Collects the metrics of each step and writes those of the logged ones.
 
-    With several processes only the first one's does anything.
-
-    Use as a context: entering opens the file and drops what a killed process wrote beyond the
-    checkpoint it resumes from, so that every step is logged once.
+    With several processes only the first one's does anything. Use as a context: entering opens the
+    file and drops what a killed process wrote beyond the checkpoint it resumes from, so that every
+    step is logged once. Raises ValueError: then, if another process is training in this folder.
 
     Args:
-        config: the whole config of the run.
+        config: the whole config of the run, that of the script.
         row: metrics of the checkpoint resumed from; {} for a new run.
         about: what the run's checkpoints say of it, for wandb.
-        flops_per_token, peak_flops: for MFU, which is left out where either is not known.
-
-    Raises:
-        ValueError: on entering, if another process is training in this folder.
+        peak_speed: tokens per second at the device's peak FLOP/s, for MFU; None if not known.
     """
 
     def __init__(
         self,
-        config: TrainingConfig,
+        config: Any,
         row: dict[str, Any],
         about: dict[str, Any],
-        flops_per_token: int | None = None,
-        peak_flops: float | None = None,
+        peak_speed: float | None = None,
     ) -> None:
         self.config, self.run_dir, self.steps = config, Path(config.run.dir), config.optim.steps
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.peak_speed = peak_speed
         self.tokens = row.get("tokens", 0)
         self._begin = time.perf_counter() - row.get("seconds", 0.0)
         self.first_step = row.get("step", 0)
         self._recent_tokens, self._recent_seconds = 0, 0.0
         self._row, self._unread, self._about = row, list[StepResult](), about
 
-    def __enter__(self) -> RunLog:
+    def __enter__(self) -> Self:
         if not is_first():
             return self
         self._lock = lock(self.run_dir, "training in")
@@ -80,12 +59,9 @@ class RunLog:
         temporary.write_text(lines, encoding="utf-8")
         temporary.replace(path)
         self._file = open(path, "a", encoding="utf-8")
+        numbers, left = MofNCompleteColumn(), TimeRemainingColumn()
         self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
+            *("step", numbers, BarColumn(), "{task.description}", left),
             console=Console(),
             disable=not sys.stdout.isatty(),
             transient=True,
@@ -104,7 +80,7 @@ class RunLog:
         self._tracker.finish(failed=exception[0] is not None)
         self._lock.__exit__(None, None, None)
 
-    def count(self, result: StepResult) -> None:
+    def add(self, result: StepResult) -> None:
         """Takes in a step that was just taken; shown in the bar."""
         if not is_first():
             return
@@ -122,10 +98,7 @@ class RunLog:
 
         `tokens` counts computed positions, padding included. `tokens_per_second` is of training
         steps alone, since the last logged row; `seconds` is the time since the first step began,
-        evaluations and saves included, over all resumes.
-
-        Raises:
-            ValueError: a step since the last call was not finite.
+        evaluations and saves included, over all resumes. Raises ValueError: a step was not finite.
         """
         if not self._unread:
             return self._row
@@ -145,11 +118,9 @@ class RunLog:
             "tokens_per_second": round(speed, 1),
             "seconds": round(now - self._begin, 3),
         }
-        if self.peak_flops is not None and self.flops_per_token is not None:
-            peak = self.peak_flops * world_size()
-            self._row["mfu"] = round(self.flops_per_token * speed / peak, 4)
-        text = f"loss {loss:.4f}  {speed:,.0f} tokens/s"
-        self._progress.update(self._task, description=text)
+        if self.peak_speed is not None:
+            self._row["mfu"] = round(speed / self.peak_speed / world_size(), 4)
+        self._progress.update(self._task, description=f"loss {loss:.4f}  {speed:,.0f} tokens/s")
         return self._row
 
     def write(self, step: int, scores: dict[str, float]) -> None:
@@ -170,10 +141,10 @@ class RunLog:
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
             self.say(f"step {step}/{self.steps}  {shown}  {speed}")
 
-    def samples(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Tells wandb what the model writes, as a table beside the next row."""
-        if is_first():
-            self._tracker.table("samples", columns, rows)
+    def samples(self, text: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Prints something that the model wrote; wandb gets a table of it beside the next row."""
+        self.say(f"  sample: {text!r}")
+        self._tracker.table("samples", columns, rows)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""

@@ -1,23 +1,20 @@
 """Optimizers and learning-rate schedules."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
+
+from model.check import check_range
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How long and how fast the weights move.
-
-    Raises:
-        ValueError: values out of range, or a warm-up longer than the run.
-    """
+    """How long and how fast the weights move. Raises ValueError: values out of range."""
 
     steps: int = 1000
     """Optimizer steps of the whole run; 0 only saves the first weights."""
@@ -47,26 +44,20 @@ class OptimConfig:
     """Largest norm of the whole gradient; None clips nothing."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"optim.steps is {self.steps}; it must be 0 or more")
-        if not 0 <= self.warmup_steps <= self.steps:
+        ranges = {
+            "0 or more": "steps warmup_steps weight_decay",
+            "above 0": "lr muon_lr grad_clip",
+            "0 to 1": "decay_fraction final_lr_fraction",
+            "0 or more and below 1": "beta1 beta2 momentum",
+        }
+        for rule, names in ranges.items():
+            for name in names.split():
+                check_range(f"optim.{name}", getattr(self, name), rule)
+        if self.warmup_steps > self.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.warmup_steps} does not fit into "
                 f"optim.steps={self.steps}; make the warm-up shorter or the run longer"
             )
-        for name in ("lr", "muon_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be above 0")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise ValueError(f"optim.grad_clip is {self.grad_clip}; null turns clipping off")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
-        for name in ("decay_fraction", "final_lr_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be 0 to 1")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be below 1")
 
 
 def lr_factor(step: int, config: OptimConfig) -> float:
@@ -131,23 +122,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Updates every matrix that has a gradient."""
-        assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
             # As in torch's fused AdamW: 1 makes the step one that changes nothing.
             skip = getattr(self, "found_inf", torch.zeros((), device=params[0].device)) > 0
-            updates = []
+            lr, beta, updates = group["lr"], group["momentum"], []
             for p in params:
-                state = self.state[p]
-                if not state:
+                if not (state := self.state[p]):
                     state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].lerp(p.grad, 1 - group["momentum"])
+                momentum = state["momentum"].lerp(p.grad, 1 - beta)
+                updates.append(p.grad.lerp(momentum, beta))
                 state["momentum"].copy_(torch.where(skip, state["momentum"], momentum))
-                updates.append(p.grad.lerp(momentum, group["momentum"]))
             rows, columns = params[0].shape
-            lr = group["lr"]
             scale = lr * math.sqrt(max(1.0, rows / columns))
             for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
                 moved = p * (1 - lr * group["weight_decay"]) - scale * update
@@ -156,23 +144,18 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the blocks' matrices if the config says so; every parameter in one."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if name.startswith("blocks.") and p.dim() == 2]
-    muon = matrices if config.optimizer == "muon" else []
-    taken = {id(p) for p in muon}
-    rest = [p for _, p in named if id(p) not in taken]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
-    ]
+    muon, decayed, vectors = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            vectors.append(p)
+        elif name.startswith("blocks.") and config.optimizer == "muon":
+            muon.append(p)
+        else:
+            decayed.append(p)
+    groups = [(decayed, config.weight_decay), (vectors, 0.0)]
+    named = [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    betas = (config.beta1, config.beta2)
+    optimizers: list[torch.optim.Optimizer] = [AdamW(named, config.lr, betas, fused=True)]
     if muon:
         optimizers.append(Muon(muon, config.muon_lr, config.momentum, config.weight_decay))
     for optimizer in optimizers:

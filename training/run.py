@@ -1,48 +1,194 @@
-"""Stub."""
+"""A training run: its folder, what it goes on from, and when it saves, evaluates and stops."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+import contextlib
+import gc
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+
+from data.chat import template_fingerprint
+from data.prepare import prepare_qa
+from data.sources.read import QA_SUFFIXES
+from data.tokenizer import Tokenizer
+from model.gpt import GPT
+from runtime import device, processes
+from runtime.files import checkpoints, read_json, read_meta
+from training.checkpoint import resume, save_checkpoint
+from training.config import changes, differences
+from training.log import RunLog, is_complete, is_due
+from training.step import StepResult
+
+PREPARED_QA = "prepared_qa"  # in an SFT run: what was made of a Q&A file
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run lives and what it does besides training.
+class Run:
+    """All of a run that is not training itself; it never computes a loss.
 
-    Raises:
-        ValueError: intervals below 1.
+    The scripts ask it in their loop whether to save, to evaluate and to stop. As a context it is
+    the run's time of training: the log is open, and Ctrl-C and SIGTERM ask to stop.
+
+    Args:
+        kind: of the checkpoints, "base" or "instruct".
+        config: the whole config of the run, that of the script.
+
+    Attributes:
+        newest: the newest checkpoint; None while there is none.
+        device: name of the device to use.
+        rows: most rows of a forward pass; halved where memory runs out.
+        log: takes in what happens.
+
+    Raises ValueError: the folder holds something else, or a run with another config.
     """
 
-    dir: str
-    """The run's folder. The same command given again goes on from its newest checkpoint."""
-    seed: int = 1
-    """Of the weights and of the order of the data."""
-    device: str = "auto"
-    """auto (cuda, else mps, else cpu) or a device of torch such as cuda:1."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile: auto uses it on CUDA where it works."""
-    loss_chunk: int | None = None
-    """Tokens whose logits exist at a time: less memory for a large vocabulary, the same result, a
-    little slower. None for all."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    eval_every: int = 250
-    """Steps between evaluations; the last step is always evaluated."""
-    save_every: int = 500
-    """Steps between checkpoints; the last step is always saved."""
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases, besides metrics.jsonl."""
-    wandb_project: str = "diptych"
-    """Project name there."""
-    wandb_artifact: bool = False
-    """Upload the last checkpoint there."""
+    log: RunLog
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"run.seed is {self.seed}; it must be 0 or more, and below 2**63")
-        object.__setattr__(self, "dir", str(Path(self.dir).expanduser()))
-        for name in ("loss_chunk", "log_every", "eval_every", "save_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"run.{name} is {getattr(self, name)}; it must be 1 or more")
+    def __init__(self, kind: Literal["base", "instruct"], config: Any) -> None:
+        self.kind, self.config = kind, config
+        self.folder, self.last_step = Path(config.run.dir), config.optim.steps
+        self.device = processes.start_processes(config.run.device)
+        self.newest = find_checkpoint(self.folder, config)
+        self.rows = config.data.micro_batch_size or config.data.batch_size
+        self._signals, self._interrupted = device.StopOnSignal(), False
+
+    def made_from(self, prepared: dict[str, Any], **origin: dict[str, Any] | None) -> None:
+        """Notes what the run is made from, by fingerprints; `prepared` is its data's meta.json.
+        Raises ValueError: its newest checkpoint was made from something else; with what differs.
+        """
+        self.prepared = {k: v for k, v in prepared.items() if k != "files"}
+        self.origin = origin
+        meta = read_meta(self.newest) if self.newest else origin
+        for name, value in origin.items():
+            if meta.get(name) != value:
+                raise ValueError(
+                    f"{self.newest} was made from another {name} than the config now names "
+                    f"({'; '.join(differences(meta.get(name), value))}); give another --run.dir"
+                )
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest checkpoint, of a run that has one."""
+        assert self.newest is not None
+        return self.newest
+
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to do, which it says."""
+        if self.newest is None or not is_complete(self.newest, self.last_step):
+            return False
+        print(f"{self.folder}: complete at step {self.last_step}, nothing to do")
+        return True
+
+    def prepare_qa(self, path: str, tokenizer_of: Path) -> Path:
+        """The folder of prepared conversations: `path`, or what is made of that Q&A file."""
+        if not path.lower().endswith(QA_SUFFIXES):
+            return Path(path)
+        folder = self.folder / PREPARED_QA
+        with processes.first_alone():
+            if self.newest is None and processes.is_first():
+                shutil.rmtree(folder, ignore_errors=True)  # of a start that failed, by a bad file
+            seed, share = self.config.run.seed, self.config.data.val_fraction
+            prepare_qa([Path(path)], folder, tokenizer_of, share, seed)
+        return folder
+
+    def resume(
+        self, model: GPT, optimizers: list[torch.optim.Optimizer], tokenizer: Tokenizer
+    ) -> nn.Module:
+        """Puts all back as the newest checkpoint has it; returns the network to train.
+
+        That is the model, compiled if the config says so, over all processes.
+        """
+        where = model.wte.weight.device
+        model.loss_chunk = self.config.run.loss_chunk
+        device.compile_model(model, self.config.run.compile)
+        row = resume(self.newest, model, optimizers) if self.newest else {}
+        self.first_step = row.get("step", 0)
+        self._state = model, optimizers, tokenizer
+        self._meta: dict[str, Any] = {
+            **{"kind": self.kind, "config": asdict(self.config), "prepared": self.prepared},
+            **{"environment": device.environment(where), **self.origin},
+            **({"template": template_fingerprint()} if self.kind == "instruct" else {}),
+        }
+        peak = device.peak_flops(where)
+        peak_speed = peak / device.flops_per_token(model) if peak else None
+        self.log = RunLog(self.config, row, self._meta, peak_speed)
+        return processes.distribute(model, self.config.run.seed, self.first_step)
+
+    def __enter__(self) -> Self:
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(self.log)
+        self._open.enter_context(self._signals)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        gc.unfreeze()
+        self._open.__exit__(*exception)
+
+    def steps(self) -> Iterator[int]:
+        """How many steps have been taken: first what the checkpoint says, in the end all."""
+        for step in range(self.first_step, self.last_step + 1):
+            self._interrupted = processes.any_process(self._signals.requested)
+            yield step
+            if step == self.first_step:
+                gc.freeze()  # what is there now stays; collections need not look through it again
+
+    def must_save(self, step: int) -> bool:
+        """Whether a checkpoint is due."""
+        due = step > self.first_step and is_due(step, self.config.run.save_every, self.last_step)
+        return due or self.must_stop(step)
+
+    def must_evaluate(self, step: int) -> bool:
+        """Whether an evaluation is due; only the first process makes it."""
+        due = step > 0 and is_due(step, self.config.run.eval_every, self.last_step)
+        return due and processes.is_first() and not self._interrupted
+
+    def must_stop(self, step: int) -> bool:
+        """Whether the run ends here: at its last step, or because a signal asked for it."""
+        return step == self.last_step or self._interrupted
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint."""
+        self.newest = save_checkpoint(self.folder, *self._state, self._meta, step, self.log.row())
+
+    def within_memory(self, train: Callable[[int, int], StepResult], step: int) -> StepResult:
+        """`train(step, rows)`; where memory runs out, again with half as many rows at a time.
+        Raises ValueError: not even single rows fit.
+        """
+        while True:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return train(step, self.rows)
+            # Out of the handler, which holds on to everything that was computed.
+            if self.rows == 1 or processes.world_size() > 1:
+                raise ValueError(
+                    f"out of memory at micro-batches of {self.rows} rows; lower "
+                    "data.micro_batch_size, set run.loss_chunk, or use shorter blocks"
+                )
+            self.rows //= 2
+            self._state[0].zero_grad()
+            torch.cuda.empty_cache()
+            print(f"out of memory: going on with micro-batches of {self.rows} rows, same step size")
+
+
+def find_checkpoint(folder: Path, config: Any) -> Path | None:
+    """The checkpoint from which a run goes on, or None if it is new. Writes nothing.
+    Raises ValueError: the folder holds something else, or a run with another config.
+    """
+    steps = checkpoints(folder)
+    if steps:
+        if changed := changes(read_json(folder / "config.json"), config):
+            raise ValueError(
+                f"{folder} holds a run with another config: {'; '.join(changed)}. "
+                "Give the same config to go on with it, or another --run.dir"
+            )
+        return steps[-1]
+    if folder.exists() and not (folder / "config.json").exists():
+        # What a start that failed early leaves behind is ours: prepared Q&A, dotted names.
+        ours = folder.is_dir() and all(
+            p.name == PREPARED_QA or p.name.startswith(".") for p in folder.iterdir()
+        )
+        if not ours:
+            raise ValueError(f"{folder} is not empty and holds no run; give another --run.dir")
+    return None

@@ -1,7 +1,5 @@
 """Files of the Hugging Face hub, or of any server: resumed, checked, whole or absent."""
 
-from __future__ import annotations
-
 import glob
 import os
 import shutil
@@ -13,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
 import requests
@@ -22,7 +20,6 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from runtime.files import fingerprint, full_disk, lock, sha256_file
 
-T = TypeVar("T")
 RETRIES = 5  # failures in a row that bring no byte more than the best before them
 FIRST_RETRIES = 2  # where no server is reached for a listing: nothing is lost yet
 BACKOFF = 1.0  # seconds before the first retry, doubled for each further one
@@ -33,6 +30,10 @@ BY_HAND = {
     "datasets": f"{MIRROR} (text goes to `python -m data.prepare text FILES`, Q&A to `... qa`)",
     "models": f"{MIRROR} and give their folder",
 }
+REMEDIES = dict.fromkeys((401, 404), "check the name, and set HF_TOKEN if it is private")
+REMEDIES[403] = "accept its terms in a browser, then set HF_TOKEN to your access token"
+Kind = Literal["models", "datasets"]
+Need = tuple[Path, float, str]  # a folder, the bytes that it needs, and a verb that says what for
 
 
 @dataclass(frozen=True)
@@ -50,103 +51,96 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def hub_files(
-    repo: str, kind: Literal["models", "datasets"], patterns: Sequence[str], revision: str = "main"
-) -> list[RemoteFile]:
+def hub_files(repo: str, kind: Kind, patterns: Sequence[str]) -> list[RemoteFile]:
     """The files of a hub repository that match one of the fnmatch patterns, sorted by name.
-
-    Raises:
-        ValueError: unknown or closed repository, unreachable hub, or no file matches.
+    Raises ValueError: unknown or closed repository, unreachable hub, or no file matches.
     """
     where = f"{endpoint()}/{'' if kind == 'models' else 'datasets/'}{repo}"
-    tree = f"{endpoint()}/api/{kind}/{repo}/tree/{quote(revision, safe='')}"
+    tree = f"{endpoint()}/api/{kind}/{repo}/tree/main"
     files, query, asked = list[RemoteFile](), "recursive=true", set[str]()
+
+    def page() -> tuple[Any, str]:
+        """A page, and the next one's query: no more, as a mirror may name the hub itself there."""
+        with _get(f"{tree}?{query}") as response:
+            return response.json(), urlsplit(response.links.get("next", {}).get("url", "")).query
+
     try:
-        with requests.Session() as session:
-            while query:
-                asked.add(query)
-                entries, query = _patiently(
-                    partial(_page, session, f"{tree}?{query}"), unreached=FIRST_RETRIES
-                )
-                for entry in entries:
-                    if entry["type"] == "file":
-                        path, size = entry["path"], entry["size"]
-                        digest = (entry.get("lfs") or {}).get("oid")
-                        if type(path) is not str or type(size) is not int or size < 0:
-                            raise TypeError(entry)
-                        url = f"{where}/resolve/{quote(revision, safe='')}/{quote(path)}"
-                        files.append(RemoteFile(path, url, size, digest))
-                if query in asked:
-                    raise KeyError(query)  # it would go round for ever
+        while query:
+            asked.add(query)
+            entries, query = _patiently(page)
+            if query in asked:
+                raise KeyError(query)  # it would go round for ever
+            for entry in (e for e in entries if e["type"] == "file"):
+                name, size = entry["path"], entry["size"]
+                if type(name) is not str or type(size) is not int or size < 0:
+                    raise TypeError(entry)
+                url, lfs = f"{where}/resolve/main/{quote(name)}", entry.get("lfs") or {}
+                files.append(RemoteFile(name, url, size, lfs.get("oid")))
     except (requests.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{tree} is not the listing of a hub; {BY_HAND[kind]}") from None
     except requests.RequestException as error:
         raise ValueError(f"cannot reach {endpoint()} ({_reason(error)}); {BY_HAND[kind]}") from None
-    kept = [f for f in files if any(fnmatch(f.name, pattern) for pattern in patterns)]
-    if not kept:
+    if not (kept := [f for f in files if any(fnmatch(f.name, p) for p in patterns)]):
         held = ", ".join(f.name for f in files[:5]) or "no file"
         raise ValueError(f"{where}: no file matches {', '.join(patterns)}; it holds {held} ...")
     return sorted(kept, key=lambda f: f.name)
 
 
-def download(
-    files: Sequence[RemoteFile], folder: Path, later: Sequence[tuple[Path, float, str]] = ()
-) -> list[Path]:
+def download(files: Sequence[RemoteFile], folder: Path, later: Sequence[Need] = ()) -> list[Path]:
     """Brings the files into `folder`; what is there already and right is not fetched again.
 
     A file is written under a temporary name, from which it can go on after a cut, and renamed
-    once its size and its sha256 are right. `later` is the room that must stay for what comes
-    after the download: (folder, bytes, a verb for it).
-
-    Raises:
-        ValueError: an unsafe name, too little disk, a server that fails, wrong bytes, or another
-            process that downloads into `folder`.
+    once its size and its sha256 are right. `later` is room that must stay after the download.
+    Raises ValueError: an unsafe name, too little disk, a server that fails, wrong bytes, or another
+    process that downloads into `folder`.
     """
-    pairs = [(file, _target(folder, file.name)) for file in files]
+    targets = {_target(folder, file.name): file for file in files}
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
-    with lock(folder, "downloading into"), bar, requests.Session() as session:
-        task = bar.add_task("checking", total=sum(file.size for file in files))
-        missing = [(f, t) for f, t in pairs if not t.is_file() or _difference(f, t)]
-        there = sum(part.stat().st_size for _, t in missing if (part := _part(t)))
-        needed = sum(file.size for file, _ in missing) - there
-        _check_space([(folder, needed, "download"), *later])
-        done = sum(t.stat().st_size for f, t in pairs if (f, t) not in missing)
-
-        def show(n_bytes: int) -> None:
-            bar.update(task, completed=done + n_bytes)
-
-        for file, target in missing:
+    with lock(folder, "downloading into"), bar:
+        task = bar.add_task("checking", total=(total := sum(file.size for file in files)))
+        missing = {t: f for t, f in targets.items() if not t.is_file() or _difference(f, t)}
+        there = sum(_part(t)[1] if t in missing else f.size for t, f in targets.items())
+        _check_space([(folder, total - there, "download"), *later])
+        bar.update(task, completed=there)
+        for target, file in missing.items():
             bar.update(task, description=escape(file.name))
-            _download(session, file, target, show)
-            done += target.stat().st_size
+            target.parent.mkdir(parents=True, exist_ok=True)
+            append = partial(_append, file, target, partial(bar.advance, task))
+            try:
+                with full_disk(target):
+                    part: Path = _patiently(append, target)
+            except requests.RequestException as error:
+                raise ValueError(
+                    f"{file.url} cannot be fetched ({_reason(error)}); {_part(target)[1]:,} bytes "
+                    f"are kept: give the same command again to go on, or {MIRROR}"
+                ) from None
+            if difference := _difference(file, part):
+                part.unlink()
+                what = f"{file.name} from {file.url} is damaged ({difference}) and was deleted"
+                raise ValueError(f"{what}; give the same command again")
+            part.replace(target)
             if bar.disable:
-                print(f"{target}: {target.stat().st_size:,} bytes", flush=True)
-    return [target for _, target in pairs]
+                print(f"{target}: {file.size:,} bytes", flush=True)
+    return [*targets]
 
 
-def _check_space(needs: Sequence[tuple[Path, float, str]]) -> None:
-    """Refuses before anything is written what would not fit: (folder, bytes, what they are)."""
-    disks = defaultdict[int, list[tuple[Path, float, str]]](list)
-    for path, n_bytes, what in needs:
-        disks[_disk(path)].append((path, n_bytes, what))
-    for found in disks.values():
-        path, needed = found[0][0], sum(n_bytes for _, n_bytes, _ in found)
-        if needed > (free := shutil.disk_usage(_existing(path)).free):
-            whats = " and ".join(what for _, _, what in found)
+def _check_space(needs: Sequence[Need]) -> None:
+    """Refuses before anything is written what would not fit."""
+    disks = defaultdict[int, list[Need]](list)
+    for need in needs:
+        disks[_existing(need[0]).stat().st_dev].append(need)
+    for paths, sizes, whats in (zip(*group, strict=True) for group in disks.values()):
+        if sum(sizes) > (free := shutil.disk_usage(_existing(paths[0])).free):
             raise ValueError(
-                f"{path}: {needed / 1e9:.2f} GB to {whats} do not fit in {free / 1e9:.2f} GB of "
-                "free disk; make room, or choose a folder on another disk"
+                f"{paths[0]}: {sum(sizes) / 1e9:.2f} GB to {' and '.join(whats)} do not fit in "
+                f"{free / 1e9:.2f} GB of free disk; make room, or choose a folder on another disk"
             )
 
 
 def _existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
     return next(p for p in (path, *path.resolve().parents) if p.exists())
-
-
-def _disk(path: Path) -> int:
-    return _existing(path).stat().st_dev
 
 
 def _target(folder: Path, name: str) -> Path:
@@ -157,95 +151,55 @@ def _target(folder: Path, name: str) -> Path:
     return folder / PurePosixPath(name)
 
 
-def _download(
-    session: requests.Session, file: RemoteFile, target: Path, show: Callable[[int], None]
-) -> None:
-    """One file, through cuts of the connection. `show` is told the bytes that are there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-
-    def there() -> int:
-        return part.stat().st_size if (part := _part(target)) else 0
-
-    try:
-        with full_disk(target):
-            part = _patiently(partial(_append, session, file, target, show), there)
-    except requests.RequestException as error:
-        raise ValueError(
-            f"{file.url} cannot be fetched ({_reason(error)}); {there():,} bytes are kept: "
-            f"give the same command again to go on, or {MIRROR}"
-        ) from None
-    if difference := _difference(file, part):
-        part.unlink()
-        raise ValueError(
-            f"{file.name} from {file.url} is damaged ({difference}) and was deleted; give the "
-            "same command again"
-        )
-    part.replace(target)
+def _part(target: Path) -> tuple[Path | None, int]:
+    """The temporary file of an unfinished download, if there is one, and its bytes."""
+    part = next(target.parent.glob(f".{'?' * 16}.{glob.escape(target.name)}.part"), None)
+    return part, part.stat().st_size if part else 0
 
 
-def _patiently(
-    work: Callable[[], T], there: Callable[[], int] = lambda: 0, unreached: int = RETRIES
-) -> T:
-    """What `work` returns, tried again through a passing trouble of the server or the network.
-
-    Raises:
-        requests.RequestException: more than RETRIES failures in a row that brought `there` no
-            further, or `unreached` where no server was reached.
-    """
+def _patiently(work: Callable[[], Any], target: Path | None = None) -> Any:
+    """What `work` returns; or its error, after RETRIES in a row that brought `target` no byte."""
     best = failures = 0
     while True:
         try:
             return work()
         except requests.RequestException as error:
-            failures = 1 if there() > best else failures + 1
-            best = max(best, there())
-            limit = unreached if error.response is None else RETRIES
+            there, answer = _part(target)[1] if target else 0, error.response
+            failures, best = 1 if there > best else failures + 1, max(there, best)
+            limit = FIRST_RETRIES if target is None and answer is None else RETRIES
             if failures > limit or isinstance(error, ValueError):  # the latter never passes
                 raise
-            asked = "" if error.response is None else error.response.headers.get("Retry-After", "")
-            pause = BACKOFF * 2 ** (failures - 1)
-            if asked.isdecimal():
-                pause = max(pause, min(int(asked), PATIENCE))
-            if pause:
-                print(f"{_reason(error)}: again in {pause:g} s", flush=True)
+            asked = "" if answer is None else answer.headers.get("Retry-After", "")
+            wanted = min(int(asked), PATIENCE) if asked.isdecimal() else 0
+            pause = max(BACKOFF * 2 ** (failures - 1), wanted)
+            print(f"{_reason(error)}: again in {pause:g} s", flush=True)
             time.sleep(pause)
 
 
-def _page(session: requests.Session, url: str) -> tuple[Any, str]:
-    """A page of a listing, and the query of the next one, empty after the last."""
-    with _get(session, url) as response:
-        # Only the cursor of the next page is taken: a mirror may name the hub itself here.
-        return response.json(), urlsplit(response.links.get("next", {}).get("url", "")).query
-
-
-def _append(
-    session: requests.Session, file: RemoteFile, target: Path, show: Callable[[int], None]
-) -> Path:
+def _append(file: RemoteFile, target: Path, advance: Callable[[int], None]) -> Path:
     """Adds what is missing to the temporary file, or begins it anew; returns it once it is whole.
 
     Its name tells the server's version of the file (a digest of ETag and size), so that a later
     process too knows whether its bytes are a beginning of what the server has now.
-
-    Raises:
-        requests.RequestException: the connection broke, or a passing trouble of the server.
     """
-    old = _part(target)
-    start = old.stat().st_size if old else 0
-    if old and start == file.size:
+    old, position = _part(target)
+    if old and position == file.size:
         return old
-    with _get(session, file.url, start) as response:
+    with _get(file.url, position) as response:
         headers, resumed = response.headers, response.status_code == 206
         mark = fingerprint([headers.get("ETag") or headers.get("Last-Modified"), file.size])
         part = target.with_name(f".{mark}.{target.name}.part")
         if old and not (resumed and old == part):
             old.unlink()
+            advance(-position)
+            position = 0
             if resumed or response.status_code == 416:
                 raise requests.ConnectionError("the file has changed on the server")
-        position = start * resumed
-        with open(part, "ab" if resumed else "wb") as f:
+        with open(part, "ab") as f:
             for block in response.iter_content(BLOCK):
                 f.write(block)
-                show(position := position + len(block))
+                advance(len(block))
+                position += len(block)
                 if position > file.size:  # never to be right, and perhaps without an end
                     break
             if position < file.size and "Content-Length" not in headers:
@@ -255,37 +209,23 @@ def _append(
     return part
 
 
-def _part(target: Path) -> Path | None:
-    """The temporary file of an unfinished download, if there is one."""
-    return next(target.parent.glob(f".{'?' * 16}.{glob.escape(target.name)}.part"), None)
-
-
-def _get(session: requests.Session, url: str, start: int = 0) -> requests.Response:
-    """A usable response, from byte `start` on if the server can.
-
-    Raises:
-        requests.RequestException: no connection, or a passing trouble of the server.
-        ValueError: the server refuses.
-    """
-    headers = {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file itself
-    if start:
-        headers["Range"] = f"bytes={start}-"
+def _get(url: str, start: int = 0) -> requests.Response:
+    """A usable response, unpacked as sizes are, and from byte `start` on if the server can."""
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     token = os.environ.get("HF_TOKEN", "").strip()
     if not (token.isascii() and token.isprintable()):
         raise ValueError("HF_TOKEN holds a character that no access token has; set it again")
     if token and urlsplit(url)[:2] == urlsplit(endpoint())[:2]:
         headers["Authorization"] = f"Bearer {token}"  # requests drops it when led to another host
-    response = session.get(url, headers=headers, stream=True, timeout=(10, 60))
-    code = response.status_code
-    if code in (200, 206) or (code == 416 and start):
+    response = requests.get(url, headers=headers, stream=True, timeout=(10, 60))
+    if (code := response.status_code) in (200, 206) or (code == 416 and start):
         return response
     response.close()
     if code == 429 or code >= 500:
         raise requests.ConnectionError(f"the server answers {code}", response=response)
-    remedy = "check the name, and set HF_TOKEN if it is private" if code in (401, 404) else MIRROR
-    if code == 403:
-        remedy = "accept its terms in a browser, then set HF_TOKEN to your access token"
-    raise ValueError(f"{url.partition('?')[0]}: the server answers {code}; {remedy}")
+    raise ValueError(
+        f"{url.split('?')[0]}: the server answers {code}; {REMEDIES.get(code, MIRROR)}"
+    )
 
 
 def _difference(file: RemoteFile, path: Path) -> str:

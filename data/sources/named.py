@@ -1,6 +1,4 @@
-"""Data sets that can be fetched by name: what they are, where they lie, what they cost."""
-
-from __future__ import annotations
+"""Data sets that can be fetched by name, as named.toml lists them: what they are and cost."""
 
 import shlex
 import shutil
@@ -29,15 +27,15 @@ class NamedSet:
         size: of the download, in bytes; about right, but exact with a `sha256`.
         recipe: the config that trains on it.
         shape: what a document or an example looks like.
-        trees: whether the rows are OASST's single messages, of which a tree is an example.
         field: of text, the key or column that holds it.
         tokenizer: what it is prepared with unless told otherwise.
+        trees: whether the rows are OASST's single messages, of which a tree is an example.
         sha256: of a URL's file (the hub names those of its own).
     """
 
     kind: Literal["text", "qa"]
     source: str
-    patterns: tuple[str, ...]
+    patterns: list[str]
     size: int
     recipe: str
     licence: str
@@ -53,52 +51,8 @@ class NamedSet:
         return 0.1 if self.size < 1e9 else 0.005
 
 
-GITHUB = "https://raw.githubusercontent.com"
-# fmt: off
-NAMED = {
-    "tinyshakespeare": NamedSet(
-        "text", f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", (), 1_115_394,
-        "configs/shakespeare/modern.toml",
-        "public domain", "one document", tokenizer="byte",
-        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    ),
-    "tinystories": NamedSet(
-        "text", "roneneldan/TinyStories", ("data/train-*.parquet",), 1_000_000_000,
-        "configs/tinystories/pretrain.toml", "cdla-sharing-1.0", "2 million short stories",
-        tokenizer="bpe:8192",
-    ),
-    "fineweb-edu": NamedSet(
-        "text", "HuggingFaceFW/fineweb-edu", ("sample/10BT/*.parquet",), 28_000_000_000,
-        "configs/gpt2/pretrain.toml",
-        "odc-by", "web pages, a sample of 10 billion tokens",
-    ),
-    "openwebtext": NamedSet(
-        "text", "Skylion007/openwebtext", ("*train-*.parquet",), 24_000_000_000,
-        "configs/gpt2/pretrain.toml",
-        "cc0-1.0", "8 million web pages",
-    ),
-    "dolly": NamedSet(
-        "qa", "databricks/databricks-dolly-15k", ("databricks-dolly-15k.jsonl",), 13_000_000,
-        "configs/gpt2-finetune/sft.toml",
-        "cc-by-sa-3.0", "instruction, context, response",
-    ),
-    "alpaca": NamedSet(
-        "qa", "yahma/alpaca-cleaned", ("alpaca_data_cleaned.json",), 44_300_000,
-        "configs/gpt2-finetune/sft.toml",
-        "cc-by-4.0", "instruction, input, output",
-    ),
-    "smoltalk": NamedSet(
-        "qa", "HuggingFaceTB/smoltalk", ("data/all/train-*.parquet",), 2_000_000_000,
-        "configs/gpt2/sft.toml",
-        "apache-2.0", "messages",
-    ),
-    "oasst1": NamedSet(
-        "qa", "OpenAssistant/oasst1", ("data/train-*.parquet",), 40_000_000,
-        "configs/gpt2-finetune/sft.toml",
-        "apache-2.0", "trees of messages", trees=True,
-    ),
-}
-# fmt: on
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+NAMED = {name: NamedSet(**table) for name, table in _TABLES.items()}
 
 
 def in_words(n_bytes: float) -> str:
@@ -117,23 +71,25 @@ def print_names() -> None:
     console.print(table)
 
 
-def remote_files(named: NamedSet, n_files: int | None) -> list[RemoteFile]:
-    """The files of a set, or the first `n_files`.
-
-    Raises:
-        ValueError: as `hub_files`.
+def remote_files(named: NamedSet, n_files: int | None, downloads: Path) -> list[RemoteFile]:
+    """The files of a set, or the first `n_files`. Raises ValueError: as `hub_files`; it tells of
+    what came into the folder `downloads` before.
     """
     if "://" in named.source:
-        name = named.source.rpartition("/")[2]
-        return [RemoteFile(name, named.source, named.size, named.sha256)]
-    return hub_files(named.source, "datasets", named.patterns)[:n_files]
+        return [RemoteFile(Path(named.source).name, named.source, named.size, named.sha256)]
+    try:
+        return hub_files(named.source, "datasets", named.patterns)[:n_files]
+    except ValueError as error:
+        if not downloads.exists():
+            raise
+        raise ValueError(f"{error}; what came before is in {downloads}") from None
 
 
-def bytes_of_tokens(named: NamedSet, files: Sequence[RemoteFile], tokenizer: str) -> float:
-    """About the size of the token files, guessed from that of the download."""
+def bytes_to_prepare(named: NamedSet, files: Sequence[RemoteFile], tokenizer: str) -> float:
+    """About the room for the token files and a scratch copy, guessed from that of the download."""
     # A token is 2 bytes of a file and about 4 of text; in Q&A another byte says what is taught.
-    share = (2 if tokenizer == "byte" else 0.5) * (1.5 if named.kind == "qa" else 1)
-    return text_bytes(files) * share
+    per_byte = 2 if tokenizer == "byte" else 0.5
+    return 2 * text_bytes(files) * per_byte * (1.5 if named.kind == "qa" else 1)
 
 
 def text_bytes(files: Sequence[RemoteFile]) -> int:
@@ -142,26 +98,18 @@ def text_bytes(files: Sequence[RemoteFile]) -> int:
 
 
 def print_plan(
-    name: str,
-    named: NamedSet,
-    files: Sequence[RemoteFile],
-    folder: Path,
-    preparing: float,
-    n_cores: int,
+    name: str, files: Sequence[RemoteFile], folder: Path, preparing: float, n_cores: int
 ) -> None:
-    """What fetching these files takes; `preparing` is bytes of disk."""
-    download = sum(file.size for file in files)
+    """What fetching these files of a set takes; `preparing` is bytes of disk."""
+    named, size = NAMED[name], sum(file.size for file in files)
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    rate = MEGABYTES_PER_SECOND[named.kind]
-    minutes = text_bytes(files) / 60e6 / rate / n_cores
+    free, rate = shutil.disk_usage(folder).free, MEGABYTES_PER_SECOND[named.kind]
     print(
-        f"{name}: {len(files)} file(s), {in_words(download)} from {named.source} "
-        f"({named.licence})\n"
-        f"disk: about {in_words(download + preparing)} for the download, the token files and "
+        f"{name}: {len(files)} file(s), {in_words(size)} from {named.source} ({named.licence})\n"
+        f"disk: about {in_words(size + preparing)} for the download, the token files and "
         f"a scratch copy of them; {in_words(free)} are free\n"
-        f"preparing: about {minutes:.1f} minutes, at {rate} MB/s of text on "
-        f"each of {n_cores} core(s)",
+        f"preparing: about {text_bytes(files) / 60e6 / rate / n_cores:.1f} minutes, at {rate} MB/s "
+        f"of text on each of {n_cores} core(s)",
         flush=True,
     )
 
@@ -171,8 +119,6 @@ def next_command(named: NamedSet, out: Path, base: Path | None) -> str:
     stage = "pretrain" if named.kind == "text" else "sft"
     command = ["python", f"train_{stage}.py", "--config", named.recipe]
     recipe = tomllib.loads((ROOT / named.recipe).read_text(encoding="utf-8"))
-    if base:
-        command.append(f"--base={base}")
-    if out != Path(recipe["data"]["path"]):
-        command.append(f"--data.path={out}")
+    command += [f"--base={base}"] if base else []
+    command += [f"--data.path={out}"] if out != Path(recipe["data"]["path"]) else []
     return shlex.join(command)

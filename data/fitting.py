@@ -1,0 +1,60 @@
+"""How conversations are made to fit: what of a long one is kept, and which share a row."""
+
+from bisect import bisect_left
+
+import numpy as np
+
+from data.chat import Message, Prompt, raw_prompt
+from data.tokenizer import Tokenizer
+
+
+def kept_length(mask: np.ndarray, limit: int) -> int:
+    """Tokens of a conversation to keep so that at most `limit` are fed: whole replies or nothing.
+
+    A conversation that is too long is cut after its last whole reply that fits, so that a reply
+    never loses its end-of-turn token. 0: not even the first reply fits, or there is none.
+    """
+    # limit + 1 tokens make limit (input, target) pairs.
+    if len(mask) <= limit + 1:
+        return len(mask) if mask.any() else 0
+    reply_ends = np.flatnonzero(np.diff(mask.astype(np.int8)) == -1) + 1
+    fitting = reply_ends[reply_ends <= limit + 1]
+    return int(fitting[-1]) if len(fitting) else 0
+
+
+def recent_turns(
+    prompt: Prompt, messages: list[Message], tokenizer: Tokenizer, limit: int
+) -> list[Message]:
+    """The newest whole turns of a conversation that fit into `limit` tokens, the last at least.
+
+    So the newest question is never cut in half. Raw text has no turns: all of it is returned.
+    """
+    if prompt is raw_prompt:
+        return messages
+
+    def fits(turn: int) -> bool:
+        return len(prompt(messages[2 * turn :], tokenizer)) <= limit
+
+    n_earlier = (len(messages) - 1) // 2
+    return messages[2 * bisect_left(range(n_earlier), True, key=fits) :]
+
+
+def pack(lengths: list[int], room: int) -> list[list[int]]:
+    """Lays out items of some lengths in rows of at most `room`, as indices of the lengths."""
+    rows, left = list[list[int]](), list[int]()
+    # Longest first into the first row that has room, which leaves little of it empty.
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        r = next((r for r, free in enumerate(left) if free >= lengths[i]), len(rows))
+        if r == len(rows):
+            rows.append([])
+            left.append(room)
+        rows[r].append(i)
+        left[r] -= lengths[i]
+    return rows
+
+
+def computed_tokens(lengths: list[int], layout: list[list[int]], rows: int) -> int:
+    """Tokens that a layout makes the model compute, so many rows at a time, padding included."""
+    filled = [sum(lengths[i] for i in row) for row in layout]
+    parts = [filled[i : i + rows] for i in range(0, len(filled), rows)]
+    return sum(len(part) * max(part) for part in parts)

@@ -1,0 +1,194 @@
+"""A run's folder: what it goes on from, what it refuses, and when it saves, evaluates and stops."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, field, make_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.pretrain import PretrainDataConfig
+from data.tokenizer import create_tokenizer
+from model.gpt import GPT, ModelConfig
+from runtime.files import write_json
+from train_pretrain import PretrainConfig
+from training.checkpoint import save_checkpoint
+from training.config import RunConfig, changes, differences
+from training.optim import OptimConfig, build_optimizers
+from training.run import PREPARED_QA, Run, find_checkpoint
+from training.step import StepResult
+
+BYTE = create_tokenizer("byte", [])
+ORIGIN = {"data": {"fingerprint": "a"}}
+TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
+
+
+def make_config(folder: Path, steps: int = 9, **run: Any) -> PretrainConfig:
+    run_config = RunConfig(str(folder), device="cpu", **run)
+    return PretrainConfig(
+        PretrainDataConfig("unused"), run_config, TINY, OptimConfig(steps, lr=0.1)
+    )
+
+
+def save(run: Path, step: int) -> Path:
+    meta = {"kind": "base", **ORIGIN}
+    return save_checkpoint(run, GPT(TINY, BYTE.n_vocab), [], BYTE, meta, step, {"step": step})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def make_run(folder: Path, **options: Any) -> Run:
+    """A run that is ready to train."""
+    config = make_config(folder, **options)
+    run, model = Run("base", config), GPT(TINY, BYTE.n_vocab)
+    run.made_from({}, **ORIGIN)
+    run.resume(model, build_optimizers(model, config.optim), BYTE)
+    return run
+
+
+def result(step: int) -> StepResult:
+    return StepResult(step, torch.tensor([2.0, 1.5]), 0.1, tokens=64, began=0.0)
+
+
+def follow(run: Run, interrupted_at: int | None = None) -> list[str]:
+    """What the loop of the scripts does at each step, training left out."""
+    done = []
+    with run:
+        for step in run.steps():
+            if run.must_save(step):
+                run.save(step)
+                done.append(f"save {step}")
+            if run.must_evaluate(step):
+                done.append(f"evaluate {step}")
+            run.log.write(step, {})
+            if run.must_stop(step):
+                break
+            run.log.add(result(step + 1))
+            run._signals.requested = step + 1 == interrupted_at
+    return done
+
+
+def test_a_run_saves_and_evaluates_at_its_intervals_and_at_the_end(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_every": 4, "eval_every": 3}
+    assert follow(make_run(tmp_path / "a", steps=9, **options)) == [
+        *("evaluate 3", "save 4", "evaluate 6", "save 8", "save 9", "evaluate 9"),
+    ]
+    assert follow(make_run(tmp_path / "b", steps=0, **options)) == ["save 0"]
+    interrupted = follow(make_run(tmp_path / "c", steps=9, **options), interrupted_at=6)
+    assert interrupted == ["evaluate 3", "save 4", "save 6"]  # saved at once, not evaluated first
+    resumed = make_run(tmp_path / "c", steps=9, **options)
+    assert resumed.first_step == 6
+    assert follow(resumed) == ["evaluate 6", "save 8", "save 9", "evaluate 9"]
+
+
+def test_a_new_run_begins_anew_also_after_a_start_that_failed(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    for run in (tmp_path, tmp_path / "a" / "b"):  # an empty folder, and none
+        assert find_checkpoint(run, config) is None
+    (tmp_path / ".config.json.tmp").write_text("{")
+    (tmp_path / PREPARED_QA).mkdir()
+    assert find_checkpoint(tmp_path, config) is None
+    write_json(tmp_path / "config.json", {"optim": {"lr": 9}})
+    assert find_checkpoint(tmp_path, config) is None  # killed before its first checkpoint
+
+
+def test_the_same_config_goes_on_from_the_newest_checkpoint_wherever_the_run_is(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path / "old", 3)
+    write_json(tmp_path / "old" / "config.json", asdict(make_config(tmp_path / "old")))
+    save(tmp_path / "old", 12)
+    moved = (tmp_path / "old").rename(tmp_path / "new")
+    assert Run("base", make_config(moved)).newest == moved / "step_000012"
+
+
+def test_a_changed_config_is_refused_with_all_that_differs_before_anything_is_built(
+    tmp_path: Path,
+) -> None:
+    config = make_config(tmp_path)
+    write_json(tmp_path / "config.json", asdict(config))
+    save(tmp_path, 1)
+    before = contents(tmp_path)
+    changed = replace(
+        config,
+        optim=replace(config.optim, lr=0.2, momentum=0.9),
+        run=RunConfig(str(tmp_path), seed=2, device="auto"),
+        data=PretrainDataConfig("elsewhere", micro_batch_size=2),
+    )
+    with pytest.raises(ValueError, match="another config") as error:
+        Run("base", changed)
+    for text in ("optim.lr 0.1 -> 0.2", "optim.momentum 0.95 -> 0.9", "run.seed 1 -> 2"):
+        assert text in str(error.value)
+    for key in ("optim.steps", "run.dir", "run.device", "data.path", "data.micro_batch_size"):
+        assert f"{key} " not in str(error.value)  # the same, or what cannot change the result
+    assert contents(tmp_path) == before
+
+
+def test_a_key_that_an_older_config_lacks_means_its_default(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    recorded = asdict(config)
+    for section, key in (("optim", "beta2"), ("run", "log_every"), ("model", "qk_norm")):
+        del recorded[section][key]
+    del recorded["init_from"]
+    assert changes(recorded, config) == []
+    other = replace(config, optim=replace(config.optim, beta2=0.5), init_from="x")
+    assert changes(recorded, other) == ["optim.beta2 0.95 -> 0.5"]  # init_from may change
+    assert changes(
+        recorded, replace(config, model=ModelConfig(**asdict(TINY) | {"qk_norm": False}))
+    )
+
+
+def test_adding_a_field_leaves_every_run_on_disk_usable(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", asdict(make_config(tmp_path)))
+    save(tmp_path, 1)
+    z_loss: list[Any] = [("z_loss", float, field(default=0.0))]
+    newer = make_dataclass("NewerOptim", z_loss, bases=(OptimConfig,), frozen=True)
+    mixing: list[Any] = [("mixing", list[str], field(default_factory=list))]
+    newest = make_dataclass("NewestConfig", mixing, bases=(PretrainConfig,), frozen=True)
+    old = make_config(tmp_path)
+
+    def today(**options: Any) -> Any:
+        return newest(old.data, old.run, old.model, newer(**asdict(old.optim) | options))
+
+    assert find_checkpoint(tmp_path, today()) == tmp_path / "step_000001"
+    with pytest.raises(ValueError, match=r"optim\.z_loss 0\.0 -> 0\.1"):
+        find_checkpoint(tmp_path, today(z_loss=0.1))
+
+
+def test_a_key_that_today_lacks_is_a_difference(tmp_path: Path) -> None:
+    recorded = asdict(make_config(tmp_path))
+    recorded["optim"]["gone"] = 3
+    assert changes(recorded, make_config(tmp_path)) == ["optim.gone 3 -> None"]
+    recorded["optim"] = {"steps": "many"}  # not even buildable
+    assert changes(recorded, make_config(tmp_path))
+
+
+def test_differences_name_every_leaf() -> None:
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": None}
+    assert differences(old, {"a": {"b": 1, "c": [1, 2]}, "d": None}) == []
+    new = {"a": {"b": 2, "c": [1]}, "e": 5}
+    assert differences(old, new) == ["a.b 1 -> 2", "a.c [1, 2] -> [1]", "e None -> 5"]
+
+
+def test_other_data_than_the_checkpoint_was_made_from_is_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    write_json(tmp_path / "config.json", asdict(config))
+    save(tmp_path, 1)
+    run = Run("base", config)
+    run.made_from({}, **ORIGIN)
+    with pytest.raises(ValueError, match=r"another data .*fingerprint a -> b"):
+        run.made_from({}, data={"fingerprint": "b"})
+    with pytest.raises(ValueError, match="another base"):
+        run.made_from({}, **ORIGIN, base={"step": 3})
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    for path in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(ValueError, match="holds no run"):
+            Run("base", make_config(path))
+    assert contents(tmp_path) == {"thesis.txt": b"mine"}

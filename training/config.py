@@ -1,0 +1,87 @@
+"""What a run is told besides model, data and optimizer; and whether two configs differ."""
+
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from model.check import check_range
+
+# What a resumed run may change: where things are (their contents are checked by fingerprint) and
+# what alters the result by rounding at most.
+MAY_CHANGE = {
+    *("run.dir", "run.device", "run.compile", "run.loss_chunk", "run.wandb", "run.wandb_project"),
+    *("run.wandb_artifact", "base", "init_from", "verify", "data.path", "data.replay_path"),
+    *("data.micro_batch_size", "data.layout"),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it does besides training. Raises ValueError: intervals below 1."""
+
+    dir: str
+    """The run's folder. The same command given again goes on from its newest checkpoint."""
+    seed: int = 1
+    """Of the weights and of the order of the data."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu) or a device of torch such as cuda:1."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: auto uses it on CUDA where it works."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at a time: less memory for a large vocabulary, the same result, a
+    little slower. None for all."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 250
+    """Steps between evaluations; the last step is always evaluated."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases, besides metrics.jsonl."""
+    wandb_project: str = "diptych"
+    """Project name there."""
+    wandb_artifact: bool = False
+    """Upload the last checkpoint there."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dir", str(Path(self.dir).expanduser()))
+        check_range("run.seed", self.seed, f"0 or more and below {2**63}")
+        for name in ("loss_chunk", "log_every", "eval_every", "save_every"):
+            check_range(f"run.{name}", getattr(self, name), "1 or more")
+
+
+def changes(old: dict[str, Any], config: Any) -> list[str]:
+    """What differs between a run's config.json and its config today, but for what may change.
+
+    A key that an older config lacks means its default.
+    """
+    found = differences(with_defaults(old, config), asdict(config))
+    return [text for text in found if text.split(" ")[0] not in MAY_CHANGE]
+
+
+def with_defaults(old: dict[str, Any], config: Any) -> dict[str, Any]:
+    """An older config with the defaults of keys that it lacks; `config` says which there are."""
+    filled = dict(old)
+    for field in fields(config):
+        value, there = getattr(config, field.name), old.get(field.name)
+        if is_dataclass(value) and not isinstance(value, type) and isinstance(there, dict):
+            known = {f.name for f in fields(value)}
+            try:  # made anew, because a default may follow from other keys
+                made = type(value)(**{k: v for k, v in there.items() if k in known})
+                filled[field.name] = asdict(made) | there
+            except (TypeError, ValueError):
+                continue  # it could not be built today: then it differs
+        elif field.name not in old and field.default is not MISSING:
+            filled[field.name] = field.default
+        elif field.name not in old and field.default_factory is not MISSING:
+            filled[field.name] = field.default_factory()
+    return filled
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Text such as "optim.lr 0.1 -> 0.2" for every leaf in which two nested dicts differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        prefix = f"{key}." if key else ""
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{prefix}{k}")]
+    return [] if old == new else [f"{key} {old} -> {new}"]
