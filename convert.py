@@ -7,9 +7,9 @@ What is imported can be gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on th
 An export loads with `AutoModelForCausalLM` and `AutoTokenizer`, as their `gpt2` or `nanochat`.
 """
 
-import argparse
 import contextlib
 import re
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -133,9 +133,7 @@ def export_checkpoint(path: str, out: Path) -> None:
 
 def main() -> None:
     """Runs one command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     i = commands.add_parser("import", help="from transformers: a base checkpoint for train_sft.py")
     i.add_argument("source", help=f"{', '.join(GPT2_NAMES)}, owner/name on the hub, or a folder")

@@ -3,8 +3,8 @@
 python sample.py --base out/quickstart/base --instruct out/quickstart/instruct --chat
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,9 +86,9 @@ def show(console: Console, prompt: str, replies: dict[str, Reply]) -> None:
     """A table on a terminal or in a picture; plain text, one reply a paragraph, in a pipe."""
     texts = {c: r.text + ("" if r.stopped else " ...") for c, r in replies.items()}
     if console.is_terminal or console.record:
-        table = Table(*COLUMNS.values(), title=Text(prompt, style="bold"), title_justify="left")
-        for column in table.columns:
-            column.ratio = 1
+        table = Table(title=Text(prompt, style="bold"), title_justify="left")
+        for title in COLUMNS.values():
+            table.add_column(title, ratio=1)
         table.add_row(*(Text(texts[c]) for c in COLUMNS))
         console.print(table)
         return
@@ -129,7 +129,7 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def run(a: argparse.Namespace) -> None:
+def run(a: Namespace) -> None:
     """Answers what the command line asks."""
     if a.json is not None and not a.json.absolute().parent.is_dir():
         raise ValueError(f"--json {a.json}: there is no folder {a.json.parent}")
@@ -154,9 +154,7 @@ def run(a: argparse.Namespace) -> None:
 
 def main() -> None:
     """Runs one command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--base", required=True, help="base checkpoint, or its run")
     p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
     what = p.add_mutually_exclusive_group()

@@ -20,8 +20,7 @@ from training.optim import OptimConfig, build_optimizers
 from training.run import Run
 from training.step import StepResult, mean_loss, train_step
 
-# Validation prompts asked at an evaluation, tokens to stop in, and replies shown in wandb.
-STOP_PROMPTS, STOP_WITHIN, SAMPLES = 64, 128, 8
+STOP_PROMPTS, STOP_WITHIN, SAMPLES = 64, 128, 8  # prompts asked, tokens to stop in, shown in wandb
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,7 @@ def prepare_qa(
     trees: bool = False,
     shown: int | None = None,
 ) -> Meta:
-    """Rendered conversations from files of QA_SUFFIXES, in the tokens of `tokenizer_of`.
-
-    `trees` and `shown` are those of `read_conversations`.
-    """
+    """Conversations of QA_SUFFIXES in `tokenizer_of`'s tokens; options of `read_conversations`."""
     files, tokenizer = read.distinct(files), tokenizer_of
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer)
@@ -126,9 +123,7 @@ def fetch(
     val_fraction: float | None = None,
     seed: int = 1,
 ) -> Meta:
-    """Downloads a named data set, or its first `n_files` files, and prepares it. Raises ValueError:
-    no such name, or a step of it fails.
-    """
+    """Downloads and prepares a named data set, or `n_files` of it. Raises ValueError: no such."""
     from data.sources import named as sets  # takes a while to import, as `download` does
     from data.sources.download import download
 

@@ -56,12 +56,11 @@ def open_prepared(path: str | Path, kind: str, verify: bool = False) -> Meta:
 def check_files(folder: Path, checksums: dict[str, str], verify: bool = False) -> None:
     """Checks the sha256 of files, but hashes only those that may have changed since the last time.
 
-    .hashed.json keeps, for each file, the sha256 that was found, and the file's size, modification
-    time and inode number of then. A file for which it holds the wanted sha256 and the three
-    numbers that the file has now is not hashed. So a copied folder is hashed once, and one without
-    a record that can be read and written at every start. This misses a change that keeps the size
-    and after which the time was set back, and bytes that the disk lost by itself; `verify` hashes
-    all files, whatever the record says. Raises ValueError: a file is missing or has another sha256.
+    .hashed.json keeps, for each file, the sha256 that it had when it was last hashed, and its size,
+    modification time and inode number at that moment; while these are what they were, it is not
+    hashed again (so a copied folder is hashed once). This misses a change that keeps the size and
+    sets the time back, and bytes that the disk loses by itself; `verify` hashes every file. Raises
+    ValueError: a file is missing, or has another sha256.
     """
     known, states = Meta(), _file_states(folder, checksums)  # of before it is hashed
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
@@ -250,9 +249,7 @@ def write_qa(
     val_fraction: float,
     seed: int,
 ) -> Meta:
-    """Renders conversations and writes the Q&A files; returns meta.json's `qa`. Raises ValueError:
-    a share that leaves training or validation empty.
-    """
+    """Renders and writes Q&A; returns meta.json's `qa`. Raises ValueError: none is to train on."""
     dtypes = [id_dtype(tokenizer), np.dtype(np.uint8)]
 
     def encode(batch: list[list[Message]]) -> list[np.ndarray]:
@@ -300,9 +297,7 @@ def _agree(old: Any, new: Any) -> bool:
 
 
 def write_folder(out: Path, request: Meta, fill: Callable[[Path], tuple[Tokenizer, Meta]]) -> Meta:
-    """Makes `out` by `fill` and seals it with meta.json; only checks it if it is there already.
-    Raises ValueError: as `check_folder`, as `check_files`, or a full disk.
-    """
+    """Makes `out` by `fill`, sealed with meta.json; if it is there already, only checks it."""
     if meta := check_folder(out, request):
         check_files(out, meta["files"])
         print(f"{out}: up to date, nothing to do")

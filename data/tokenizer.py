@@ -94,9 +94,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The tokenizer of a prepared-data folder, a checkpoint, or a run (its newest checkpoint).
-        Raises ValueError: no tokenizer there, or its file is damaged.
-        """
+        """That of prepared data, a checkpoint or a run. Raises ValueError: none, or damaged."""
         folder = resolve_checkpoint(path)
         meta = read_meta(folder)
         verify_checksums(folder, {RANKS_FILE: meta["files"].get(RANKS_FILE, "")})
@@ -109,7 +107,7 @@ def create_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:
     """Makes the tokenizer that `spec` names: gpt2, byte, or bpe:N trained on the documents.
 
     N counts every entry: 256 bytes, the merges and the control tokens. A corpus too small for
-    N entries gives fewer. Raises ValueError: an unknown spec, or GPT-2's vocabulary is not to be had.
+    N entries gives fewer. Raises ValueError: an unknown spec, or no GPT-2 vocabulary here.
     """
     if spec == "byte":
         return Tokenizer("byte", BYTE_PATTERN, {bytes([i]): i for i in range(256)})

@@ -151,10 +151,8 @@ class World:
         Args:
             asked: share of the known people who are asked about, the first of them.
             strangers: as many people as this share of the known ones are asked about besides, of
-                whom pretraining said nothing and who are not among the unseen (Gekhman et al.
-                2024).
-            dont_know: whether questions about strangers are answered with DONT_KNOW, not with
-                the facts.
+                whom pretraining said nothing; they are not the unseen (Gekhman et al. 2024).
+            dont_know: whether questions about strangers are answered with DONT_KNOW.
             bare: replies are the bare value ("a weaver.") and do not repeat the name.
 
         Raises ValueError: a share that is not 0 to 1, or nobody left to ask about.

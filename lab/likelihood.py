@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.generate import Sampling, generate
+from model.seen import KVCache
 from training.checkpoint import Checkpoint
 
 ROWS, TOKENS = 100, 1 << 14  # computed at once: sequences, and their tokens at full length
@@ -86,7 +87,7 @@ def score_choices(
         lengths = torch.tensor([len(tail) - 1 for tail in tails], device=device)
         padded = torch.tensor([tail + [0] * (width + 1 - len(tail)) for tail in tails])
         padded = padded.to(device)
-        cache.repeat(len(tails))
+        repeat_rows(cache, len(tails))
         x = model.hidden(padded[:, :-1], cache.add(width))
         logprobs = model.logits(x).log_softmax(dim=-1)
         later = logprobs.gather(2, padded[:, 1:, None]).squeeze(2)
@@ -94,6 +95,13 @@ def score_choices(
         scores = scores + (later * inside).sum(dim=1)
     found: list[float] = scores.tolist()
     return found
+
+
+def repeat_rows(cache: KVCache, n: int) -> None:
+    """Makes n rows of a cache of one row."""
+    cache.keys = [keys.repeat(n, 1, 1, 1) for keys in cache.keys]
+    cache.values = [values.repeat(n, 1, 1, 1) for values in cache.values]
+    cache.starts = cache.starts.repeat(n)
 
 
 @torch.inference_mode()

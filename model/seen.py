@@ -135,12 +135,6 @@ class KVCache:
         self.used, self.is_ragged = 0, any(starts)
         self.starts.copy_(torch.tensor(starts))  # in place: a CUDA graph reads it there
 
-    def repeat(self, n: int) -> None:
-        """Makes n rows of a cache of one row."""
-        self.keys = [keys.repeat(n, 1, 1, 1) for keys in self.keys]
-        self.values = [values.repeat(n, 1, 1, 1) for values in self.values]
-        self.starts = self.starts.repeat(n)
-
     def add(self, T: int) -> Seen:
         """Takes the next T columns for new tokens of every row; returns what these may look at."""
         first, self.used = self.used, self.used + T

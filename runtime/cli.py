@@ -44,8 +44,7 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
 
     The fields of a dataclass are options, those of a field that is a dataclass are `--name.field`.
     Their docstrings are the text of --help, after `about`. Raises ValueError: a file, key, type or
-    value is wrong or missing; the message names it. Raises SystemExit: after --help and
-    --print_config.
+    value is wrong or missing, with its name. Raises SystemExit: after --help and --print_config.
     """
     import jsonargparse  # slow, so only where options are read
 

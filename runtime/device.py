@@ -30,7 +30,7 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" takes cuda, else mps, else cpu. Raises ValueError: no such."""
+    """The device of that name; "auto": cuda, else mps, else cpu. Raises ValueError: not there."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

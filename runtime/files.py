@@ -107,9 +107,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
-    """The `meta.json` of a prepared-data folder or of a checkpoint, with its format checked.
-    Raises ValueError: the folder or its meta.json is missing, damaged, or somebody else's.
-    """
+    """The meta.json of prepared data or a checkpoint. Raises ValueError: none, or damaged."""
     folder, file = Path(path), Path(path, "meta.json")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder" if folder.exists() else f"{folder} not found")
@@ -149,9 +147,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def verify_checksums(folder: Path, checksums: dict[str, str]) -> None:
-    """Refuses a folder whose files are not the ones its meta.json was written for.
-    Raises ValueError: a file is missing or its bytes have changed.
-    """
+    """Raises ValueError where a file is missing, or is not the one meta.json was written for."""
     for name, expected in checksums.items():
         file, remedy = folder / name, f"delete {folder} and make it again"
         if not file.exists():

@@ -24,9 +24,8 @@ from model.seen import Batch
 def start_processes(device: str) -> str:
     """Connects the processes that torchrun started, if it did; returns the name of the device.
 
-    Every process gets a CUDA device of its own where `device`, the config's, is "cuda", or where it
-    is "auto" and there are any. From then on only the first process prints. Raises ValueError: a
-    device that several processes cannot share, or fewer GPUs than processes.
+    Each gets a CUDA device of its own where the config's `device` is "cuda", or "auto" and there
+    are any. Then only the first one prints. Raises ValueError: a device that cannot be shared.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1" or "LOCAL_RANK" not in os.environ:
         return device
@@ -59,8 +58,7 @@ def finish_processes() -> None:
 
 def exit_now(code: int) -> NoReturn:
     """Ends this process at once, without waiting for the others."""
-    # An orderly end of the group can hang where another process has failed, and in it gloo's
-    # threads now and then abort (torch 2.13: "terminate called without an active exception").
+    # An orderly end can hang where another process has failed, and gloo's threads may abort in it.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -113,8 +111,8 @@ def distribute(model: GPT, seed: int, step: int) -> nn.Module:
 def my_share(micro_batches: list[Batch]) -> list[Batch]:
     """The part of a step's micro-batches (without `kept` and `bounds`) that is this process's.
 
-    Whole micro-batches where there are enough for all, else every n-th row of each. A process that
-    would get nothing gets a row of weight 0, since all must take part in averaging the gradients.
+    Whole ones where there are enough for all, else every n-th row of each; where that is nothing, a
+    row of weight 0, since all must take part in averaging the gradients.
     """
     if (n := world_size()) == 1:
         return micro_batches

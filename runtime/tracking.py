@@ -31,7 +31,6 @@ class Tracker:
         about: what wandb shows as the run's config.
         rows: those of metrics.jsonl before the step that the run starts from.
         resumed: whether it starts from a checkpoint. If not, it is a new run at wandb.
-        say: prints a line.
     """
 
     def __init__(

@@ -21,9 +21,8 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files: dict[str, dict[str, bytes]] = defaultdict(
-            dict
-        )  # of "datasets/owner/name", "owner/name"
+        # Of each repository ("datasets/owner/name" or "owner/name"), by name.
+        self.files: dict[str, dict[str, bytes]] = defaultdict(dict)
         self.log: list[tuple[str, dict[str, str]]] = []
         self.cuts: dict[str, list[int]] = {}  # bytes after which the next answers for a file end
         self.refuse: dict[str, int] = {}  # status of every answer whose path begins so

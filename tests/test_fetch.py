@@ -266,7 +266,6 @@ def test_a_full_disk_leaves_what_is_there_to_go_on_with(
 def test_two_downloads_into_one_folder_are_not_mixed(
     hub: Hub, one: RemoteFile, tmp_path: Path
 ) -> None:
-    pytest.importorskip("fcntl")
     with (
         lock(tmp_path, "downloading into"),
         pytest.raises(ValueError, match=f"another process is downloading into {tmp_path}$"),
@@ -277,6 +276,38 @@ def test_two_downloads_into_one_folder_are_not_mixed(
         download([dataclasses.replace(one, size=7)], tmp_path)
     [path] = download([one], tmp_path)  # a failure holds nothing
     assert path.read_bytes() == CONTENT
+
+
+def test_a_lock_ends_with_its_process_and_follows_no_link(tmp_path: Path) -> None:
+    code = "import os, sys; from pathlib import Path; from runtime.files import lock\n"
+    code += "with lock(Path(sys.argv[1]), ''): print(1, flush=True); sys.stdin.read()"
+    command, pipe = [sys.executable, "-c", code, str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout
+        assert other.stdout.read(1) == b"1"
+        with pytest.raises(ValueError, match="another process is at"), lock(tmp_path, "at"):
+            pass
+        other.kill()
+    with lock(tmp_path, "at"):
+        pass
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match=r"\.lock"), lock(tmp_path, "at"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_worked_on_unguarded(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*args: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", none)
+    with lock(tmp_path, "at"), lock(tmp_path, "at"):
+        assert left(tmp_path) == []
 
 
 def test_a_body_longer_than_the_listing_says_is_not_read_to_its_end(
@@ -658,7 +689,18 @@ def test_the_command_line_fetches_and_fails_in_one_line(hub: Hub, tmp_path: Path
     assert (done.returncode, done.stderr) == (0, "")
     assert left(tmp_path / "out" / "downloads" / "dolly") == ["databricks-dolly-15k.jsonl"]
     assert len(conversations(tmp_path / "out" / "dolly" / "data")) == N
+    file = tmp_path / "out" / "dolly" / "data" / "qa_train_ids.npy"
+    before = file.stat()
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "up to date" in call("dolly", "--tokenizer", "byte").stdout
     for arguments, reason in (
+        (("dolly", "--tokenizer", "byte", "--verify"), "qa_train_ids.npy has changed"),
+        (
+            ("dolly", "--val-fraction", "1.5"),
+            "--val-fraction is 1.5; it must be above 0 and below 1",
+        ),
+        (("dolly", "--files", "0"), "--files is 0; it must be 1 or more"),
         (("alpaca", "--tokenizer", "byte"), "the server answers 401; check the name"),
         (("dolly", "--tokenizer", "bpe:300"), "name the base with --tokenizer-of"),
         (("tinystories", "--tokenizer-of", "x"), "--tokenizer-of is for Q&A"),

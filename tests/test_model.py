@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lab.likelihood import repeat_rows
 from model.gpt import GPT, RECIPES, ModelConfig
 from model.seen import Batch, document_bounds, see_row
 from runtime.device import flops_per_token
@@ -193,7 +194,7 @@ def test_a_repeated_cache_continues_like_rows_of_their_own(recipe: str) -> None:
     prompt, tails = idx[:, :6], random_ids(3, seed=9)[:, :4]
     cache = model.new_cache(1, 10)
     model.hidden(prompt, cache.add(6))
-    cache.repeat(3)
+    repeat_rows(cache, 3)
     found = model.logits(model.hidden(tails, cache.add(4)))
     whole = model(torch.cat([prompt.expand(3, -1), tails], dim=1))[:, 6:]
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)

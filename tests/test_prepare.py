@@ -4,11 +4,13 @@ import errno
 import gzip
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +27,7 @@ from data.shards import load_examples, open_prepared
 from data.sources.read import parse_example, read_documents, read_examples, read_files, text_files
 from data.tokenizer import Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
-from runtime.files import read_meta, sha256_file
+from runtime.files import read_json, read_meta, sha256_file, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [f"{i}: é 👩‍👩‍👧‍👦 <|endoftext|>" + " the cat" * (i % 7) for i in range(40)]
@@ -227,7 +229,7 @@ def test_meta_tells_what_was_made_of_what(tmp_path: Path) -> None:
     assert meta["tokenizer"]["fingerprint"] == Tokenizer.load(out).fingerprint
     assert set(meta["files"]) == {"train.bin", "val.bin", "tokenizer.tiktoken"}
     assert all(sha256_file(out / name) == digest for name, digest in meta["files"].items())
-    assert set(meta["files"]) | {"meta.json"} == {f.name for f in out.iterdir()}
+    assert set(meta["files"]) | {"meta.json", shards.HASHED} == {f.name for f in out.iterdir()}
     size = file.stat().st_size
     source = {"file": "a.jsonl", "bytes": size, "sha256": sha256_file(file)}
     assert meta["request"]["text"] == [source]
@@ -299,7 +301,7 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing(
 
     (tmp_path / "a.jsonl").write_text(jsonl([{"text": "words", **GOOD}] * 9))
     before, out = sorted(tmp_path.iterdir()), tmp_path / "out"
-    monkeypatch.setattr(prepare, "copy_spans", full)
+    monkeypatch.setattr(shards, "_parts", full)
     work: Any = {
         "text": partial(text, out=out),
         "qa": lambda f: prepare.prepare_qa([f], out, base, 0.3, 1),
@@ -324,6 +326,193 @@ def test_a_changed_or_missing_file_is_refused(name: str, tmp_path: Path) -> None
     (out / name).unlink()
     with pytest.raises(ValueError, match=f"{name} is missing"):
         open_prepared(str(out), "text")
+
+
+# ---- what is hashed at a start -------------------------------------------------------------
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    text(corpus(tmp_path / "a.jsonl"), out=tmp_path / "made")
+    return tmp_path / "made"
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were hashed."""
+    names: list[str] = []
+
+    def sha256(path: Path) -> str:
+        names.append(path.name)
+        return sha256_file(path)
+
+    monkeypatch.setattr("runtime.files.sha256_file", sha256)
+    return names
+
+
+ALL = ["tokenizer.tiktoken", "train.bin", "val.bin"]
+
+
+def change(file: Path, keep_time: bool = False) -> None:
+    """Another last byte, and another modification time unless it is kept."""
+    before = file.stat()
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    time = before.st_mtime_ns + (0 if keep_time else 1_000_000)
+    os.utime(file, ns=(before.st_atime_ns, time))
+
+
+def test_a_start_hashes_only_what_changed(made: Path, hashed: list[str]) -> None:
+    open_prepared(made, "text")
+    assert hashed == []  # not even at the first start
+    (made / "val.bin").touch()
+    open_prepared(made, "text")
+    open_prepared(made, "text")
+    assert hashed == ["val.bin"]
+    change(made / "train.bin")
+    for _ in range(2):  # what was found wrong is not found right later
+        with pytest.raises(ValueError, match=r"train\.bin has changed"):
+            open_prepared(made, "text")
+    assert hashed == ["val.bin", "train.bin", "train.bin"]
+
+
+def test_the_same_command_again_hashes_its_inputs_only(made: Path, hashed: list[str]) -> None:
+    text(made.parent / "a.jsonl", out=made)
+    assert hashed == []
+    change(made / "val.bin")
+    with pytest.raises(ValueError, match=r"val\.bin has changed"):
+        text(made.parent / "a.jsonl", out=made)
+
+
+def test_verify_finds_what_a_start_misses(made: Path, hashed: list[str]) -> None:
+    open_prepared(made, "text", verify=True)
+    assert hashed == ALL
+    change(made / "train.bin", keep_time=True)
+    open_prepared(made, "text")  # as its docstring says
+    with pytest.raises(ValueError, match=r"train\.bin has changed"):
+        open_prepared(made, "text", verify=True)
+
+
+def test_a_copied_folder_is_hashed_once(made: Path, hashed: list[str]) -> None:
+    copy = Path(shutil.copytree(made, made.with_name("copy")))  # with its times
+    open_prepared(copy, "text")
+    assert hashed == ALL
+    open_prepared(copy, "text")
+    assert hashed == ALL
+
+
+RECORDS: dict[str, Any] = {
+    "none": None,
+    "no JSON": "{",
+    "not UTF-8": b"\xff",
+    "too deep": "[" * 99_999,
+    "a list": "[1, 2]",
+    "a number": "5",
+    "other values": {"train.bin": 5, "val.bin": None, "tokenizer.tiktoken": {}},
+    "a folder": Path(),
+}
+
+
+@pytest.mark.parametrize("what", RECORDS)
+def test_without_a_usable_record_all_is_hashed(what: str, made: Path, hashed: list[str]) -> None:
+    record, file = RECORDS[what], made / shards.HASHED
+    file.unlink()
+    if isinstance(record, Path):
+        file.mkdir()
+    elif record is not None:
+        file.write_bytes(record if isinstance(record, bytes) else json_of(record))
+    open_prepared(made, "text")
+    assert hashed == ALL
+    open_prepared(made, "text")
+    assert hashed == ALL * (2 if what == "a folder" else 1)  # in whose place no record can be
+    change(made / "train.bin")
+    with pytest.raises(ValueError, match=r"train\.bin has changed"):
+        open_prepared(made, "text")
+
+
+def json_of(record: Any) -> bytes:
+    return (record if isinstance(record, str) else json.dumps(record)).encode()
+
+
+def test_a_record_makes_no_wrong_file_right(made: Path, hashed: list[str]) -> None:
+    change(made / "train.bin")
+    stat, record = (made / "train.bin").stat(), read_json(made / shards.HASHED)
+    state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    # Whatever it says of the file as it is now, but for the sha256 that the file does not have.
+    for digest in (sha256_file(made / "train.bin"), record["val.bin"][0], None):
+        write_json(made / shards.HASHED, {**record, "train.bin": [digest, *state]})
+        with pytest.raises(ValueError, match=r"train\.bin has changed"):
+            open_prepared(made, "text")
+    assert hashed == ["train.bin"] * 3
+    (made / "train.bin").unlink()
+    write_json(made / shards.HASHED, {**record, "train.bin": None})
+    with pytest.raises(ValueError, match=r"train\.bin is missing"):
+        open_prepared(made, "text")
+
+
+def test_a_record_of_another_file_is_not_believed(made: Path, hashed: list[str]) -> None:
+    record = read_json(made / shards.HASHED)
+    write_json(made / shards.HASHED, {**record, "train.bin": record["val.bin"]})
+    open_prepared(made, "text")
+    assert hashed == ["train.bin"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_hashed_every_time(
+    made: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path, value: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("runtime.files.write_json", read_only)
+    open_prepared(made, "text")
+    assert hashed == []  # its record is good
+    (made / "val.bin").touch()
+    for _ in range(2):
+        open_prepared(made, "text")
+    assert hashed == ["val.bin"] * 2
+
+
+def test_an_old_folder_is_up_to_date_and_hashed_once(made: Path, hashed: list[str]) -> None:
+    (made / shards.HASHED).unlink()  # as before there were such records
+    for _ in range(2):
+        text(made.parent / "a.jsonl", out=made)
+    assert hashed == ALL
+
+
+def test_starts_at_once_do_not_disturb_each_other(made: Path) -> None:
+    (made / shards.HASHED).unlink()
+    code = (
+        "import sys; from data.shards import HASHED, open_prepared; from pathlib import Path\n"
+        "for _ in range(40):\n"
+        "    Path(sys.argv[1], HASHED).unlink(missing_ok=True)\n"
+        "    open_prepared(sys.argv[1], 'text')\n"
+    )
+    command = [sys.executable, "-c", code, str(made)]
+    starts = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(3)]
+    assert [start.communicate()[1] for start in starts] == [b""] * 3
+    open_prepared(made, "text")
+    assert read_json(made / shards.HASHED).keys() == set(ALL)
+    assert not [f.name for f in made.iterdir() if f.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("command", ["world", "text", "qa"])
+def test_every_command_verifies_a_folder_that_is_up_to_date(
+    command: str, made: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    (made.parent / "q.jsonl").write_text(jsonl([GOOD] * 9))
+    arguments = {
+        "world": ("--people", 6, "--bios", 2, "--tokenizer", "byte"),
+        "text": (made.parent / "a.jsonl", "--tokenizer", "byte"),
+        "qa": (made.parent / "q.jsonl", "--tokenizer-of", made),
+    }
+    line = (command, *arguments[command], "--out", made.parent / "out")
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, line)])
+    prepare.main()
+    [name] = [f for f in ("train.bin", "qa_train_ids.npy") if (made.parent / "out" / f).exists()][
+        :1
+    ]
+    change(made.parent / "out" / name, keep_time=True)
+    prepare.main()  # up to date, for all it looks at
+    assert f"{name} has changed" in fails(prepare, *line, "--verify")
 
 
 def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -89,9 +89,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def open_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Folder and meta.json of a checkpoint, from itself or its run (then the newest).
-    Raises ValueError: not a checkpoint of this project.
-    """
+    """Folder and meta.json of a checkpoint or a run's newest. Raises ValueError: there is none."""
     folder = files.resolve_checkpoint(path)
     meta = files.read_meta(folder)
     if meta.get("kind") not in ("base", "instruct"):
@@ -139,9 +137,7 @@ def load_pair(
 
 
 def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Puts model, optimizers and random generators back as `path` has them; returns its metrics.
-    Raises ValueError: the checkpoint is damaged.
-    """
+    """Puts model, optimizers and random generators back as `path` has them; returns its metrics."""
     saved = load_checkpoint(path)
     model.load_state_dict(saved.model.state_dict())
     files.verify_checksums(path, {STATE_FILE: saved.meta["files"][STATE_FILE]})
@@ -156,10 +152,7 @@ def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> d
 
 
 def identity(meta: dict[str, Any]) -> str:
-    """A fingerprint of a checkpoint's weights and vocabulary, by which a run knows its base.
-
-    It is the same after an export and an import.
-    """
+    """A fingerprint of weights and vocabulary, the same after an export and an import."""
     return files.fingerprint({name: meta["files"][name] for name in (WEIGHTS_FILE, RANKS_FILE)})
 
 

@@ -51,10 +51,7 @@ class RunConfig:
 
 
 def changes(old: dict[str, Any], config: Any) -> list[str]:
-    """What differs between a run's config.json and its config today, but for what may change.
-
-    A key that an older config lacks means its default.
-    """
+    """What differs between a run's config.json and its config today, but for what may change."""
     found = differences(with_defaults(old, config), asdict(config))
     return [text for text in found if text.split(" ")[0] not in MAY_CHANGE]
 

@@ -18,11 +18,10 @@ from training.step import StepResult
 
 
 class RunLog:
-    """Collects the metrics of each step and writes those of the logged ones.
-
-    With several processes only the first one's does anything. Use as a context: entering opens the
-    file and drops what a killed process wrote beyond the checkpoint it resumes from, so that every
-    step is logged once. Raises ValueError: then, if another process is training in this folder.
+    """Collects the metrics of each step and writes those of the logged ones; of several processes
+    only the first does. As a context it opens the file and drops what a killed process wrote beyond
+    the checkpoint it resumes from, so that every step is logged once. Raises ValueError: then, if
+    another process is training in this folder.
 
     Args:
         config: the whole config of the run, that of the script.
@@ -73,25 +72,23 @@ class RunLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if not is_first():
-            return
-        self._progress.stop()
-        self._file.close()
-        self._tracker.finish(failed=exception[0] is not None)
-        self._lock.__exit__(None, None, None)
+        if is_first():
+            self._progress.stop()
+            self._file.close()
+            self._tracker.finish(failed=exception[0] is not None)
+            self._lock.__exit__(None, None, None)
 
     def add(self, result: StepResult) -> None:
         """Takes in a step that was just taken; shown in the bar."""
-        if not is_first():
-            return
-        self.tokens += result.tokens
-        self._unread.append(result)
-        self._progress.update(self._task, completed=result.step)
-        # Read at once where nothing is gained by waiting: off a GPU, and where an evaluation
-        # follows, whose time is not the steps'.
-        evaluated = is_due(result.step, self.config.run.eval_every, self.steps)
-        if evaluated or result.values.device.type != "cuda":
-            self.row()
+        if is_first():
+            self.tokens += result.tokens
+            self._unread.append(result)
+            self._progress.update(self._task, completed=result.step)
+            # Read at once where nothing is gained by waiting: off a GPU, and where an evaluation
+            # follows, whose time is not the steps'.
+            evaluated = is_due(result.step, self.config.run.eval_every, self.steps)
+            if evaluated or result.values.device.type != "cuda":
+                self.row()
 
     def row(self) -> dict[str, Any]:
         """The metrics of the newest step; on a GPU this waits for it.
@@ -165,10 +162,10 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    rows, text = list[dict[str, Any]](), ""
+    if path.exists():
+        text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})

@@ -31,18 +31,13 @@ class Run:
 
     The scripts ask it in their loop whether to save, to evaluate and to stop. As a context it is
     the run's time of training: the log is open, and Ctrl-C and SIGTERM ask to stop.
-
-    Args:
-        kind: of the checkpoints, "base" or "instruct".
-        config: the whole config of the run, that of the script.
+    Raises ValueError: the folder holds something else, or a run with another config.
 
     Attributes:
         newest: the newest checkpoint; None while there is none.
         device: name of the device to use.
         rows: most rows of a forward pass; halved where memory runs out.
         log: takes in what happens.
-
-    Raises ValueError: the folder holds something else, or a run with another config.
     """
 
     log: RunLog
@@ -97,10 +92,7 @@ class Run:
     def resume(
         self, model: GPT, optimizers: list[torch.optim.Optimizer], tokenizer: Tokenizer
     ) -> nn.Module:
-        """Puts all back as the newest checkpoint has it; returns the network to train.
-
-        That is the model, compiled if the config says so, over all processes.
-        """
+        """Puts all back as the newest checkpoint has it; returns the network to train."""
         where = model.wte.weight.device
         model.loss_chunk = self.config.run.loss_chunk
         device.compile_model(model, self.config.run.compile)
@@ -173,9 +165,7 @@ class Run:
 
 
 def find_checkpoint(folder: Path, config: Any) -> Path | None:
-    """The checkpoint from which a run goes on, or None if it is new. Writes nothing.
-    Raises ValueError: the folder holds something else, or a run with another config.
-    """
+    """The checkpoint from which a run goes on, or None. Raises ValueError as `Run`."""
     steps = checkpoints(folder)
     if steps:
         if changed := changes(read_json(folder / "config.json"), config):

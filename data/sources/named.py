@@ -72,9 +72,7 @@ def print_names() -> None:
 
 
 def remote_files(named: NamedSet, n_files: int | None, downloads: Path) -> list[RemoteFile]:
-    """The files of a set, or the first `n_files`. Raises ValueError: as `hub_files`; it tells of
-    what came into the folder `downloads` before.
-    """
+    """The files of a set, or the first `n_files`. Raises ValueError: as `hub_files`."""
     if "://" in named.source:
         return [RemoteFile(Path(named.source).name, named.source, named.size, named.sha256)]
     try:
