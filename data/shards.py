@@ -131,7 +131,7 @@ def save_examples(
     mask = mask.astype(np.uint8) if isinstance(mask, np.ndarray) else mask
     for name, values in (("ids", ids), ("mask", mask), ("offsets", offsets)):
         _save(folder / f"qa_{part}_{name}.npy", values)
-    supervised = np.load(folder / f"qa_{part}_mask.npy", "r").sum()
+    supervised = np.load(folder / f"qa_{part}_mask.npy", "r", allow_pickle=False).sum()
     counts = {"examples": len(lengths), "tokens": offsets[-1], "supervised": supervised}
     return {f"{part}_{name}": int(count) for name, count in counts.items()}
 

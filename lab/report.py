@@ -216,7 +216,7 @@ def text_at(path: str) -> Any:
 
 def qa_files(path: Path) -> list[Path]:
     """The files behind --qa."""
-    return [f for f in path.iterdir() if f.is_file()] if path.is_dir() else [path]
+    return [f for f in path.glob("[!.]*") if f.is_file()] if path.is_dir() else [path]
 
 
 def run(a: argparse.Namespace) -> None:

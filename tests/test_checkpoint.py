@@ -257,9 +257,9 @@ def test_a_full_disk_is_one_clear_line_with_the_folder(
 def test_nothing_in_the_source_unpickles() -> None:
     all_files = (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py"))
     files = [p for p in all_files if "tests" not in p.parts]
-    assert len(files) > 60
+    assert len(files) > 50
     unsafe = re.compile(
-        r"\bpickle\.(?!dump\()|from pickle|Unpickler|weights_only=(?!True)|allow_pickle=(?!False)"
+        r"\bpickle\.(?!dumps?\()|from pickle|Unpickler|weights_only=(?!True)|allow_pickle=(?!False)"
         r"|torch\.load\((?!.*weights_only=True)|np\.load\((?!.*allow_pickle=False)"
     )
     for file in files:

@@ -169,5 +169,5 @@ def take_weights(path: str, model: GPT, tokenizer: Tokenizer) -> None:
 
 def origin_of(path: str | Path) -> dict[str, Any]:
     """What a run notes of the checkpoint that it starts from."""
-    _, meta = open_checkpoint(path)
+    meta = open_checkpoint(path)[1]
     return {"step": meta["step"], "fingerprint": identity(meta)}

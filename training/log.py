@@ -150,8 +150,8 @@ class RunLog:
 
 def is_complete(checkpoint: Path, steps: int) -> bool:
     """Whether a run's newest checkpoint is its last, and its evaluation is logged."""
-    rows = read_metrics(checkpoint.parent / "metrics.jsonl")
-    logged = bool(rows) and rows[-1]["step"] == steps and "val_loss" in rows[-1]
+    last = read_metrics(checkpoint.parent / "metrics.jsonl")[-1:]
+    logged = [row["step"] for row in last if "val_loss" in row] == [steps]
     return logged and checkpoint.name == f"step_{steps:06d}"
 
 
@@ -162,9 +162,8 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
-    rows, text = list[dict[str, Any]](), ""
-    if path.exists():
-        text = path.read_text(encoding="utf-8", errors="replace")
+    rows = list[dict[str, Any]]()
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
         try:
             row = json.loads(line)

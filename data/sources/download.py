@@ -52,9 +52,7 @@ def endpoint() -> str:
 
 
 def hub_files(repo: str, kind: Kind, patterns: Sequence[str]) -> list[RemoteFile]:
-    """The files of a hub repository that match one of the fnmatch patterns, sorted by name.
-    Raises ValueError: unknown or closed repository, unreachable hub, or no file matches.
-    """
+    """The files of a hub repository that match a pattern, by name. Raises ValueError: none does."""
     where = f"{endpoint()}/{'' if kind == 'models' else 'datasets/'}{repo}"
     tree = f"{endpoint()}/api/{kind}/{repo}/tree/main"
     files, query, asked = list[RemoteFile](), "recursive=true", set[str]()
@@ -178,9 +176,7 @@ def _patiently(work: Callable[[], Any], target: Path | None = None) -> Any:
 
 def _append(file: RemoteFile, target: Path, advance: Callable[[int], None]) -> Path:
     """Adds what is missing to the temporary file, or begins it anew; returns it once it is whole.
-
-    Its name tells the server's version of the file (a digest of ETag and size), so that a later
-    process too knows whether its bytes are a beginning of what the server has now.
+    Its name is a digest of the server's version (ETag, size): is it the beginning of what is there?
     """
     old, position = _part(target)
     if old and position == file.size:

@@ -51,8 +51,8 @@ class NamedSet:
         return 0.1 if self.size < 1e9 else 0.005
 
 
-_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
-NAMED = {name: NamedSet(**table) for name, table in _TABLES.items()}
+TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+NAMED = {name: NamedSet(**table) for name, table in TABLES.items()}
 
 
 def in_words(n_bytes: float) -> str:
