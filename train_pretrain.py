@@ -25,18 +25,18 @@ class PretrainConfig:
 
     data: PretrainDataConfig
     run: RunConfig
-    # Without a default: one would be made for a recipe before the config names another.
+    # No default: it would fix the recipe's switches before the config could name another recipe.
     model: ModelConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     init_from: str | None = None
-    """Start from the weights of this checkpoint, or run, instead of random ones."""
+    """Initial weights: a checkpoint, or a run's newest; None for random ones."""
     verify: bool = False
     """Hash all prepared data at the start, not only what has changed since it was last hashed."""
 
 
 def evaluate(run: Run, model: GPT, data: PretrainData, step: int) -> dict[str, float]:
-    """Validation loss in nats per token and bits per byte; shows what the model would write."""
-    start = [data.tokenizer.end_of_text]  # a document begins
+    """Validation loss in nats per token and bits per byte; prints a sample."""
+    start = [data.tokenizer.end_of_text]  # it begins each document
     ids = generate(model, [start], Sampling(48, temperature=0.8, seed=step))[0]
     text = data.tokenizer.decode(ids)
     run.log.samples(text, ["continuation"], [[text]])
@@ -48,7 +48,7 @@ def evaluate(run: Run, model: GPT, data: PretrainData, step: int) -> dict[str, f
 
 
 def main(config: PretrainConfig) -> Path:
-    """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
+    """Trains to config.optim.steps; Ctrl-C saves and stops. Returns the newest checkpoint."""
     run = Run("base", config)
     data = PretrainData(config.data, config.model.block_size, config.run.seed, config.verify)
     origin = {"data": {"fingerprint": data.fingerprint}}

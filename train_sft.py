@@ -20,7 +20,7 @@ from training.optim import OptimConfig, build_optimizers
 from training.run import Run
 from training.step import StepResult, mean_loss, train_step
 
-STOP_PROMPTS, STOP_WITHIN, SAMPLES = 64, 128, 8  # prompts asked, tokens to stop in, shown in wandb
+STOP_PROMPTS, STOP_WITHIN, SAMPLES = 64, 128, 8  # for stop_rate; replies shown in wandb
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ def load_data(config: SFTConfig, run: Run, base: Checkpoint) -> SFTData:
     """The Q&A, and the text to replay."""
     longest, seed, verify = base.model.config.block_size, config.run.seed, config.verify
     block_size = config.data.block_size or longest
-    check_range("data.block_size", block_size, f"2 to {longest}", "the base has no longer context")
+    check_range("data.block_size", block_size, f"2 to {longest}", "the base's context")
     folder = run.prepare_qa(config.data.path, base.path)
     replay = open_replay(config.data, base.meta, block_size, seed, verify)
-    # auto: where attention skips what it does not see, and no process could be without a row
-    skips = base.model.config.can_pack and has_bf16(pick_device(run.device)) and world_size() == 1
+    # auto packs where attention skips other documents; rows enough for several processes are rare
+    skips = base.model.config.has_varlen and has_bf16(pick_device(run.device)) and world_size() == 1
     packed = config.data.layout == "packed" or (config.data.layout == "auto" and skips)
     return SFTData(folder, config.data, base.tokenizer, block_size, seed, replay, packed, verify)
 
@@ -57,11 +57,11 @@ def answer(model: GPT, data: SFTData, n: int) -> list[list[int]]:
 def evaluate(
     run: Run, model: GPT, data: SFTData, step: int, before: list[list[int]]
 ) -> dict[str, float]:
-    """Validation loss of the true replies, and whether the model would stop where they do.
+    """Validation loss of the true replies, and how well the model ends its own.
 
     `stop_logprob` is the mean log-probability of the end-of-turn token at the true end of a reply;
-    `stop_rate` the share of the model's own replies that end by themselves. Shows one of these,
-    another one at each step; wandb gets some beside `before`, the base's.
+    `stop_rate` the share of the model's own replies that end by themselves. Prints one of these,
+    a different one each time; wandb gets SAMPLES of them beside the base's, `before`.
     """
     batches, end = data.val_batches(run.rows), data.tokenizer.end_of_turn
     ends = [
@@ -80,11 +80,11 @@ def evaluate(
 
 
 def main(config: SFTConfig) -> Path:
-    """Trains to config.optim.steps, or until Ctrl-C; returns the newest checkpoint."""
+    """Trains to config.optim.steps; Ctrl-C saves and stops. Returns the newest checkpoint."""
     run = Run("instruct", config)
     base = load_checkpoint(config.base)
     if base.meta["kind"] != "base":
-        raise ValueError(f"--base={config.base} is an {base.meta['kind']} checkpoint, not a base")
+        raise ValueError(f"--base={config.base} is not a base but of kind {base.meta['kind']}")
     data = load_data(config, run, base)
     replayed = {"fingerprint": data.replay.fingerprint} if data.replay else None
     made_from = {"data": {"fingerprint": data.fingerprint}, "base": origin_of(base.path)}
@@ -95,7 +95,7 @@ def main(config: SFTConfig) -> Path:
     device = set_up(run.device, config.run.seed)
     model = base.model.to(device).train()
     optimizers = build_optimizers(model, config.optim)
-    before = [] if config.run.wandb == "disabled" else answer(model, data, SAMPLES)
+    before = [] if config.run.wandb == "disabled" else answer(model, data, SAMPLES)  # by the base
     network = run.resume(model, optimizers, base.tokenizer)
 
     def train(step: int, rows: int) -> StepResult:

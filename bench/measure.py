@@ -191,7 +191,7 @@ class Bench:
         lengths = rng.lognormal(np.log(120), 0.7, case["steps"] * case["batch_size"])
         lengths = lengths.clip(8, case["block_size"]).astype(int)
         random_data(self.tokens, case["vocab_size"], 100, lengths.tolist())
-        packs = self.machine["bf16"] and ModelConfig(**sizes(case)).can_pack  # as in train_sft.py
+        packs = self.machine["bf16"] and ModelConfig(**sizes(case)).has_varlen  # as train_sft.py
         names = ["ours, packed" if packs else "ours, bucketed", *self.of["others"]]
         tune = partial(call, "bench.workers:tune", folder=str(self.tokens), case=case)
         calls = {name: partial(tune, name=name, device=self.device) for name in names}

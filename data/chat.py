@@ -1,12 +1,12 @@
-"""How a conversation is put to a model. Nothing else in the project knows.
+"""The chat format: how a conversation becomes tokens. Nothing else in the project knows.
 
-The chat template, in which the instruct model is tuned and asked:
+The chat template, in which the instruct model is trained and prompted (chat.jinja is its export):
 
     <|endoftext|> <|user|> question <|end|> <|assistant|> answer <|end|> <|user|> ...
 
 Control tokens are inserted by id and the text between them is encoded as plain text, so no
-message can forge a turn. A reply is supervised together with the <|end|> that closes it. Three ways
-in plain text, for a base that has never seen the template's tokens, follow below it.
+message can forge a turn. A reply is supervised together with the <|end|> that closes it. Three
+formats without its tokens, for a base that has never seen them, are below.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Message(TypedDict):
     content: str
 
 
-# A way to put a conversation to a model: token ids after which its reply is sampled.
+# A prompt format: the token ids after which a reply is sampled.
 Prompt = Callable[[list[Message], Tokenizer], list[int]]
 
 
@@ -57,7 +57,7 @@ def plain_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
 
 
 def documents_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """Each message as a document of its own, after which a new one begins."""
+    """Each message as a document of its own; the reply is the next document."""
     ids = [tokenizer.end_of_text]
     for message in messages:
         ids += [*tokenizer.encode(message["content"]), tokenizer.end_of_text]
@@ -65,12 +65,12 @@ def documents_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]
 
 
 def raw_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """The conversation as one text to go on with, in which each user message begins a line."""
+    """The messages as one running text, in which each user message begins a line."""
     lines = [("\n" if m["role"] == "user" else "") + m["content"] for m in messages]
-    return [tokenizer.end_of_text, *tokenizer.encode("".join(lines)[1:])]
+    return [tokenizer.end_of_text, *tokenizer.encode("".join(lines).removeprefix("\n"))]
 
 
-# In each of these a reply begins without a space, so that it has the same tokens in all.
+# Each ends so that a reply begins without a space: its tokens are then the same in all.
 CONTEXTS: dict[str, Prompt] = {
     "chat": render_prompt,
     "plain": plain_prompt,
@@ -100,8 +100,8 @@ def template_fingerprint() -> str:
 def jinja_template(beginning: str) -> str:
     """`render` and `render_prompt` in Jinja, as transformers runs it for an exported model.
 
-    There a control token is known by its text, which begins with `beginning` in place of "<|" and
-    which no plain text holds: from content that holds it the difference is taken away.
+    There a control token is text that starts with `beginning` in place of "<|". In the content of
+    messages `beginning` becomes "<|", so that no message can forge a control token.
     """
     lines = Path(__file__).with_suffix(".jinja").read_text("utf-8").splitlines()
     return "".join(lines).replace("<|", beginning).replace("FORGED", "'<|'")

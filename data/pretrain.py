@@ -16,7 +16,7 @@ from runtime.files import fingerprint
 
 @dataclass(frozen=True)
 class PretrainDataConfig:
-    """Where the text is and how it is cut. Raises ValueError: sizes out of range."""
+    """Where the text is and how it is cut. Raises ValueError if a size is out of range."""
 
     path: str
     """Folder made by `python -m data.prepare text` or `world`."""
@@ -40,13 +40,13 @@ class PretrainDataConfig:
 class PretrainData:
     """Token windows of a prepared text folder.
 
-    The training text is a ring of tokens, cut into blocks. Every epoch visits every block once,
-    in a new order and with the cuts in new places, so that no document is always cut alike.
+    The training text is circular, and cut into blocks. Every epoch visits every block once, in a
+    new order and with the cuts in new places, so that no document is always cut at the same ones.
 
     Args:
         verify: hash all files of the folder, not only those that look changed.
 
-    Raises ValueError: the folder is unusable, or shorter than one block.
+    Raises ValueError if the folder is unusable, or shorter than one block.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class PretrainData:
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> tuple[int, np.ndarray]:
-        """Where an epoch begins to cut, and the order of its blocks."""
+        """An epoch's offset of the first block, and the order of its blocks."""
         rng = np.random.default_rng([self.seed, epoch])
         return int(rng.integers(self.block_size)), rng.permutation(self.n_blocks)
 
     def micro_batches(self, step: int, rows: int) -> list[Batch]:
-        """What optimizer step `step` (from 0) trains on, in forward passes of so many rows."""
+        """Micro-batches of optimizer step `step` (from 0), at most `rows` rows each."""
         first, starts = step * self.config.batch_size, []
         for i in range(first, first + self.config.batch_size):
             shift, order = self._order(i // self.n_blocks)
@@ -79,7 +79,7 @@ class PretrainData:
         return self._batches(self._train, starts, rows, self.block_size)
 
     def val_batches(self, rows: int) -> list[Batch]:
-        """The same windows at every call; together all of the text, unless val_tokens says less."""
+        """The same blocks at every call: all of the text, or about val_tokens of it."""
         T, n = self.block_size, len(self._val) - 1  # n predictions
         starts, rest = list(range(0, n - T + 1, T)), n % T
         if self.config.val_tokens is not None and self.config.val_tokens < n:
@@ -92,7 +92,7 @@ class PretrainData:
     def _batches(
         self, tokens: np.ndarray, starts: list[int], rows: int, length: int
     ) -> list[Batch]:
-        """Windows of some length, so many of them in a batch."""
+        """Batches of at most `rows` windows of `length` tokens from `starts`."""
         batches = []
         for i in range(0, len(starts), rows):
             places = (np.array(starts[i : i + rows])[:, None] + np.arange(length + 1)) % len(tokens)

@@ -1,4 +1,4 @@
-"""Batches of conversations, rows of like length together, in an order fixed by (seed, step)."""
+"""Batches of conversations of similar length, in an order fixed by (seed, step)."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,13 +19,13 @@ from model.check import check_range
 from model.seen import Batch
 from runtime.files import fingerprint
 
-POOL = 50  # batches whose rows are sorted by length together: little padding, much shuffling
+POOL = 50  # batches per sorting pool: a larger one has less padding and less shuffling
 Example = tuple[np.ndarray, np.ndarray]  # ids of a conversation, and which of them are supervised
 
 
 @dataclass(frozen=True)
 class SFTDataConfig:
-    """Where the conversations are and how they are weighted. Raises ValueError: out of range."""
+    """Where the conversations are and how they are weighted. Raises ValueError if out of range."""
 
     path: str
     """Folder made by `python -m data.prepare qa`, `fetch` or `world`, or a Q&A file."""
@@ -34,19 +34,19 @@ class SFTDataConfig:
     micro_batch_size: int | None = None
     """Rows per forward pass; None for the whole batch. Changes memory, not the result."""
     block_size: int | None = None
-    """Longest conversation, in tokens; None for the base's block_size."""
+    """Most input tokens of a conversation; None for the base's block_size."""
     val_fraction: float = 0.1
     """Share of a file's conversations held back for validation (a folder has its own)."""
     examples: int | None = None
-    """Train on so many conversations only, the first of the prepared order; None for all."""
+    """Train on only the first so many, in prepared order; None for all."""
     layout: Literal["auto", "padded", "packed"] = "auto"
-    """How a step's conversations lie in rows: padded, a row each among others of like length, or
+    """How a step's conversations lie in rows: padded, one a row, or
     packed, several in a row that do not see each other. Changes speed, not the result. auto packs
     on one GPU that has bfloat16."""
     prompt_loss_weight: float = 0.0
-    """Weight of the tokens that are not the assistant's, 0 to 1."""
+    """Weight of unsupervised tokens (prompts), 0 to 1; supervised ones weigh 1."""
     replay: float = 0.0
-    """Share of a step's rows that are windows of pretraining text, block_size long, 0 to below 1.
+    """Share of pretraining blocks among a step's conversations and blocks, 0 to below 1.
     Every token of them weighs 1, so their share of the loss is larger."""
     replay_path: str | None = None
     """Prepared text to replay; None for what the base was trained on."""
@@ -66,7 +66,7 @@ class SFTData:
     """Rendered conversations of a prepared folder. Every epoch visits each of them once.
 
     Args:
-        block_size: the most tokens of a conversation that are fed.
+        block_size: the most input tokens of a conversation.
         replay: pretraining text whose windows join each step, see `open_replay`.
         packed: several conversations share a row and do not see each other.
         verify: hash all files of the folder, not only those that look changed.
@@ -129,14 +129,14 @@ class SFTData:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def micro_batches(self, step: int, rows: int) -> list[Batch]:
-        """What optimizer step `step` (from 0) trains on, in forward passes of so many rows."""
+        """Micro-batches of optimizer step `step` (from 0), at most `rows` rows each."""
         epoch, i = divmod(step, self.steps_per_epoch)
         conversations = [self._train[j] for j in self._order(epoch)[i]]
         batches = self._batches(conversations, self.config.prompt_loss_weight, rows)
         return batches + (self.replay.micro_batches(step, rows) if self.replay else [])
 
     def val_batches(self, rows: int) -> list[Batch]:
-        """All validation conversations, only what is supervised weighted."""
+        """All validation conversations; unsupervised tokens weigh 0."""
         ordered = sorted(self.val, key=lambda row: len(row[0]))
         size = self.config.batch_size
         groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
@@ -163,7 +163,7 @@ class SFTData:
         return pack(lengths, self.block_size) if self.packed else [[i] for i in range(len(lengths))]
 
     def shares(self, rows: int) -> str:
-        """One line: what of the data is used, and how."""
+        """One line of statistics about the data."""
         lengths, computed = np.array([len(ids) - 1 for ids, _ in self._train]), 0
         for chosen in self._order(0):
             own = lengths[chosen].tolist()

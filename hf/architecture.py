@@ -74,9 +74,7 @@ def _column(table: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def find_architecture(config: ModelConfig) -> str:
-    """The architecture, "gpt2" or "nanochat", that computes what a model of this config does.
-    Raises ValueError: none does; names each field that the nearest one cannot follow.
-    """
+    """The architecture that computes what such a model does. Raises ValueError, naming fields."""
     new = {f.name: [f.default] for f in fields(config) if f.name not in {*FREE, *SWITCHES}}
 
     def differences(kind: str) -> list[str]:

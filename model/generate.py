@@ -18,7 +18,7 @@ class Sampling:
     """How tokens are drawn. Temperature 0 takes the most likely id.
 
     top_k keeps the k most likely ids; top_p the fewest most likely ones whose probability reaches
-    p (Holtzman et al. 2019, arXiv 1904.09751). Raises ValueError where a setting is out of range.
+    p (Holtzman et al. 2019, arXiv 1904.09751). Raises ValueError if a setting is out of range.
     """
 
     max_new_tokens: int = 64
@@ -36,7 +36,7 @@ class Sampling:
 
 
 def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
-    """The next id of each row (B,) from logits (B, V) and a uniform number u in [0, 1).
+    """The next id of each row (B,) from logits (B, V) and one u in [0, 1), uniform, for all.
 
     A row's id depends on its own logits and on u alone, not on the rows beside it.
     """
@@ -54,7 +54,7 @@ def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
         probs[beyond] = 0.0
     cumulative = probs.cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-    # Rounding may put u past the last kept id; step back to it.
+    # Rounding may put u past the last kept id: clamp to it.
     drawn = drawn.minimum((probs > 0).sum(dim=-1, keepdim=True) - 1)
     return ids.gather(1, drawn).squeeze(1)
 
@@ -63,7 +63,7 @@ def next_logits(model: GPT, idx: Tensor, seen: Seen) -> Tensor:
     """Logits (B, vocab_size) after the last of some tokens (B, T), without dropout."""
     training = model.training
     if training:
-        model.eval()  # a run also samples between its steps
+        model.eval()  # sampling also happens during training
     x = model.hidden(idx, seen)
     if training:
         model.train()
@@ -76,9 +76,9 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Yields one new id per prompt and step, None for prompts whose reply has ended.
 
-    A reply ends with an id of `stop`, which is yielded, or after max_new_tokens. Every row is
-    sampled as if it were alone: the same prompt and seed give the same reply in any company. When a
-    row has more than block_size tokens, the newer half is kept. Raises ValueError: an empty prompt.
+    A reply ends with an id of `stop`, which is yielded, or after max_new_tokens. The same prompt
+    and seed give the same reply, whatever the other prompts are. A prompt is cut to its newest
+    block_size tokens, a row that outgrows that to its newer half. Raises ValueError if it is empty.
     """
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("there must be a prompt, and each must have at least one token")
@@ -91,7 +91,7 @@ def stream(
     cache = model.new_cache(len(rows), room)
     ids, static_step = torch.empty(0), None
     for u in uniform:
-        if not cache.used or max(map(len, rows)) > block:  # whole rows, padded at the left
+        if not cache.used or max(map(len, rows)) > block:  # prefill (again), left-padded
             rows = [row[-(block // 2 + 1) :] if len(row) > block else row for row in rows]
             width = max(map(len, rows))
             idx = torch.tensor([[0] * (width - len(row)) + row for row in rows]).to(device)

@@ -1,4 +1,4 @@
-"""A compact GPT. Two recipes, `gpt2` and `modern`, are settings of the same few switches.
+"""A compact GPT. Two recipes, `gpt2` and `modern`, preset the same few switches.
 
 `gpt2` is GPT-2 (Radford et al. 2019; Hugging Face `gpt2`). `modern` is the Hugging Face `nanochat`
 architecture: RoPE, parameter-free RMSNorm also after the embedding, QK-norm, ReLU^2, an untied
@@ -43,12 +43,12 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture. A switch that is left out takes its recipe's value. Raises ValueError: a
-    combination that cannot be built.
+    """Architecture. A switch that is left out takes its recipe's value. Raises ValueError if
+    the combination cannot be built.
     """
 
     recipe: Literal["gpt2", "modern"] = "modern"
-    """Where the switches below that are not given come from, and the scale of the first weights."""
+    """Sets the defaults of the switches below, and the scale of the initial weights."""
     n_layer: int = 4
     """Transformer blocks."""
     n_head: int = 4
@@ -75,7 +75,7 @@ class ModelConfig:
     tie_embeddings: bool | None = None
     """One matrix for the embedding and the output head."""
     zero_init_projections: bool | None = None
-    """Start with every block's output at zero, so that a block begins as the identity."""
+    """Initialise output projections to zero, so that every block begins as the identity."""
     logit_softcap: float | None = None
     """Logits are c * tanh(logits / c); 0 leaves them as they are."""
 
@@ -91,16 +91,16 @@ class ModelConfig:
         if C % H:
             raise ValueError(f"model.n_head={H} does not divide model.n_embd={C}")
         if self.position == "rope" and C // H % 2:
-            raise ValueError(f"model.n_embd / model.n_head = {C // H} is odd; RoPE turns pairs")
+            raise ValueError(f"model.n_embd / model.n_head = {C // H} is odd; RoPE rotates pairs")
 
     @property
     def head_size(self) -> int:
-        """Numbers of a head, D."""
+        """Dimension of a head, D."""
         return self.n_embd // self.n_head
 
     @property
-    def can_pack(self) -> bool:
-        """Whether the kernel that skips other documents takes such heads, and no dropout."""
+    def has_varlen(self) -> bool:
+        """Whether the GPU's variable-length attention takes this head size and dropout."""
         return self.head_size % 8 == 0 and self.head_size <= 256 and not self.dropout
 
 
@@ -112,7 +112,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates (x1, x2), the halves of x (B, H, T, D), clockwise: (x1 c + x2 s, x2 c - x1 s).
+    """Rotates (x1, x2), the halves of x (B, H, T, D), into (x1 c + x2 s, x2 c - x1 s).
 
     `cos` holds (c, c) and `sin` (s, -s), each (..., T, D).
     """
@@ -126,14 +126,14 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         C, bias = config.n_embd, bool(config.bias)
-        # Three matrices, not one: Muon orthogonalises each, and the lab looks at each.
+        # Three matrices, not one: Muon orthogonalises each, and lab/ inspects each.
         self.query = nn.Linear(C, C, bias=bias)
         self.key = nn.Linear(C, C, bias=bias)
         self.value = nn.Linear(C, C, bias=bias)
         self.proj = nn.Linear(C, C, bias=bias)
 
     def heads(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, T, D) of x (B, T, C), as they meet each other."""
+        """Queries, keys and values (B, H, T, D) of x (B, T, C), with RoPE and QK-norm."""
         shape = (*x.shape[:2], self.config.n_head, -1)
         q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
         if rope is not None:  # before the QK-norm, as in nanochat
@@ -145,7 +145,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, seen: Seen) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         q, k, v = self.heads(x, rope)
-        k, v = seen.with_past(self.layer, k, v)
+        k, v = seen.update_cache(self.layer, k, v)
         dropout = self.config.dropout if self.training else 0.0
         if seen.bounds is not None:
             y = packed_attention(q, k, v, seen.bounds)
@@ -168,7 +168,7 @@ class MLP(nn.Module):
         x = self.fc(x)
         if self.config.activation == "relu2":
             x = F.relu(x)
-            x = x * x  # square() has a slower backward pass
+            x = x * x  # its backward pass is faster than that of square()
         else:
             x = F.gelu(x, approximate="tanh" if self.config.activation == "gelu" else "none")
         return self.proj(x)
@@ -181,12 +181,16 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn = make_norm(config), Attention(config, layer)
         self.norm2, self.mlp = make_norm(config), MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor, rope: Rope, seen: Seen) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.drop(self.attn(self.norm1(x), rope, seen))
         return x + self.drop(self.mlp(self.norm2(x)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout of what is added to the residual stream."""
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class GPT(nn.Module):
@@ -194,11 +198,11 @@ class GPT(nn.Module):
 
     Args:
         config: the architecture.
-        vocab_size: ids of the tokenizer. The matrices are padded to a multiple of 64 for speed;
+        vocab_size: number of the tokenizer's ids. The matrices are padded to a multiple of 64;
             logits leave the model without the padding, so a padded id can never be sampled.
     """
 
-    loss_chunk: int | None = None  # positions whose logits exist at a time in the loss; None: all
+    loss_chunk: int | None = None  # positions per chunk of logits in the loss; None: all
     rope_cos: Tensor
     rope_sin: Tensor
 
@@ -230,12 +234,12 @@ class GPT(nn.Module):
         """Draws every parameter from torch's global generator: the only place that does.
 
         `gpt2`: N(0, 0.02), output projections scaled by 1 / sqrt(2 n_layer) (GPT-2, section 2.3).
-        `modern`: matrices of variance 1 / C, the scale on which Muon's updates act. An untied head
-        begins small, so that the first loss is ln V.
+        `modern`: matrices of variance 1 / C, the scale of Muon's updates. Both: an untied head is
+        small, so that the first loss is about ln V.
         """
         c, spread = self.config, {"wte.weight": 0.02, "wpe.weight": 0.02, "lm_head.weight": 0.001}
         matrix_std = 0.02 if c.recipe == "gpt2" else c.n_embd**-0.5
-        for name, p in self.named_parameters():  # a tied head is not listed
+        for name, p in self.named_parameters():  # a tied head is listed once, as wte
             if p.dim() < 2:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
             elif not name.endswith("proj.weight"):
@@ -245,11 +249,11 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(p, std=matrix_std / math.sqrt(2 * c.n_layer))
         for table in (self.wte, self.lm_head):
-            table.weight[self.vocab_size :] = 0.0  # padding; it never gets a gradient
+            table.weight[self.vocab_size :] = 0.0  # padding; its gradient is always zero
 
     def hidden(self, idx: Tensor, seen: Seen | None = None) -> Tensor:
-        """Final hidden states (B, T, C) of ids (B, T); `seen` is None for plain causal rows.
-        Raises ValueError: more tokens than block_size.
+        """Final hidden states (B, T, C) of ids (B, T); without `seen`, rows are plain causal.
+        Raises ValueError if there are more tokens than block_size.
         """
         T = idx.shape[1]
         if T > self.config.block_size:
@@ -260,11 +264,12 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[seen.positions]
         if self.config.norm_embedding:
             x = self.norm_embedding(x)
-        x = F.dropout(x, self.config.dropout, self.training)
+        if self.config.dropout:
+            x = F.dropout(x, self.config.dropout, self.training)
         rope = None
         if self.config.position == "rope":
-            cos, sin = (t[seen.positions].unsqueeze(-3) for t in (self.rope_cos, self.rope_sin))
-            rope = (cos.to(x.dtype), sin.to(x.dtype))  # (1 or B, 1, T, D): every head has the same
+            cos, sin = (F.embedding(seen.positions, t) for t in (self.rope_cos, self.rope_sin))
+            rope = cos.unsqueeze(-3).to(x.dtype), sin.unsqueeze(-3).to(x.dtype)  # for all heads
         for block in self.blocks:
             x = block(x, rope, seen)
         return self.norm(x)
@@ -276,10 +281,10 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., C), without the padding."""
-        # In fp32 from here on, also under autocast: bf16 has no digits to spare for logits.
+        # In fp32 from here on, also under autocast: bf16 is too coarse for soft-cap and softmax.
         logits = self.lm_head(x)[..., : self.vocab_size].float()
         cap = self.config.logit_softcap
-        # c * tanh(x / c), by a function of which CPUs are faster
+        # c * tanh(x / c), written with sigmoid, which is faster on CPUs
         return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits
 
     def forward(
@@ -293,10 +298,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B, T, vocab_size), or with targets the summed loss in nats, a scalar.
 
-        The arguments are those of `Batch`. The head runs only where the weights are not zero, and
-        with `loss_chunk` on so many positions at a time.
+        The arguments are the fields of `Batch`, in their order. The head runs only where weights
+        are not zero, on `loss_chunk` positions at a time if that is set.
         """
-        bounds = bounds if self.config.can_pack else None
+        bounds = bounds if self.config.has_varlen else None
         x = self.hidden(idx, None if documents is None else see_documents(documents, bounds))
         if targets is None:
             return self.logits(x)
@@ -315,12 +320,12 @@ class GPT(nn.Module):
         return (F.cross_entropy(self.logits(x), targets, reduction="none") * weights).sum()
 
     def chunked_loss(self, x: Tensor, targets: Tensor, weights: Tensor | None, size: int) -> Tensor:
-        """`loss`, by so many positions at a time; their logits are computed again backwards."""
+        """`loss` in chunks of `size` positions; the backward pass computes logits again."""
         again = partial(checkpoint, self.loss, use_reentrant=False, preserve_rng_state=False)
         w = repeat(None) if weights is None else torch.split(weights, size)
         parts = zip(torch.split(x, size), torch.split(targets, size), w, strict=False)
         return torch.stack([again(*part) for part in parts]).sum()
 
     def n_params(self) -> int:
-        """Trained numbers; a tied head counts once."""
+        """Number of trained parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())

@@ -1,6 +1,6 @@
-"""What goes into a forward pass (`Batch`), and who sees whom in it (`Seen`).
+"""What goes into a forward pass (`Batch`), and which tokens attend to which in it (`Seen`).
 
-Shapes: B rows, T new tokens, S tokens to look at, H heads, D numbers a head.
+Shapes: B rows, T new tokens, S tokens to look at, H heads, D their dimension.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class Batch(NamedTuple):
     """What `GPT.forward` takes.
 
     Attributes:
-        idx, targets: token ids and those that follow, (B, T). The model never shifts them.
+        idx, targets: token ids and those that follow, (B, T); shifted already.
         weights: factor of each position's cross-entropy, (B, T); None for all ones.
-        documents: a number per token, (B, T). Neighbours of one number are a document, to which
-            attention and positions are confined. None: each row is one.
-        kept: where the weights are not 0, as places in the flattened rows, (n,). Given, a GPU need
-            not be waited for to find them.
-        bounds: the `document_bounds`. Given, a GPU kernel skips other documents; else a mask does.
+        documents: a number per token, (B, T). Each document of a row has another one; attention and
+            positions are confined to it. None: each row is one document.
+        kept: where the weights are not 0, as indices into the flattened rows, (n,). Given, finding
+            them needs no GPU sync.
+        bounds: the `document_bounds`. If given, a GPU kernel skips other documents.
     """
 
     idx: Tensor
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     bounds: Tensor | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
-        """A batch of f of every tensor that is there."""
+        """Applies f to every tensor that is not None."""
         return Batch(**{k: f(t) for k, t in self._asdict().items() if t is not None})
 
 
@@ -44,10 +44,10 @@ class Seen(NamedTuple):
 
     Attributes:
         positions: place of each token in its document, counted from 0, (T,) or (B, T).
-        mask: true where a token may look, (B or 1, 1, T, S); None where `causal` says it all.
-        causal: without a mask: a token looks at itself and at those before it. False: at all.
+        mask: true where a token may look, (B or 1, 1, T, S); None: `causal` decides.
+        causal: without a mask: True for causal attention, False for attention to all S tokens.
         bounds: in place of a mask, see `document_bounds`.
-        cache: holds the tokens before the new ones, and takes these in.
+        cache: keys and values of earlier tokens; those of the new ones are added to it.
         columns: the cache's columns that the new tokens go to, (T,).
         width: the new tokens look at the first `width` columns of the cache.
     """
@@ -60,8 +60,8 @@ class Seen(NamedTuple):
     columns: Tensor | None = None
     width: int = 0
 
-    def with_past(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all S tokens to look at, from those of the new ones (B, H, T, D)."""
+    def update_cache(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds new keys and values (B, H, T, D) to a cache; returns those of all S tokens."""
         if self.cache is None or self.columns is None:
             return k, v
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -76,7 +76,7 @@ def see_row(idx: Tensor) -> Seen:
 
 
 def see_documents(documents: Tensor, bounds: Tensor | None = None) -> Seen:
-    """Each document of a row is as if it stood alone; the arguments are those of `Batch`."""
+    """Attention and positions within each document only; arguments as in `Batch`."""
     place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     positions = place - (place * first_tokens(documents)).cummax(dim=1).values
     if bounds is not None:
@@ -93,9 +93,9 @@ def first_tokens(documents: Tensor) -> Tensor:
 
 
 def document_bounds(documents: Tensor) -> Tensor:
-    """Where documents (B, T) begin in the flattened rows, then B * T, int32 (n,).
+    """Where documents (B, T) begin in the flattened rows (cu_seqlens of attention kernels), int32.
 
-    The end is repeated up to a multiple of 64, so that the shape is nearly always the same.
+    Padded with the end, B * T, to a multiple of 64, so that the shape rarely changes.
     """
     begins = first_tokens(documents).flatten().nonzero().squeeze(1)
     n = math.ceil((len(begins) + 1) / 64) * 64
@@ -104,7 +104,7 @@ def document_bounds(documents: Tensor) -> Tensor:
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     """Causal attention within documents, (B, H, T, D); other documents cost nothing. GPU only."""
-    from torch.nn.attention.varlen import varlen_attn  # a second to import, only for GPUs
+    from torch.nn.attention.varlen import varlen_attn  # takes a second to import
 
     B, _, T, _ = q.shape
     q, k, v = (t.to(v.dtype).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
@@ -116,10 +116,10 @@ class KVCache:
     """Keys and values of the tokens so far, in buffers of a fixed size that are written in place.
 
     All rows end at the same column. A shorter row begins in a later column; what lies before its
-    first token is padding, which no token of its own sees.
+    first token is padding, to which its own tokens never attend.
 
     Args:
-        shape: of each layer's buffers, (B, H, room, D); `room` tokens can be added.
+        shape: of each layer's buffers, (B, H, room, D); `room` is its capacity in tokens.
         like: gives the buffers their type and device.
     """
 
@@ -127,7 +127,7 @@ class KVCache:
         self.keys = [like.new_zeros(shape) for _ in range(n_layer)]
         self.values = [like.new_zeros(shape) for _ in range(n_layer)]
         self.room, self.device = shape[2], like.device
-        self.used, self.is_ragged = 0, False  # columns that are filled; whether rows begin apart
+        self.used, self.is_ragged = 0, False  # columns filled; whether rows have different starts
         self.starts = torch.zeros(shape[0], dtype=torch.long, device=self.device)
 
     def restart(self, starts: list[int]) -> None:
@@ -141,7 +141,7 @@ class KVCache:
         columns = torch.arange(first, self.used, device=self.device)
         if self.is_ragged or (first and T > 1):
             return self.see_at(columns, self.used)
-        # One token sees every column; the first ones of all see each other causally.
+        # A single new token attends to all columns; the first tokens of all are causal.
         return Seen(columns, None, T > 1, None, self, columns, self.used)
 
     def see_at(self, columns: Tensor, width: int) -> Seen:
@@ -149,6 +149,6 @@ class KVCache:
         positions = (columns - self.starts[:, None]).clamp(min=0)
         past = torch.arange(width, device=self.device)
         visible = (past <= columns[:, None]) & (past >= self.starts[:, None, None])
-        # Padding sees itself, because a softmax over nothing is not a number.
+        # Padding attends to itself: a softmax over no tokens gives NaN.
         mask = (visible | (past == columns[:, None])).unsqueeze(1)
         return Seen(positions, mask, False, None, self, columns, width)

@@ -14,7 +14,7 @@ from model.check import check_range
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How long and how fast the weights move. Raises ValueError: values out of range."""
+    """Number of steps, optimizer, learning rates. Raises ValueError if out of range."""
 
     steps: int = 1000
     """Optimizer steps of the whole run; 0 only saves the first weights."""
@@ -33,15 +33,15 @@ class OptimConfig:
     final_lr_fraction: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     weight_decay: float = 0.0
-    """Decoupled decay of matrices and embeddings; vectors are never decayed."""
+    """Decoupled decay of matrices and embeddings; biases and norms are never decayed."""
     beta1: float = 0.9
-    """AdamW's decay of the gradient mean."""
+    """AdamW's beta1, of the mean of gradients."""
     beta2: float = 0.95
-    """AdamW's decay of the squared-gradient mean."""
+    """AdamW's beta2, of the mean of squared gradients."""
     momentum: float = 0.95
     """Muon's momentum."""
     grad_clip: float | None = 1.0
-    """Largest norm of the whole gradient; None clips nothing."""
+    """Clips the global gradient norm to this; None does not clip."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -91,8 +91,8 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
             A = X @ X.mT
             X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     else:
-        # The same polynomials of the small square A = X X^T alone, multiplied with X at the end:
-        # they commute, so X_n X_n^T follows from A. In bfloat16 its errors would add up.
+        # The same steps on the small A = X X^T alone, with X multiplied once at the end: every X_n
+        # is Q_n X. In bfloat16 the rounding errors would accumulate.
         A, Q = X @ X.mT, torch.eye(X.shape[-2]).to(X)
         for _ in range(steps):
             P = torch.baddbmm(A, A, A, beta=b, alpha=c)
@@ -103,9 +103,9 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024). For matrices inside the network only.
+    """Momentum, orthogonalised (Jordan et al. 2024). For the blocks' matrices only.
 
-    The momentum is Nesterov's. An update of a (rows, columns) matrix has the spectral norm
+    The momentum is Nesterov's. An update of a (rows, columns) matrix has about the spectral norm
     lr * sqrt(max(1, rows / columns)).
     """
 
@@ -126,7 +126,7 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            # As in torch's fused AdamW: 1 makes the step one that changes nothing.
+            # As in torch's fused AdamW, found_inf = 1 skips the update.
             skip = getattr(self, "found_inf", torch.zeros((), device=params[0].device)) > 0
             lr, beta, updates = group["lr"], group["momentum"], []
             for p in params:
@@ -143,7 +143,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the blocks' matrices if the config says so; every parameter in one."""
+    """AdamW, and Muon for the blocks' matrices if the config says so; each parameter is in one."""
     muon, decayed, vectors = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
     for name, p in model.named_parameters():
         if p.dim() < 2:

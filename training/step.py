@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation: the loss of the whole project is defined here."""
+"""One optimizer step, one evaluation: how losses are averaged (cross-entropy: `GPT.loss`)."""
 
 import contextlib
 import math
@@ -18,14 +18,14 @@ from training.optim import OptimConfig, lr_factor, set_lr
 
 
 class StepResult(NamedTuple):
-    """What a step did. Its numbers stay on a GPU until they are read, which waits for the step.
+    """What a step did. `values` stays on the GPU; `read` waits for the step.
 
     Attributes:
         step: its number, 1 for the first.
         values: mean loss in nats and gradient norm before clipping, (2,).
         lr: AdamW's learning rate.
         tokens: positions in it, padding included.
-        began: when, on the clock of time.perf_counter.
+        began: time.perf_counter() at its start.
     """
 
     step: int
@@ -87,7 +87,7 @@ def train_step(
         except ValueError:
             network.zero_grad()
             raise
-    else:  # no wait: an optimizer moves nothing where it finds that this is 1
+    else:  # no GPU sync: optimizers skip the update where found_inf is 1
         for optimizer in optimizers:
             optimizer.found_inf = 1 - values.isfinite().all().float()  # type: ignore[attr-defined]
     set_lr(optimizers, factor)
@@ -95,7 +95,7 @@ def train_step(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    except torch.OutOfMemoryError:  # too late to take the step again: some weights have moved
+    except torch.OutOfMemoryError:  # no retry by `Run.within_memory`: some weights moved
         raise ValueError("out of memory for the optimizer's state; train a smaller model") from None
     return result
 
@@ -103,7 +103,7 @@ def train_step(
 def add_gradients(network: nn.Module, micro_batches: list[Batch], weight: float) -> Tensor:
     """Adds the gradients of this process's micro-batches; returns the mean loss of all processes.
 
-    `weight` is that of the whole step, over all processes.
+    `weight` is the total weight of the step, over all processes.
     """
     device, n = next(network.parameters()).device, world_size()
     loss = torch.zeros((), device=device)
@@ -111,10 +111,10 @@ def add_gradients(network: nn.Module, micro_batches: list[Batch], weight: float)
         moved = to_device(batch, device)
         with contextlib.ExitStack() as stack:
             if isinstance(network, DistributedDataParallel) and i < len(micro_batches):
-                stack.enter_context(network.no_sync())  # the last one sends the sum of all
+                stack.enter_context(network.no_sync())  # all-reduce only at the last one
             with autocast(device):
                 part = network(*moved) / weight
-            (part * n).backward()  # the processes' gradients are averaged: n makes it their sum
+            (part * n).backward()  # DDP averages gradients: times n, their sum
         loss += part.detach()
     return sum_over_processes(loss)
 
