@@ -51,7 +51,7 @@ class Run:
         self._signals, self._interrupted = device.StopOnSignal(), False
 
     def made_from(self, prepared: dict[str, Any], **origin: dict[str, Any] | None) -> None:
-        """Notes what the run is made from; ValueError if its newest checkpoint is of other things."""
+        """Notes what the run is made of; ValueError if its newest checkpoint is of other data."""
         self.prepared = {k: v for k, v in prepared.items() if k != "files"}
         self.origin = origin
         meta = read_meta(self.newest) if self.newest else origin
@@ -144,7 +144,7 @@ class Run:
         self.newest = save_checkpoint(self.folder, *self._state, self._meta, step, self.log.row())
 
     def within_memory(self, train: Callable[[int, int], StepResult], step: int) -> StepResult:
-        """`train(step, rows)`, again with half the rows if memory runs out; ValueError if 1 does."""
+        """`train(step, rows)`, again with half the rows if out of memory; ValueError if at 1."""
         while True:
             with contextlib.suppress(torch.OutOfMemoryError):
                 return train(step, self.rows)
