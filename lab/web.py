@@ -20,7 +20,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from data.chat import CONTEXTS, Message, raw_prompt, render_prompt
+from data.chat import Message, plain_prompt, raw_prompt, render_prompt
 from data.fitting import recent_turns
 from lab.figures import CLASS_COLORS, templates
 from lab.likelihood import predictions
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MODELS = ("base", "instruct")
 # How the base reads the conversation; the instruct model always reads the template.
-FORMS = CONTEXTS | {"raw": raw_prompt}
+FORMS = {"chat": render_prompt, "plain": plain_prompt, "raw": raw_prompt}
 SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "seed": int, "max_new_tokens": int}
 MAX_NEW_TOKENS = 4096  # of a reply, so that nobody holds the models for hours
 MAX_BYTES = 1 << 19  # of a request; of a million spaces the tokenizer panics

@@ -19,7 +19,7 @@ def _holds(value: float, *rule: str) -> bool:
     numbers = [int(word) if word.isdecimal() else float(word) for word in rule if word[0].isdigit()]
     if "to" in rule:
         return numbers[0] <= value <= numbers[1]
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # not isfinite, which fails for a very large integer
         return False
     compare = {"above": value > numbers[0], "below": value < numbers[0], "at": value <= numbers[0]}
     return compare.get(rule[0], value >= numbers[0])
