@@ -52,8 +52,6 @@ def main(config: PretrainConfig) -> Path:
     run = Run("base", config)
     data = PretrainData(config.data, config.model.block_size, config.run.seed, config.verify)
     origin = {"data": {"fingerprint": data.fingerprint}}
-    if config.init_from is not None:
-        origin["init_from"] = origin_of(config.init_from)
     run.made_from(data.meta, **origin)
     if run.is_complete():
         return run.checkpoint
@@ -61,6 +59,7 @@ def main(config: PretrainConfig) -> Path:
     device = set_up(run.device, config.run.seed)
     model = GPT(config.model, data.tokenizer.n_vocab).to(device)
     if config.init_from is not None:
+        run.made_from(data.meta, **origin, init_from=origin_of(config.init_from))
         take_weights(config.init_from, model, data.tokenizer)
     optimizers = build_optimizers(model, config.optim)
     network = run.resume(model, optimizers, data.tokenizer)
