@@ -82,7 +82,7 @@ def see_documents(documents: Tensor, bounds: Tensor | None = None) -> Seen:
     if bounds is not None:
         return Seen(positions, bounds=bounds)
     same_document = documents[:, :, None] == documents[:, None, :]
-    return Seen(positions, mask=same_document.tril().unsqueeze(1))
+    return Seen(positions, same_document.tril().unsqueeze(1), causal=False)
 
 
 def first_tokens(documents: Tensor) -> Tensor:

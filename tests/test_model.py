@@ -188,6 +188,18 @@ def test_a_document_does_not_depend_on_its_neighbours(recipe: str) -> None:
     torch.testing.assert_close(model(idx, documents=torch.zeros_like(idx)), model(idx))
 
 
+@RECIPE
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_documents_train_with_dropout_and_on_every_kernel(recipe: str, dropout: float) -> None:
+    model, idx = random_model(recipe, dropout=dropout), random_ids(2)
+    documents = torch.tensor([[0] * 5 + [1] * (T - 5)] * 2)
+    expected = model(idx, documents=documents)
+    with sdpa_kernel(SDPBackend.MATH):
+        found = model(idx, documents=documents)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    model.train()(idx, idx, documents=documents).backward()
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_repeated_cache_continues_like_rows_of_their_own(recipe: str) -> None:
     model, idx = random_model(recipe), random_ids(1)

@@ -147,7 +147,9 @@ def test_adding_a_field_leaves_every_run_on_disk_usable(tmp_path: Path) -> None:
     save(tmp_path, 1)
     z_loss: list[Any] = [("z_loss", float, field(default=0.0))]
     newer = make_dataclass("NewerOptim", z_loss, bases=(OptimConfig,), frozen=True)
+    moe = make_dataclass("Moe", [("experts", int, field(default=1))], frozen=True)
     mixing: list[Any] = [("mixing", list[str], field(default_factory=list))]
+    mixing.append(("moe", moe, field(default_factory=moe)))  # a whole table
     newest = make_dataclass("NewestConfig", mixing, bases=(PretrainConfig,), frozen=True)
     old = make_config(tmp_path)
 

@@ -132,6 +132,16 @@ def test_metrics_have_the_documented_keys_and_losses_fall(runs: tuple[Path, Path
     assert {"stop_logprob", "stop_rate"} <= set(read_metrics(runs[1] / "metrics.jsonl")[-1])
 
 
+def test_mfu_is_of_pretraining_alone(
+    world_dir: Path, runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.device.peak_flops", lambda device: 1e12)
+    train_pretrain.main(pretrain_config(world_dir, tmp_path / "base", steps=1))
+    train_sft.main(sft_config(world_dir, runs[0], tmp_path / "instruct", steps=1))
+    assert "mfu" in read_metrics(tmp_path / "base" / "metrics.jsonl")[-1]
+    assert "mfu" not in read_metrics(tmp_path / "instruct" / "metrics.jsonl")[-1]
+
+
 def test_checkpoints_say_what_they_are_and_what_they_were_made_from(
     runs: tuple[Path, Path],
 ) -> None:

@@ -71,7 +71,8 @@ def with_defaults(old: dict[str, Any], config: Any) -> dict[str, Any]:
         elif field.name not in old and field.default is not MISSING:
             filled[field.name] = field.default
         elif field.name not in old and field.default_factory is not MISSING:
-            filled[field.name] = field.default_factory()
+            made = field.default_factory()
+            filled[field.name] = asdict(made) if is_dataclass(made) else made
     return filled
 
 

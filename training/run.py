@@ -103,7 +103,7 @@ class Run:
             **({"template": template_fingerprint()} if self.kind == "instruct" else {}),
         }
         peak = device.peak_flops(where)
-        peak_speed = peak / device.flops_per_token(model) if peak else None
+        peak_speed = peak / device.flops_per_token(model) if peak and self.kind == "base" else None
         self.log = RunLog(self.config, row, self._meta, peak_speed)
         return processes.distribute(model, self.config.run.seed, self.first_step)
 
