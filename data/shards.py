@@ -142,8 +142,8 @@ def n_cores() -> int:
 
 
 def in_threads(
-    work: Callable[[list[Any]], list[np.ndarray]], items: Iterable[Any], size: Callable[[Any], int]
-) -> Iterator[list[np.ndarray]]:
+    work: Callable[[list[Any]], Any], items: Iterable[Any], size: Callable[[Any], int]
+) -> Iterator[Any]:
     """What `work` makes of the items, in order: lists of about PIECE characters, few at a time."""
     total, waiting = 0, deque[Future[list[np.ndarray]]]()
 
@@ -163,20 +163,18 @@ def in_threads(
 
 @contextlib.contextmanager
 def on_disk(
-    folder: Path, tables: Iterable[list[np.ndarray]], dtypes: list[np.dtype], end_of_text: int
+    folder: Path, tables: Iterable[tuple[list[np.ndarray], Any]], dtypes: list[np.dtype]
 ) -> Iterator[tuple[list[tuple[IO[bytes], np.dtype]], np.ndarray]]:
-    """Puts the columns of tables, ids first, into a scratch file each: memory might not hold them.
-
-    Yields files and types, and the spans, (n, 2), of documents or conversations: the first and end
-    of what an end-of-text token begins.
+    """Puts the columns of tables, ids first, into scratch files; memory might not hold them.
+    With each table comes where documents begin in it. Yields files and types, and (n, 2) spans.
     """
     bounds, n = list[Any](), 0
     with contextlib.ExitStack() as stack:
         scratch = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in dtypes]
-        for table in tables:
+        for table, begins in tables:
             for file, column in zip(scratch, table, strict=True):
                 file.write(column.data)
-            bounds.append(n + np.flatnonzero(table[0] == end_of_text))
+            bounds.append(n + np.flatnonzero(begins))
             n += len(table[0])
         cuts = np.concatenate([*bounds, [n]])
         yield [*zip(scratch, dtypes, strict=True)], np.stack([cuts[:-1], cuts[1:]], axis=1)
@@ -198,15 +196,16 @@ def write_text(
     dtype, sizes = id_dtype(tokenizer), list[int]()
     end_of_text = np.array([tokenizer.end_of_text], dtype)
 
-    def encode(pieces: list[tuple[bool, str]]) -> list[np.ndarray]:
+    def encode(pieces: list[tuple[bool, str]]) -> tuple[list[np.ndarray], Any]:
         sizes.append(sum(len(text.encode()) for _, text in pieces))
         ids = [(end_of_text[:begins], tokenizer.encode_array(text)) for begins, text in pieces]
-        return [np.concatenate([*chain(*ids)]).astype(dtype)]
+        joined = np.concatenate([*chain(*ids)]).astype(dtype)
+        return [joined], joined == tokenizer.end_of_text
 
     # Each piece, and whether a document begins with it. A document without any piece is none.
     pieces = ((i == 0, piece) for d in documents for i, piece in enumerate(d))
     tables = in_threads(encode, pieces, lambda piece: len(piece[1]))
-    with on_disk(folder, tables, [dtype], tokenizer.end_of_text) as ([scratch], spans):
+    with on_disk(folder, tables, [dtype]) as ([scratch], spans):
         if not len(spans):
             raise ValueError("the corpus is empty: there is no text to train on")
         meta: Meta = {"dtype": dtype.str, "documents": len(spans), "bytes": sum(sizes)}
@@ -252,12 +251,14 @@ def write_qa(
     """Renders and writes Q&A; returns meta.json's `qa`. Raises ValueError: none is to train on."""
     dtypes = [id_dtype(tokenizer), np.dtype(np.uint8)]
 
-    def encode(batch: list[list[Message]]) -> list[np.ndarray]:
+    def encode(batch: list[list[Message]]) -> tuple[list[np.ndarray], Any]:
         ids, masks = zip(*(render(conversation, tokenizer) for conversation in batch), strict=True)
-        return [np.array([*chain(*ids)], dtypes[0]), np.frombuffer(bytes(chain(*masks)), dtypes[1])]
+        mask = np.frombuffer(bytes(chain(*masks)), dtypes[1])
+        begins = [i == 0 for conversation in ids for i in range(len(conversation))]
+        return [np.array([*chain(*ids)], dtypes[0]), mask], begins
 
     tables = in_threads(encode, conversations, lambda c: sum(len(m["content"]) for m in c))
-    with on_disk(folder, tables, dtypes, tokenizer.end_of_text) as (scratch, spans):
+    with on_disk(folder, tables, dtypes) as (scratch, spans):
         n_val = max(1, round(len(spans) * val_fraction))
         if n_val >= len(spans):
             raise ValueError(

@@ -786,3 +786,22 @@ def test_adjacent_keeps_the_biographies_of_a_person_together(tmp_path: Path) -> 
     assert len([1 for a, b in pairwise(orders[1]) if a != b]) == 8
     assert len([1 for a, b in pairwise(orders[0]) if a != b]) > 20
     assert metas[0]["files"]["val.bin"] == metas[1]["files"]["val.bin"]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_conversations_are_told_apart_whatever_the_template_renders(
+    ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        ids, mask = render(messages, tokenizer)
+        if ends:  # an end-of-text token after each as well
+            return [*ids, tokenizer.end_of_text], [*mask, 0]
+        return ids[1:], mask[1:]  # and none at all
+
+    monkeypatch.setattr("data.shards.render", other)
+    meta = shards.write_qa((chat(i) for i in range(40)), BYTE, tmp_path, 0.25, 1)
+    assert (meta["train_examples"], meta["val_examples"]) == (30, 10)
+    for part, n in (("train", 30), ("val", 10)):
+        examples = load_examples(tmp_path, part)
+        assert len(examples) == n
+        assert all((ids[0] == BYTE.end_of_text) is np.bool_(ends) for ids, _ in examples)
