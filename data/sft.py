@@ -179,12 +179,10 @@ class SFTData:
 
 def one_row(chosen: list[Example], prompt_weight: float) -> list[Tensor]:
     """Inputs, targets, weights and document numbers (from 1) of conversations end to end, (n,)."""
-    ids = [torch.from_numpy(ids.astype(np.int64)) for ids, _ in chosen]
-    masks = [torch.from_numpy(mask[1:] > 0) for _, mask in chosen]
     parts = (
-        [i[:-1] for i in ids],
-        [i[1:] for i in ids],
-        [torch.where(m, 1.0, prompt_weight) for m in masks],
-        [torch.full_like(i[1:], number) for number, i in enumerate(ids, 1)],
+        ([ids[:-1] for ids, _ in chosen], np.int64),
+        ([ids[1:] for ids, _ in chosen], np.int64),
+        ([np.where(mask[1:], 1.0, prompt_weight) for _, mask in chosen], np.float32),
+        ([np.full(len(ids) - 1, number) for number, (ids, _) in enumerate(chosen, 1)], np.int64),
     )
-    return [torch.cat(part) for part in parts]
+    return [torch.from_numpy(np.concatenate(part).astype(kind)) for part, kind in parts]

@@ -169,6 +169,14 @@ def test_a_key_that_today_lacks_is_a_difference(tmp_path: Path) -> None:
     assert changes(recorded, make_config(tmp_path))
 
 
+@pytest.mark.parametrize("recorded", [[], None, 3, "text"])
+def test_a_recorded_config_that_is_no_table_is_one_line(recorded: Any, tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", recorded)
+    save(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        Run("base", make_config(tmp_path))
+
+
 def test_differences_name_every_leaf() -> None:
     old = {"a": {"b": 1, "c": [1, 2]}, "d": None}
     assert differences(old, {"a": {"b": 1, "c": [1, 2]}, "d": None}) == []

@@ -50,8 +50,10 @@ class RunConfig:
             check_range(f"run.{name}", getattr(self, name), "1 or more")
 
 
-def changes(old: dict[str, Any], config: Any) -> list[str]:
+def changes(old: Any, config: Any) -> list[str]:
     """What differs between a run's config.json and its config today, but for what may change."""
+    if not isinstance(old, dict):
+        return ["its config.json is damaged"]
     found = differences(with_defaults(old, config), asdict(config))
     return [text for text in found if text.split(" ")[0] not in MAY_CHANGE]
 

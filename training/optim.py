@@ -46,13 +46,14 @@ class OptimConfig:
     def __post_init__(self) -> None:
         ranges = {
             "0 or more": "steps warmup_steps weight_decay",
-            "above 0": "lr muon_lr grad_clip",
+            "above 0": "lr muon_lr",
             "0 to 1": "decay_fraction final_lr_fraction",
             "0 or more and below 1": "beta1 beta2 momentum",
         }
         for rule, names in ranges.items():
             for name in names.split():
                 check_range(f"optim.{name}", getattr(self, name), rule)
+        check_range("optim.grad_clip", self.grad_clip, "above 0", "null turns clipping off")
         if self.warmup_steps > self.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.warmup_steps} does not fit into "

@@ -52,8 +52,7 @@ class Run:
 
     def made_from(self, prepared: dict[str, Any], **origin: dict[str, Any] | None) -> None:
         """Notes what the run is made of; ValueError if its newest checkpoint is of other data."""
-        self.prepared = {k: v for k, v in prepared.items() if k != "files"}
-        self.origin = origin
+        self.prepared, self.origin = {k: v for k, v in prepared.items() if k != "files"}, origin
         meta = read_meta(self.newest) if self.newest else origin
         for name, value in origin.items():
             if meta.get(name) != value:
