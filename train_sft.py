@@ -40,7 +40,7 @@ def load_data(config: SFTConfig, run: Run, base: Checkpoint) -> SFTData:
     """The Q&A, and the text to replay."""
     longest, seed, verify = base.model.config.block_size, config.run.seed, config.verify
     block_size = config.data.block_size or longest
-    check_range("data.block_size", block_size, f"2 to {longest}", "the base's context")
+    check_range("data.block_size", block_size, f"2 to {longest}", "the base's model.block_size")
     folder = run.prepare_qa(config.data.path, base.path)
     replay = open_replay(config.data, base.meta, block_size, seed, verify)
     # auto packs where attention skips other documents; rows enough for several processes are rare
