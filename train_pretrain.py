@@ -12,7 +12,7 @@ from model.generate import Sampling, generate
 from model.gpt import GPT, RECIPES, ModelConfig
 from runtime.cli import recipes_help, run_cli
 from runtime.device import set_up
-from training.checkpoint import origin_of, take_weights
+from training.checkpoint import take_weights
 from training.config import RunConfig
 from training.optim import OptimConfig, build_optimizers
 from training.run import Run
@@ -25,7 +25,7 @@ class PretrainConfig:
 
     data: PretrainDataConfig
     run: RunConfig
-    # No default: it would fix the recipe's switches before the config could name another recipe.
+    # No default: a ModelConfig has its recipe's switches filled in, and a config may name another.
     model: ModelConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     init_from: str | None = None
@@ -58,15 +58,14 @@ def main(config: PretrainConfig) -> Path:
 
     device = set_up(run.device, config.run.seed)
     model = GPT(config.model, data.tokenizer.n_vocab).to(device)
-    if config.init_from is not None:
-        run.made_from(data.meta, **origin, init_from=origin_of(config.init_from))
-        take_weights(config.init_from, model, data.tokenizer)
+    if config.init_from is not None:  # only now: a complete run needs it no more
+        origin["init_from"] = take_weights(config.init_from, model, data.tokenizer)
+        run.made_from(data.meta, **origin)
     optimizers = build_optimizers(model, config.optim)
     network = run.resume(model, optimizers, data.tokenizer)
 
     def train(step: int, rows: int) -> StepResult:
-        batches = data.micro_batches(step, rows)
-        return train_step(network, optimizers, batches, step, config.optim)
+        return train_step(network, optimizers, data.micro_batches(step, rows), step, config.optim)
 
     epochs = config.optim.steps * config.data.batch_size / data.n_blocks
     print(

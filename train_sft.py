@@ -43,7 +43,7 @@ def load_data(config: SFTConfig, run: Run, base: Checkpoint) -> SFTData:
     check_range("data.block_size", block_size, f"2 to {longest}", "the base's model.block_size")
     folder = run.prepare_qa(config.data.path, base.path)
     replay = open_replay(config.data, base.meta, block_size, seed, verify)
-    # auto packs where attention skips other documents; rows enough for several processes are rare
+    # auto packs if attention skips other documents, in one process: too few rows to share out
     skips = base.model.config.has_varlen and has_bf16(pick_device(run.device)) and world_size() == 1
     packed = config.data.layout == "packed" or (config.data.layout == "auto" and skips)
     return SFTData(folder, config.data, base.tokenizer, block_size, seed, replay, packed, verify)
@@ -61,7 +61,7 @@ def evaluate(
 
     `stop_logprob` is the mean log-probability of the end-of-turn token at the true end of a reply;
     `stop_rate` the share of the model's own replies that end by themselves. Prints one of these,
-    a different one each time; wandb gets SAMPLES of them beside the base's, `before`.
+    chosen by the step; wandb gets SAMPLES of them beside the base's, `before`.
     """
     batches, end = data.val_batches(run.rows), data.tokenizer.end_of_turn
     ends = [
@@ -99,8 +99,7 @@ def main(config: SFTConfig) -> Path:
     network = run.resume(model, optimizers, base.tokenizer)
 
     def train(step: int, rows: int) -> StepResult:
-        batches = data.micro_batches(step, rows)
-        return train_step(network, optimizers, batches, step, config.optim)
+        return train_step(network, optimizers, data.micro_batches(step, rows), step, config.optim)
 
     print(
         f"{model.n_params():,} parameters on {device.type}, from step {base.meta['step']} of "

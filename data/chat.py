@@ -1,6 +1,6 @@
-"""The chat format: how a conversation becomes tokens. Nothing else in the project knows.
+"""The chat format: how a conversation becomes tokens (chat.jinja repeats it, for the export).
 
-The chat template, in which the instruct model is trained and prompted (chat.jinja is its export):
+The chat template, in which the instruct model is trained and prompted:
 
     <|endoftext|> <|user|> question <|end|> <|assistant|> answer <|end|> <|user|> ...
 
@@ -26,7 +26,7 @@ class Message(TypedDict):
     content: str
 
 
-# A prompt format: the token ids after which a reply is sampled.
+# A prompt format: a function to the token ids after which a reply is sampled.
 Prompt = Callable[[list[Message], Tokenizer], list[int]]
 
 
@@ -100,8 +100,8 @@ def template_fingerprint() -> str:
 def jinja_template(beginning: str) -> str:
     """`render` and `render_prompt` in Jinja, as transformers runs it for an exported model.
 
-    There a control token is text that starts with `beginning` in place of "<|". In the content of
-    messages `beginning` becomes "<|", so that no message can forge a control token.
+    transformers encodes all as one text, so there a control token is spelled with `beginning` where
+    we write "<|". A `beginning` inside a message is replaced by "<|", which is plain text there.
     """
     lines = Path(__file__).with_suffix(".jinja").read_text("utf-8").splitlines()
     return "".join(lines).replace("<|", beginning).replace("FORGED", "'<|'")

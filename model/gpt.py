@@ -202,7 +202,7 @@ class GPT(nn.Module):
             logits leave the model without the padding, so a padded id can never be sampled.
     """
 
-    loss_chunk: int | None = None  # positions per chunk of logits in the loss; None: all
+    loss_chunk: int | None = None  # run.loss_chunk: positions per chunk of the loss; None: all
     rope_cos: Tensor
     rope_sin: Tensor
 

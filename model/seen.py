@@ -20,11 +20,11 @@ class Batch(NamedTuple):
     Attributes:
         idx, targets: token ids and those that follow, (B, T); shifted already.
         weights: factor of each position's cross-entropy, (B, T); None for all ones.
-        documents: a number per token, (B, T). Each document of a row has another one; attention and
-            positions are confined to it. None: each row is one document.
-        kept: where the weights are not 0, as indices into the flattened rows, (n,). Given, finding
-            them needs no GPU sync.
-        bounds: the `document_bounds`. If given, a GPU kernel skips other documents.
+        documents: the number of the document that each token is in, (B, T). Tokens attend, and
+            count positions, only within their document. None: each row is one document.
+        kept: where the weights are not 0, as indices into the flattened rows, (n,). Finding them on
+            a GPU would wait for it, so `to_device` fills this in.
+        bounds: the `document_bounds`, by `to_device` too: a GPU kernel then skips other documents.
     """
 
     idx: Tensor
@@ -141,7 +141,7 @@ class KVCache:
         columns = torch.arange(first, self.used, device=self.device)
         if self.is_ragged or (first and T > 1):
             return self.see_at(columns, self.used)
-        # A single new token attends to all columns; the first tokens of all are causal.
+        # One new token attends to all columns; several, of an empty cache, are plain causal.
         return Seen(columns, None, T > 1, None, self, columns, self.used)
 
     def see_at(self, columns: Tensor, width: int) -> Seen:

@@ -156,8 +156,8 @@ def identity(meta: dict[str, Any]) -> str:
     return files.fingerprint({name: meta["files"][name] for name in (WEIGHTS_FILE, RANKS_FILE)})
 
 
-def take_weights(path: str, model: GPT, tokenizer: Tokenizer) -> None:
-    """Gives a model the weights of a checkpoint. Raises ValueError: it is another kind of model."""
+def take_weights(path: str, model: GPT, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Gives a model a checkpoint's weights; returns its `origin_of`. ValueError: another kind."""
     start = load_checkpoint(path)
     theirs = replace(start.model.config, dropout=model.config.dropout)  # no weight depends on it
     if changed := differences(asdict(theirs), asdict(model.config), "model"):
@@ -165,6 +165,7 @@ def take_weights(path: str, model: GPT, tokenizer: Tokenizer) -> None:
     if start.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"init_from={path} has another tokenizer than the data")
     model.load_state_dict(start.model.state_dict())
+    return origin_of(start.path)  # of what was read, should a running run have gone on
 
 
 def origin_of(path: str | Path) -> dict[str, Any]:
