@@ -25,7 +25,7 @@ class PretrainConfig:
 
     data: PretrainDataConfig
     run: RunConfig
-    # No default: a ModelConfig has its recipe's switches filled in, and a config may name another.
+    # No default: it would hold one recipe's switches, which a config of the other could not undo.
     model: ModelConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     init_from: str | None = None
@@ -58,7 +58,7 @@ def main(config: PretrainConfig) -> Path:
 
     device = set_up(run.device, config.run.seed)
     model = GPT(config.model, data.tokenizer.n_vocab).to(device)
-    if config.init_from is not None:  # only now: a complete run needs it no more
+    if config.init_from is not None:  # read only here: a complete run does not need it
         origin["init_from"] = take_weights(config.init_from, model, data.tokenizer)
         run.made_from(data.meta, **origin)
     optimizers = build_optimizers(model, config.optim)

@@ -43,7 +43,7 @@ def load_data(config: SFTConfig, run: Run, base: Checkpoint) -> SFTData:
     check_range("data.block_size", block_size, f"2 to {longest}", "the base's model.block_size")
     folder = run.prepare_qa(config.data.path, base.path)
     replay = open_replay(config.data, base.meta, block_size, seed, verify)
-    # auto packs if attention skips other documents, in one process: too few rows to share out
+    # auto packs if attention skips other documents; in several processes rows would be too few
     skips = base.model.config.has_varlen and has_bf16(pick_device(run.device)) and world_size() == 1
     packed = config.data.layout == "packed" or (config.data.layout == "auto" and skips)
     return SFTData(folder, config.data, base.tokenizer, block_size, seed, replay, packed, verify)

@@ -70,7 +70,8 @@ def raw_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.end_of_text, *tokenizer.encode("".join(lines).removeprefix("\n"))]
 
 
-# Each ends so that a reply begins without a space: its tokens are then the same in all.
+# Those in which replies are compared: a reply has the same tokens after each (`raw_prompt` needs a
+# leading space).
 CONTEXTS: dict[str, Prompt] = {
     "chat": render_prompt,
     "plain": plain_prompt,
@@ -100,8 +101,8 @@ def template_fingerprint() -> str:
 def jinja_template(beginning: str) -> str:
     """`render` and `render_prompt` in Jinja, as transformers runs it for an exported model.
 
-    transformers encodes all as one text, so there a control token is spelled with `beginning` where
-    we write "<|". A `beginning` inside a message is replaced by "<|", which is plain text there.
+    transformers encodes a conversation as one text, so in an export a control token is spelled with
+    `beginning`, a string that no text holds, for "<|". In a message, `beginning` becomes "<|".
     """
     lines = Path(__file__).with_suffix(".jinja").read_text("utf-8").splitlines()
     return "".join(lines).replace("<|", beginning).replace("FORGED", "'<|'")

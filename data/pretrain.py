@@ -41,7 +41,7 @@ class PretrainData:
     """Token windows of a prepared text folder.
 
     The training text is circular, and cut into blocks. Every epoch visits every block once, in a
-    new order and with the cuts in new places, so that no document is always cut at the same ones.
+    new order and with the cuts in new places, so that no document is always cut in the same place.
 
     Args:
         verify: hash all files of the folder, not only those that look changed.

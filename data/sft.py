@@ -40,14 +40,13 @@ class SFTDataConfig:
     examples: int | None = None
     """Train on only the first so many, in prepared order; None for all."""
     layout: Literal["auto", "padded", "packed"] = "auto"
-    """How a step's conversations lie in rows: padded, one a row, or
-    packed, several in a row that do not see each other. Changes speed, not the result. auto packs
-    on one GPU that has bfloat16."""
+    """How conversations are laid out: padded (one per row) or packed (several per row, none of
+    which sees another). Changes speed, not the result. auto packs on one GPU that has bfloat16."""
     prompt_loss_weight: float = 0.0
     """Weight of unsupervised tokens (prompts), 0 to 1; supervised ones weigh 1."""
     replay: float = 0.0
-    """Share of pretraining blocks among a step's conversations and blocks, 0 to below 1.
-    Every token of them weighs 1, so their share of the loss is larger."""
+    """Blocks of pretraining text in a step, as a share of its conversations and blocks, 0 to below
+    1. All tokens of a block are supervised, so its share of the loss is larger."""
     replay_path: str | None = None
     """Prepared text to replay; None for what the base was trained on."""
 

@@ -36,7 +36,7 @@ class Sampling:
 
 
 def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
-    """The next id of each row (B,) from logits (B, V) and one u in [0, 1), uniform, for all.
+    """The next id of each row (B,) from logits (B, V) and one u for all rows, uniform in [0, 1).
 
     A row's id depends on its own logits and on u alone, not on the rows beside it.
     """

@@ -231,11 +231,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws every parameter from torch's global generator: the only place that does.
+        """Draws every parameter, from torch's global generator. No other place draws any.
 
         `gpt2`: N(0, 0.02), output projections scaled by 1 / sqrt(2 n_layer) (GPT-2, section 2.3).
-        `modern`: matrices of variance 1 / C, the scale of Muon's updates. Both: an untied head is
-        small, so that the first loss is about ln V.
+        `modern`: entries of variance 1 / C, as of an orthogonal matrix and so of Muon's updates.
+        Both: an untied head is small, so that the first loss is about ln V.
         """
         c, spread = self.config, {"wte.weight": 0.02, "wpe.weight": 0.02, "lm_head.weight": 0.001}
         matrix_std = 0.02 if c.recipe == "gpt2" else c.n_embd**-0.5

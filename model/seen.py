@@ -22,8 +22,8 @@ class Batch(NamedTuple):
         weights: factor of each position's cross-entropy, (B, T); None for all ones.
         documents: the number of the document that each token is in, (B, T). Tokens attend, and
             count positions, only within their document. None: each row is one document.
-        kept: where the weights are not 0, as indices into the flattened rows, (n,). Finding them on
-            a GPU would wait for it, so `to_device` fills this in.
+        kept: where the weights are not 0, as indices into the flattened rows, (n,). `to_device`
+            fills this in on the CPU: on a GPU, finding them would stop until it is idle.
         bounds: the `document_bounds`, by `to_device` too: a GPU kernel then skips other documents.
     """
 
@@ -141,7 +141,7 @@ class KVCache:
         columns = torch.arange(first, self.used, device=self.device)
         if self.is_ragged or (first and T > 1):
             return self.see_at(columns, self.used)
-        # One new token attends to all columns; several, of an empty cache, are plain causal.
+        # One new token attends to all columns. Several attend causally: they begin the cache.
         return Seen(columns, None, T > 1, None, self, columns, self.used)
 
     def see_at(self, columns: Tensor, width: int) -> Seen:

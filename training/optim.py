@@ -93,7 +93,7 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
             X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     else:
         # The same steps on the small A = X X^T alone, with X multiplied once at the end: every X_n
-        # is Q_n X. In bfloat16 the rounding errors would accumulate.
+        # is Q_n X. On a CPU only: in bfloat16 the rounding errors would accumulate.
         A, Q = X @ X.mT, torch.eye(X.shape[-2]).to(X)
         for _ in range(steps):
             P = torch.baddbmm(A, A, A, beta=b, alpha=c)

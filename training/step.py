@@ -44,7 +44,7 @@ class StepResult(NamedTuple):
         raise ValueError(
             f"step {self.step}: loss {loss}, gradient norm {norm}; the weights were not changed. "
             "Start again in another --run.dir with a lower learning rate, or look at the batch, "
-            f"micro_batches({self.step - 1})"
+            f"data.micro_batches({self.step - 1}, rows)"
         )
 
 
@@ -64,7 +64,7 @@ def train_step(
 
     The loss is sum(weight * cross_entropy) / sum(weight) over the whole step, so how the step is
     cut into micro-batches, and over how many processes, does not matter, whatever the weights. Each
-    process is given all micro-batches, and the network that `distribute` made of the model. Raises
+    process is given all micro-batches, and the network that `Run.resume` returned. Raises
     ValueError: no weight at all, or a loss or gradient that is not finite (on a GPU when the result
     is read); the weights and the optimizer are then as they were before the step.
     """
@@ -95,7 +95,7 @@ def train_step(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    except torch.OutOfMemoryError:  # no retry by `Run.within_memory`: some weights moved
+    except torch.OutOfMemoryError:  # not to be tried again: some weights moved
         raise ValueError("out of memory for the optimizer's state; train a smaller model") from None
     return result
 
