@@ -103,8 +103,8 @@ def _read_files(argv: list[str], kinds: dict[str, Any]) -> list[str]:
     for option in rest:
         name, equals, value = option.partition("=")
         kind = kinds.get(name)
-        if is_dataclass(kind) and (value := value if equals else next(rest, "")):
-            option = f"{name}={_load(name, value, kind)}"
+        if is_dataclass(kind):
+            option = f"{name}={_load(name, value if equals else next(rest, ''), kind)}"
         elif kind is bool and not equals:
             option = f"{name}=true"
         args.append(option)
