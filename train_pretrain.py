@@ -31,7 +31,7 @@ class PretrainConfig:
     init_from: str | None = None
     """Initial weights: a checkpoint, or a run's newest; None for random ones."""
     verify: bool = False
-    """Hash all prepared data at the start, not only what has changed since it was last hashed."""
+    """Hash all prepared data at the start, not only files that look changed since the last time."""
 
 
 def evaluate(run: Run, model: GPT, data: PretrainData, step: int) -> dict[str, float]:

@@ -33,7 +33,7 @@ class SFTConfig:
     run: RunConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     verify: bool = False
-    """Hash all prepared data at the start, not only what has changed since it was last hashed."""
+    """Hash all prepared data at the start, not only files that look changed since the last time."""
 
 
 def load_data(config: SFTConfig, run: Run, base: Checkpoint) -> SFTData:

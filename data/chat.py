@@ -70,8 +70,8 @@ def raw_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.end_of_text, *tokenizer.encode("".join(lines).removeprefix("\n"))]
 
 
-# Those in which replies are compared: a reply has the same tokens after each (`raw_prompt` needs a
-# leading space).
+# For comparing a reply in several formats: it has the same tokens after each. After `raw_prompt` a
+# reply would have to begin with a space.
 CONTEXTS: dict[str, Prompt] = {
     "chat": render_prompt,
     "plain": plain_prompt,
@@ -102,7 +102,7 @@ def jinja_template(beginning: str) -> str:
     """`render` and `render_prompt` in Jinja, as transformers runs it for an exported model.
 
     transformers encodes a conversation as one text, so in an export a control token is spelled with
-    `beginning`, a string that no text holds, for "<|". In a message, `beginning` becomes "<|".
+    `beginning` in place of "<|". A message that holds `beginning` is given "<|" there instead.
     """
     lines = Path(__file__).with_suffix(".jinja").read_text("utf-8").splitlines()
     return "".join(lines).replace("<|", beginning).replace("FORGED", "'<|'")

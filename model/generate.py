@@ -42,8 +42,8 @@ def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    # The largest becomes 0 before the division, so that a tiny temperature never gives inf.
-    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+    # The largest is 0 before the division, and 1e-30 is no zero: no temperature gives inf or nan.
+    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     logits, ids = logits.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         logits[:, sampling.top_k :] = -torch.inf
@@ -78,7 +78,7 @@ def stream(
 
     A reply ends with an id of `stop`, which is yielded, or after max_new_tokens. The same prompt
     and seed give the same reply, whatever the other prompts are. A prompt is cut to its newest
-    block_size tokens, a row that outgrows that to its newer half. Raises ValueError if it is empty.
+    block_size tokens, a row that grows beyond them to its newer half. ValueError: one is empty.
     """
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("there must be a prompt, and each must have at least one token")

@@ -234,7 +234,7 @@ class GPT(nn.Module):
         """Draws every parameter, from torch's global generator. No other place draws any.
 
         `gpt2`: N(0, 0.02), output projections scaled by 1 / sqrt(2 n_layer) (GPT-2, section 2.3).
-        `modern`: entries of variance 1 / C, as of an orthogonal matrix and so of Muon's updates.
+        `modern`: variance 1 / C, as an orthogonal C x C matrix has (Muon's update before its lr).
         Both: an untied head is small, so that the first loss is about ln V.
         """
         c, spread = self.config, {"wte.weight": 0.02, "wpe.weight": 0.02, "lm_head.weight": 0.001}

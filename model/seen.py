@@ -23,7 +23,7 @@ class Batch(NamedTuple):
         documents: the number of the document that each token is in, (B, T). Tokens attend, and
             count positions, only within their document. None: each row is one document.
         kept: where the weights are not 0, as indices into the flattened rows, (n,). `to_device`
-            fills this in on the CPU: on a GPU, finding them would stop until it is idle.
+            fills this in on the CPU: finding them later would wait for the GPU.
         bounds: the `document_bounds`, by `to_device` too: a GPU kernel then skips other documents.
     """
 

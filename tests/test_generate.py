@@ -117,10 +117,10 @@ def test_a_stop_id_ends_its_row_and_the_others_go_on() -> None:
 
 
 @RECIPE
-@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-9}])
+@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-300}])
 def test_the_narrowest_sampling_is_greedy(recipe: str, limit: dict[str, Any]) -> None:
     model = random_model(recipe)
-    narrow = generate(model, PROMPTS, Sampling(20, temperature=2.0, **limit))
+    narrow = generate(model, PROMPTS, Sampling(20, **{"temperature": 2.0} | limit))
     assert narrow == generate(model, PROMPTS, Sampling(20))
 
 

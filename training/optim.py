@@ -17,7 +17,7 @@ class OptimConfig:
     """Number of steps, optimizer, learning rates. Raises ValueError if out of range."""
 
     steps: int = 1000
-    """Optimizer steps of the whole run; 0 only saves the first weights."""
+    """Optimizer steps of the whole run; with 0 a run only saves its first weights."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
     lr: float = 3e-3
@@ -93,7 +93,7 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
             X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     else:
         # The same steps on the small A = X X^T alone, with X multiplied once at the end: every X_n
-        # is Q_n X. On a CPU only: in bfloat16 the rounding errors would accumulate.
+        # is Q_n X. Not on CUDA: in bfloat16 the rounding errors would add up.
         A, Q = X @ X.mT, torch.eye(X.shape[-2]).to(X)
         for _ in range(steps):
             P = torch.baddbmm(A, A, A, beta=b, alpha=c)

@@ -95,7 +95,7 @@ def train_step(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    except torch.OutOfMemoryError:  # not to be tried again: some weights moved
+    except torch.OutOfMemoryError:  # not for `Run.within_memory`: some weights moved
         raise ValueError("out of memory for the optimizer's state; train a smaller model") from None
     return result
 
