@@ -58,9 +58,9 @@ def main(config: PretrainConfig) -> Path:
 
     device = set_up(run.device, config.run.seed)
     model = GPT(config.model, data.tokenizer.n_vocab).to(device)
-    if config.init_from is not None:  # read only here: a complete run does not need it
-        origin["init_from"] = take_weights(config.init_from, model, data.tokenizer)
-        run.made_from(data.meta, **origin)
+    start = config.init_from  # read only here: a complete run does not need it
+    taken = None if start is None else take_weights(start, model, data.tokenizer)
+    run.made_from(data.meta, **origin, init_from=taken)
     optimizers = build_optimizers(model, config.optim)
     network = run.resume(model, optimizers, data.tokenizer)
 

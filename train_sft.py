@@ -87,7 +87,7 @@ def main(config: SFTConfig) -> Path:
         raise ValueError(f"--base={config.base} is not a base but of kind {base.meta['kind']}")
     data = load_data(config, run, base)
     replayed = {"fingerprint": data.replay.fingerprint} if data.replay else None
-    made_from = {"data": {"fingerprint": data.fingerprint}, "base": origin_of(base.path)}
+    made_from = {"data": {"fingerprint": data.fingerprint}, "base": origin_of(base.meta)}
     run.made_from(data.meta, **made_from, replay=replayed)
     if run.is_complete():
         return run.checkpoint

@@ -115,7 +115,7 @@ def prepare_qa(
 
 def fetch(
     name: str,
-    out: Path | None = None,
+    out: Path,
     downloads: Path | None = None,
     tokenizer: str | None = None,
     tokenizer_of: Path | None = None,
@@ -129,7 +129,7 @@ def fetch(
 
     if name not in sets.NAMED:
         raise ValueError(f"no data set is called {name!r}; there are {', '.join(sets.NAMED)}")
-    named, out = sets.NAMED[name], out or Path("out", name, "data")
+    named = sets.NAMED[name]
     spec, is_text = tokenizer or named.tokenizer, named.kind == "text"
     downloads = downloads or Path("out/downloads", name)
     if is_text and tokenizer_of:
@@ -209,12 +209,13 @@ def main() -> None:
     with one_line_errors():
         check_range("--val-fraction", a["val_fraction"], "above 0 and below 1")
         check_range("--files", a.get("n_files"), "1 or more")
+        check_range("--seed", a["seed"], "0 or more")
         if command == "fetch" and (a.pop("list") or not a["name"]):
             from data.sources.named import print_names
 
             print_names()
             return
-        out = a["out"] or Path("out", a["name"], "data")
+        out = a["out"] = a["out"] or Path("out", a["name"], "data")
         if verify and (out / "meta.json").exists():
             shards.check_files(out, read_meta(out)["files"], verify=True)
         if command == "world":

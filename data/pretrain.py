@@ -82,10 +82,9 @@ class PretrainData:
         """The same blocks at every call: all of the text, or about val_tokens of it."""
         T, n = self.block_size, len(self._val) - 1  # n predictions
         starts, rest = list(range(0, n - T + 1, T)), n % T
-        if self.config.val_tokens is not None and self.config.val_tokens < n:
+        if starts and self.config.val_tokens is not None and self.config.val_tokens < n:
             chosen = max(1, self.config.val_tokens // T)
-            if chosen <= len(starts):
-                starts, rest = [starts[i * len(starts) // chosen] for i in range(chosen)], 0
+            starts, rest = [starts[i * len(starts) // chosen] for i in range(chosen)], 0
         last = self._batches(self._val, [n - rest], rows, rest) if rest else []
         return self._batches(self._val, starts, rows, T) + last
 

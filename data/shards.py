@@ -216,7 +216,7 @@ def write_text(
             meta |= save_tokens(folder, part, (*scratch, chosen))
     if min(meta["train_tokens"], meta["val_tokens"]) < 2:
         raise ValueError(
-            f"--val-fraction {val_fraction} leaves training or validation empty; use more text"
+            f"a val_fraction of {val_fraction} leaves training or validation empty; use more text"
         )
     return meta
 
@@ -262,7 +262,7 @@ def write_qa(
         n_val = max(1, round(len(spans) * val_fraction))
         if n_val >= len(spans):
             raise ValueError(
-                f"{len(spans)} example(s) with --val-fraction {val_fraction} leave none to train on"
+                f"{len(spans)} example(s) at val_fraction {val_fraction} leave none to train on"
             )
         spans = np.random.default_rng(seed).permutation(spans)
         meta: Meta = {"template": template_fingerprint()}
@@ -283,7 +283,7 @@ def check_folder(out: Path, request: Meta) -> Meta | None:
     if keys := [k for k in {**old, **request} if not _agree(old.get(k), request.get(k))]:
         raise ValueError(
             f"{out} holds data made from other inputs ({', '.join(keys)}); "
-            "delete it or choose another --out"
+            "delete it or choose another folder"
         )
     return meta
 

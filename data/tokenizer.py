@@ -31,7 +31,7 @@ class Tokenizer:
         kind: "gpt2", "bpe" or "byte".
         n_vocab: ids are 0 .. n_vocab - 1, control tokens included.
         ranks: the ids of the byte strings.
-        end_of_text, end_of_turn: ids that end a document and a chat turn.
+        end_of_text, end_of_turn: ids that stand before each document, and that end a chat turn.
     """
 
     def __init__(self, kind: str, pattern: str, ranks: dict[bytes, int]) -> None:

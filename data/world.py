@@ -104,7 +104,7 @@ class World:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the people, their facts, or any wording in this file."""
+        """Changes with the people, their facts, or any wording of `ATTRIBUTES`."""
         return fingerprint([[asdict(p) for p in self.people], [asdict(a) for a in ATTRIBUTES]])
 
     @cached_property

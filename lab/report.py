@@ -39,6 +39,7 @@ from runtime.files import (
     resolve_checkpoint,
     sha256_file,
     write_json,
+    write_text,
 )
 from sample import COLUMNS, Conversation, Reply, show
 
@@ -189,9 +190,7 @@ def write_page(report: dict[str, Any], path: Path) -> None:
     page = env.get_template("report.html").render(
         report, report=report, pictures=pictures, splits=SPLIT_NAMES, columns=COLUMNS
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
 
 
 def as_cell(value: dict[str, Any]) -> Markup:

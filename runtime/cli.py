@@ -65,6 +65,9 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
     parser.add_class_arguments(config_class, None)
     hints = get_type_hints(config_class)
     kinds = {f"--{name}": kind for name, kind in hints.items()} | {"--config": config_class}
+    for name, kind in hints.items():
+        keys = get_type_hints(kind) if is_dataclass(kind) else {}
+        kinds |= {f"--{name}.{key}": of_key for key, of_key in keys.items()}
     args = _read_files(sys.argv[1:] if argv is None else argv, kinds)
     try:
         values = vars(parser.instantiate(parser.parse_args(args)))
@@ -99,13 +102,15 @@ def _read_files(argv: list[str], kinds: dict[str, Any]) -> list[str]:
     jsonargparse imports what a file names as `class_path`, so it is never given a file, only keys
     that exist and single values. A bare `--switch` becomes `--switch=true`.
     """
-    args, rest = list[str](), iter(argv)
-    for option in rest:
+    args, rest = list[str](), list(argv)
+    while rest:
+        option = rest.pop(0)
         name, equals, value = option.partition("=")
         kind = kinds.get(name)
         if is_dataclass(kind):
-            option = f"{name}={_load(name, value if equals else next(rest, ''), kind)}"
-        elif kind is bool and not equals:
+            value = value if equals or not rest else rest.pop(0)
+            option = f"{name}={_load(name, value, kind)}"
+        elif kind in (bool, bool | None) and not equals and rest[:1] not in (["true"], ["false"]):
             option = f"{name}=true"
         args.append(option)
     return args
@@ -114,7 +119,7 @@ def _read_files(argv: list[str], kinds: dict[str, Any]) -> list[str]:
 def _load(option: str, value: str, kind: Any) -> str:
     """What a file of TOML or JSON holds, checked, as JSON; a value that is JSON stands for one."""
     try:
-        text = value if value.startswith("{") else Path(value).read_text(encoding="utf-8")
+        text = value if value.startswith("{") else Path(value).read_text(encoding="utf-8-sig")
         data: Any = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
         _check_keys(data, kind)
     except (OSError, ValueError) as error:  # no such file, not UTF-8, not TOML, a wrong key, ...

@@ -22,14 +22,19 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replaces `path` in one rename, so that a reader or a crash never meets half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of any JSON-ready value."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 @contextlib.contextmanager
@@ -137,7 +142,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder from itself or from its run's folder (then the newest whole one)."""
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if (folder / "meta.json").exists() or not folder.is_dir():
         return folder  # whatever is wrong with it, read_meta says so
     steps = checkpoints(folder)

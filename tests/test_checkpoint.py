@@ -240,6 +240,12 @@ def test_resume_refuses_a_damaged_state(tmp_path: Path) -> None:
         resume(path, *fresh(1))
 
 
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_checkpoint(f"~/{path.name}").path == path
+
+
 @pytest.mark.parametrize("broken", ["save_file", "torch.save"])
 def test_a_full_disk_is_one_clear_line_with_the_folder(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

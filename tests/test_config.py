@@ -218,10 +218,23 @@ class SmallConfig:
         (["--optim.steps", "3", "--verify"], True),
         (["--verify=true"], True),
         (["--verify", "--verify=false"], False),
+        (["--verify", "false", "--optim.steps=3"], False),
     ],
 )
 def test_a_switch_needs_no_value(options: list[str], verify: bool) -> None:
     assert parse_config(SmallConfig, options).verify is verify
+
+
+def test_a_switch_in_a_section_needs_no_value_either(tmp_path: Path) -> None:
+    options = ["--data.document_mask", "--model.qk_norm", "--model.recipe=gpt2"]
+    config = parse_config(PretrainConfig, [write(tmp_path), *options])
+    assert config.data.document_mask
+    assert config.model.qk_norm
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    whole = parse_config(PretrainConfig, [write(tmp_path)])
+    assert parse_config(PretrainConfig, [write(tmp_path, "\ufeff" + TOML)]) == whole
 
 
 def test_every_config_file_parses_and_says_no_more_than_it_means() -> None:

@@ -28,6 +28,7 @@ from data.sources.read import parse_example, read_documents, read_examples, read
 from data.tokenizer import Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 from runtime.files import read_json, read_meta, sha256_file, write_json
+from tests.conftest import Fails
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [f"{i}: é 👩‍👩‍👧‍👦 <|endoftext|>" + " the cat" * (i % 7) for i in range(40)]
@@ -597,8 +598,15 @@ def test_a_kind_of_file_whose_library_is_missing_says_so(
             text(tmp_path / name, out=tmp_path / "out")
 
 
+def test_a_seed_below_zero_is_refused_at_once(fails: Fails, tmp_path: Path) -> None:
+    error = fails(
+        prepare, "text", "missing.txt", "--out", tmp_path, "--seed=-1", "--tokenizer=byte"
+    )
+    assert "--seed is -1; it must be 0 or more" in error
+
+
 def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--val-fraction 0\.9 leaves training or validation"):
+    with pytest.raises(ValueError, match=r"a val_fraction of 0\.9 leaves training or validation"):
         text(corpus(tmp_path / "a.jsonl", ["a"]), out=tmp_path / "out", share=0.9)
 
 

@@ -12,7 +12,7 @@ import torch
 from data.pretrain import PretrainDataConfig
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, ModelConfig
-from runtime.files import write_json
+from runtime.files import lock, write_json
 from train_pretrain import PretrainConfig
 from training.checkpoint import save_checkpoint
 from training.config import RunConfig, changes, differences
@@ -202,3 +202,25 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="holds no run"):
             Run("base", make_config(path))
     assert contents(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_prepared_questions_of_a_running_run_are_left_alone(tmp_path: Path) -> None:
+    run = Run("instruct", make_config(tmp_path / "r"))
+    (tmp_path / "r" / PREPARED_QA).mkdir(parents=True)
+    with lock(tmp_path / "r", "training in"), pytest.raises(ValueError, match="another process"):
+        run.prepare_qa("qa.jsonl", tmp_path)
+    assert (tmp_path / "r" / PREPARED_QA).is_dir()
+
+
+def test_a_run_of_another_beginning_is_refused_either_way(tmp_path: Path) -> None:
+    began: dict[str, Any] = {"step": 3, "fingerprint": "f"}
+    for folder, noted, named in (("a", began, None), ("b", None, began)):
+        meta = {"kind": "base", **ORIGIN, "init_from": noted}
+        model = GPT(TINY, BYTE.n_vocab)
+        save_checkpoint(tmp_path / folder, model, [], BYTE, meta, 6, {"step": 6})
+        config = make_config(tmp_path / folder)
+        write_json(tmp_path / folder / "config.json", asdict(config))
+        run = Run("base", config)
+        run.made_from({}, **ORIGIN, init_from=noted)
+        with pytest.raises(ValueError, match=r"another init_from .*init_from .* -> "):
+            run.made_from({}, **ORIGIN, init_from=named)

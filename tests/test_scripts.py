@@ -332,6 +332,12 @@ def test_no_steps_save_the_first_weights_and_init_from_takes_weights_over(
     assert begun.meta["kind"] == "base"
     assert begun.meta["init_from"]["step"] == 6
 
+    longer = replace(taken, optim=replace(taken.optim, steps=2))
+    longer = replace(longer, run=replace(longer.run, dir=f"{tmp_path}/d", save_every=1))
+    shutil.rmtree(train_pretrain.main(longer))
+    with pytest.raises(ValueError, match="another init_from than the config now names"):
+        train_pretrain.main(replace(longer, init_from=None))
+
     options = [f"--data.path={world_dir}", f"--run.dir={tmp_path}/c", f"--init_from={runs[0]}"]
     error = fails(train_pretrain, *options)
     assert "another architecture: model.n_layer 2 -> 4" in error

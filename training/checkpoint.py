@@ -88,20 +88,14 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
 
 
-def open_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Folder and meta.json of a checkpoint or a run's newest. Raises ValueError: there is none."""
-    folder = files.resolve_checkpoint(path)
-    meta = files.read_meta(folder)
-    if meta.get("kind") not in ("base", "instruct"):
-        raise ValueError(f"{folder} is not a checkpoint (prepared data?)")
-    return folder, meta
-
-
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """The model in eval mode, its tokenizer and meta, from a checkpoint or a run (its newest).
     Raises ValueError: not a checkpoint of this project, or one that is damaged.
     """
-    folder, meta = open_checkpoint(path)
+    folder = files.resolve_checkpoint(path)
+    meta = files.read_meta(folder)
+    if meta.get("kind") not in ("base", "instruct"):
+        raise ValueError(f"{folder} is not a checkpoint (prepared data?)")
     try:
         files.verify_checksums(folder, {WEIGHTS_FILE: meta["files"][WEIGHTS_FILE]})
         tokenizer = Tokenizer.load(folder)
@@ -165,10 +159,9 @@ def take_weights(path: str, model: GPT, tokenizer: Tokenizer) -> dict[str, Any]:
     if start.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"init_from={path} has another tokenizer than the data")
     model.load_state_dict(start.model.state_dict())
-    return origin_of(start.path)  # of what was read, should a running run have gone on
+    return origin_of(start.meta)
 
 
-def origin_of(path: str | Path) -> dict[str, Any]:
+def origin_of(meta: dict[str, Any]) -> dict[str, Any]:
     """What a run notes of the checkpoint that it starts from."""
-    meta = open_checkpoint(path)[1]
     return {"step": meta["step"], "fingerprint": identity(meta)}

@@ -11,7 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from runtime.files import lock, write_json
+from runtime.files import lock, write_json, write_text
 from runtime.processes import is_first, world_size
 from runtime.tracking import Tracker
 from training.step import StepResult
@@ -53,10 +53,7 @@ class RunLog:
         write_json(self.run_dir / "config.json", asdict(self.config))
         path = self.run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] < self.first_step]
-        lines = "".join(json.dumps(row) + "\n" for row in kept)
-        temporary = path.with_name(".metrics.tmp")
-        temporary.write_text(lines, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(path, "a", encoding="utf-8")
         numbers, left = MofNCompleteColumn(), TimeRemainingColumn()
         self._progress = Progress(

@@ -17,7 +17,7 @@ from data.sources.read import QA_SUFFIXES
 from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from runtime import device, processes
-from runtime.files import checkpoints, read_json, read_meta
+from runtime.files import checkpoints, lock, read_json, read_meta
 from training.checkpoint import resume, save_checkpoint
 from training.config import changes, differences
 from training.log import RunLog, is_complete, is_due
@@ -55,10 +55,10 @@ class Run:
         self.prepared, self.origin = {k: v for k, v in prepared.items() if k != "files"}, origin
         meta = read_meta(self.newest) if self.newest else origin
         for name, value in origin.items():
-            if meta.get(name) != value:
+            if changed := differences(meta.get(name), value, name):
                 raise ValueError(
                     f"{self.newest} was made from another {name} than the config now names "
-                    f"({'; '.join(differences(meta.get(name), value))}); give another --run.dir"
+                    f"({'; '.join(changed)}); give another --run.dir"
                 )
 
     @property
@@ -81,7 +81,8 @@ class Run:
         folder = self.folder / PREPARED_QA
         with processes.first_alone():
             if self.newest is None and processes.is_first():
-                shutil.rmtree(folder, ignore_errors=True)  # of a start that failed, by a bad file
+                with lock(self.folder, "training in"):  # or it is a running one's
+                    shutil.rmtree(folder, ignore_errors=True)  # of a start that failed, by bad Q&A
             seed, share = self.config.run.seed, self.config.data.val_fraction
             prepare_qa([Path(path)], folder, tokenizer_of, share, seed)
         return folder

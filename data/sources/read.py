@@ -255,7 +255,7 @@ def read_conversations(
             yield conversation
     if n_bad and not skip_bad:
         more = f" (and {n_bad - 1} more bad examples)" if n_bad > 1 else ""
-        raise ValueError(f"{bad[0]}{more}; mend the file, or prepare it with --skip-bad")
+        raise ValueError(f"{bad[0]}{more}; mend it, or `python -m data.prepare qa --skip-bad`")
     for line in [*bad, f"{n_bad:,} of {n_bad + n_good:,} examples"] if n_bad else []:
         print(f"skipped {line}")
     if not n_good:
