@@ -127,20 +127,18 @@ def export_checkpoint(path: str, out: Path) -> None:
         write_json(folder / "tokenizer_config.json", tokenizer_config)
         origin = {"weights": {weights.name: sha256_file(weights)}, "meta": checkpoint.meta}
         write_json(folder / ORIGIN_FILE, origin)
-    step = checkpoint.meta["step"]
-    print(f"{out}: the {kind} checkpoint of step {step} as a {config['model_type']}")
+    print(f"{out}: {kind} checkpoint of step {checkpoint.meta['step']} as a {config['model_type']}")
 
 
 def main() -> None:
     """Runs one command line."""
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
-    i = commands.add_parser("import", help="from transformers: a base checkpoint for train_sft.py")
+    i = commands.add_parser("import", help="from transformers: a base; of an export, what it was")
     i.add_argument("source", help=f"{', '.join(GPT2_NAMES)}, owner/name on the hub, or a folder")
-    i.add_argument("out", type=Path, help="run folder to make")
+    i.add_argument("out", type=Path, help="folder to make: a run with one checkpoint")
     i.add_argument("--dropout", type=float, help="of training from here on (default: its own)")
-    downloads = Path("out/downloads")
-    i.add_argument("--downloads", type=Path, default=downloads, help=f"(default {downloads})")
+    i.add_argument("--downloads", type=Path, default="out/downloads", help="(default %(default)s)")
     e = commands.add_parser("export", help="a folder for transformers")
     e.add_argument("checkpoint", help="checkpoint, or its run")
     e.add_argument("out", type=Path, help="folder to make")

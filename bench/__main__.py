@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import BENCHES, PEERS, ROOT
+from bench.cases import BENCHES, READS, ROOT
 from bench.measure import Bench
 from bench.table import write_page
+from model.gpt import RECIPES
 from runtime.cli import one_line_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command line, on which every entry of a case is an option."""
     p = ArgumentParser("python -m bench", description=__doc__)
+    p.set_defaults(**dict.fromkeys(READS) | {"rounds": 3})
     benches = p.add_subparsers(dest="what", metavar="BENCH", required=True)
     for what, bench in BENCHES.items():
         texts = {"help": bench["about"].split("\n")[0], "description": bench["about"]}
         b = benches.add_parser(what, formatter_class=RawDescriptionHelpFormatter, **texts)
-        for name in PEERS:
-            b.add_argument(f"--{name.lower()}", type=Path, help=f"your checkout of {name}")
-        b.add_argument("--text", type=Path, help="a .txt, .md, .jsonl or .jsonl.gz file")
+        for name in bench["reads"]:
+            kind = int if name == "rounds" else Path
+            b.add_argument(f"--{name}", type=kind, default=SUPPRESS, help=READS[name])
         b.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
-        b.add_argument("--rounds", type=int, default=3, help="A-B-B-A rounds (default 3)")
         b.add_argument("--quick", action="store_true", help="tiny sizes, half a round")
         b.add_argument("--case", choices=bench["cases"], help="the device has a default")
         case = {**bench.get("defaults", {}), **next(iter(bench["cases"].values()))}
         for name, value in case.items():
-            how: dict[str, Any] = {"type": type(value)}
+            how: dict[str, Any] = {"choices": [*RECIPES] if name == "recipe" else None}
+            how["type"] = type(value)
             if isinstance(value, bool):
                 how = {"action": "store_true", "default": None}
             elif isinstance(value, list):
                 how = {"type": type((value or [""])[0]), "nargs": "+"}
             if not isinstance(value, dict):
-                b.add_argument("--" + name.replace("_", "-"), help="over the case's", **how)
+                how["help"] = f"instead of the case's; of {next(iter(bench['cases']))}: {value}"
+                b.add_argument("--" + name.replace("_", "-"), **how)
     b = benches.add_parser("table", help="The tables of docs/speed.md, from the result files.")
     b.add_argument("--page", type=Path, default=ROOT / "docs/speed.md", help="to write into")
     for b in benches.choices.values():

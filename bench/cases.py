@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import shutil
-import subprocess
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ Figures = dict[str, Any]  # what is measured in one run, by name
 ROOT = Path(__file__).parents[1]
 BENCHES: dict[str, Any] = tomllib.loads((ROOT / "bench/cases.toml").read_text(encoding="utf-8"))
 PEERS: dict[str, list[str]] = BENCHES.pop("peers")
+READS: dict[str, str] = BENCHES.pop("reads")
 LEFT_OUT = (".git", ".venv", "__pycache__", "out*", "wandb", "*.bin", "*.pkl", "*.pt", "input.txt")
 
 
@@ -81,11 +80,3 @@ def copy_tree(name: str, checkout: Path, to: Path) -> Path:
         option = f"--{name.lower()} {checkout}"
         raise ValueError(f"{option} is no checkout of {name}: no {missing[0]} there")
     return Path(shutil.copytree(checkout, to, ignore=shutil.ignore_patterns(*LEFT_OUT)))
-
-
-def commit(checkout: Path) -> str:
-    """A checkout's commit, with "-dirty" where it was changed."""
-    git, found = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"], ""
-    with contextlib.suppress(OSError):  # git is not installed
-        found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return found or "unknown"

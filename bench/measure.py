@@ -27,7 +27,7 @@ from bench.rounds import Output, Row, call, interleave, start
 from data.prepare import prepare_text
 from model.check import check_range
 from model.gpt import GPT, ModelConfig
-from runtime.device import flops_per_token
+from runtime.device import environment, flops_per_token
 from runtime.files import write_json
 from training.log import read_metrics
 
@@ -53,25 +53,32 @@ class Bench:
         self.passes, self.text = 1 if a.quick else 2 * a.rounds, (a.text or ROOT / "README.md")
         trees = {name: tree for name in PEERS if (tree := getattr(a, name.lower()))}
         self.peers = {n: cases.copy_tree(n, tree, folder / n) for n, tree in trees.items()}
-        self.commits = {name: cases.commit(tree) for name, tree in trees.items()}
+        self.commits = {n: environment(torch.device("cpu"), t)["commit"] for n, t in trees.items()}
         self.machine = call("bench.workers:machine", device=a.device, quick=a.quick)
         del self.machine["peak_memory"]
         self.device = self.machine["type"] if a.device == "auto" else a.device
         usual = of.get("on_cuda") if self.machine["type"] == "cuda" else None
         self.at = "quick" if a.quick else a.case or usual or next(iter(of["cases"]))
         self.case = of.get("defaults", {}) | of["cases"][self.at]
-        self.case |= {k: v for k, v in vars(a).items() if k in self.case and v is not None}
+        given = {k: v for k, v in vars(a).items() if k in self.case and v is not None}
+        for name, value in given.items():
+            if isinstance(value, int):
+                check_range(f"--{name.replace('_', '-')}", value, "1 or more")
+        changed = [f"-{k}-{v}" for k, v in given.items() if k != "compile" and v != self.case[k]]
+        self.changed = re.sub(r"[^\w.]+", "-", "".join(changed)).rstrip("-")  # in the file's name
+        self.case |= given
 
     def write(self, rows: list[Row], at: str = "", **more: Any) -> None:
         """Writes the result file, replacing that of the same bench, device and case."""
         a, at = self.options, at or self.at + "-compiled" * self.case.get("compile", False)
+        at += self.changed
         words = ["python", "-m", "bench", *(re.sub(r"[^\s=]*/", "", word) for word in a.argv)]
         result = {"what": a.what, "case": at, "date": datetime.date.today().isoformat()}
         result |= {"command": shlex.join(words), "machine": self.machine, "peers": self.commits}
         a.out.mkdir(parents=True, exist_ok=True)
         path = a.out / f"{a.what}-{self.machine['type']}-{at}.json"
         write_json(path, {**result, "settings": self.case | more, "rows": rows})
-        print(f"written: {path.name}")
+        print(f"written: {path}")
 
     def prepare_tokens(self) -> None:
         """Makes tokens of the text, or random ones, and nanoGPT's data set."""
@@ -212,7 +219,7 @@ class Bench:
         for kind in self.case["tokenizer"]:
             commands = {f"ours, {kind}": self.of["commands"]["ours"]}
             mapped = kind == "gpt2" and ".jsonl" in text.name and find_spec("datasets")
-            if tree:
+            if tree and kind in self.of["folders"]:
                 folder = tree / "data" / ("openwebtext" if mapped else self.of["folders"][kind])
                 code = (script := folder / "prepare.py").read_text()
                 for old, new in self.of["changes"].items():

@@ -68,6 +68,7 @@ def prepare_world(config: WorldConfig, out: Path, tokenizer: str, val_fraction: 
         return trained, {"text": text, "qa": qa, **made}
 
     request = {"format": FORMAT, **made, "tokenizer": tokenizer, "val_fraction": val_fraction}
+    request["template"] = template_fingerprint()
     return write_folder(out, request, fill)
 
 
@@ -197,7 +198,9 @@ def parser() -> ArgumentParser:
         held_back = "held back" if share else "held back; None: 0.1, above a gigabyte 0.005"
         p.add_argument("--out", type=Path, required=name != "fetch", help="folder to make")
         p.add_argument("--val-fraction", type=float, default=share, help=held_back)
-        p.add_argument("--seed", type=int, default=1, help="of the world, shuffle and split")
+        p.add_argument(
+            "--seed", type=int, default=1, help="of the shuffle and split, and of a world"
+        )
         p.add_argument("--verify", action="store_true", help="hash all that --out holds already")
     return top
 

@@ -279,7 +279,8 @@ def check_folder(out: Path, request: Meta) -> Meta | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     meta = files.read_meta(out)
-    old = meta.get("request", {})
+    # Older worlds have the template beside their request.
+    old = {"template": meta.get("qa", {}).get("template"), **meta.get("request", {})}
     if keys := [k for k in {**old, **request} if not _agree(old.get(k), request.get(k))]:
         raise ValueError(
             f"{out} holds data made from other inputs ({', '.join(keys)}); "

@@ -199,11 +199,8 @@ def exchange(
     return [Message(role="user", content=text), Message(role="assistant", content=reply)]
 
 
-def _as_tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 WORDS: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 ATTRIBUTES = tuple(
-    Attribute(**{k: _as_tuples(v) for k, v in table.items()}) for table in WORDS["attributes"]
+    Attribute(**dict[str, Any]({k: tuple(v) if isinstance(v, list) else v for k, v in t.items()}))
+    for t in WORDS["attributes"]
 )

@@ -264,8 +264,7 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[seen.positions]
         if self.config.norm_embedding:
             x = self.norm_embedding(x)
-        if self.config.dropout:
-            x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(x, self.config.dropout, self.training)
         rope = None
         if self.config.position == "rope":
             cos, sin = (F.embedding(seen.positions, t) for t in (self.rope_cos, self.rope_sin))

@@ -63,11 +63,13 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
     parser.add_argument("--config", action="config", help="a .toml file, or a run's config.json")
     parser.add_argument("--print_config", action="store_true", help="print what would run; exit")
     parser.add_class_arguments(config_class, None)
+    for group in parser._action_groups:  # titles of --help, from docstrings
+        group.title = (group.title or "").partition(" Raises ")[0].rstrip(".")
     hints = get_type_hints(config_class)
-    kinds = {f"--{name}": kind for name, kind in hints.items()} | {"--config": config_class}
+    kinds: dict[str, Any] = {"--config": config_class}
     for name, kind in hints.items():
         keys = get_type_hints(kind) if is_dataclass(kind) else {}
-        kinds |= {f"--{name}.{key}": of_key for key, of_key in keys.items()}
+        kinds |= {f"--{name}": kind, **{f"--{name}.{key}": of for key, of in keys.items()}}
     args = _read_files(sys.argv[1:] if argv is None else argv, kinds)
     try:
         values = vars(parser.instantiate(parser.parse_args(args)))
@@ -108,8 +110,7 @@ def _read_files(argv: list[str], kinds: dict[str, Any]) -> list[str]:
         name, equals, value = option.partition("=")
         kind = kinds.get(name)
         if is_dataclass(kind):
-            value = value if equals or not rest else rest.pop(0)
-            option = f"{name}={_load(name, value, kind)}"
+            option = f"{name}={_load(name, value if equals or not rest else rest.pop(0), kind)}"
         elif kind in (bool, bool | None) and not equals and rest[:1] not in (["true"], ["false"]):
             option = f"{name}=true"
         args.append(option)

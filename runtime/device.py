@@ -146,10 +146,10 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Where a run happens: commit of this code, versions of torch and Python, the device's name."""
-    folder, commit = str(Path(__file__).parent), ""
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
+def environment(device: torch.device, code: Path = Path(__file__).parent) -> dict[str, str]:
+    """Where a run happens: commit of the code, versions of torch and Python, the device's name."""
+    commit = ""
+    git = ["git", "-C", str(code), "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError):  # git is not installed
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cuda = device.type == "cuda"

@@ -105,7 +105,9 @@ def distribute(model: GPT, seed: int, step: int) -> nn.Module:
         return model
     mine = np.random.SeedSequence([seed, step, dist.get_rank()])
     torch.manual_seed(int(mine.generate_state(1)[0]))
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    network = DistributedDataParallel(model)
+    network.broadcast_buffers = False  # all have the same; as an argument torch 2.13 warns of it
+    return network
 
 
 def my_share(micro_batches: list[Batch]) -> list[Batch]:

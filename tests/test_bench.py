@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from bench.cases import BENCHES, ROOT
 from bench.launch import FIRST_STEP
 from data.shards import load_examples, load_tokens
 from model.gpt import GPT, ModelConfig
+from runtime.device import environment
 
 FIGURES = {
     "train": {"tokens_per_second", "start_seconds", "peak_memory"},
@@ -145,6 +148,22 @@ def test_a_profile_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tokens/s" in lines[0]
     assert lines[2:4] == ["| operator | calls a step | ms a step | share |", "|---|---|---|---|"]
     assert len(lines) == 7
+    milliseconds = [float(line.split("|")[3]) for line in lines[4:]]
+    assert milliseconds == sorted(milliseconds, reverse=True)
+    whole = float(lines[0].split()[2])  # "N tokens/s, M ms a step, ..."
+    assert 0.05 * whole < milliseconds[0] < 20 * whole  # in the same unit
+
+
+def test_a_result_of_another_size_does_not_replace_that_of_the_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = {"type": "cpu", "peak_memory": 1}
+    monkeypatch.setattr(measure, "call", lambda *_, **__: dict(machine))
+    monkeypatch.setattr(measure, "interleave", lambda calls, passes: [])
+    for own in ([], ["--n-layer", "3"], ["--n-layer", "2"]):  # two layers are the case's own
+        main(["sample", "--quick", "--out", str(tmp_path), *own])
+    names = sorted(f.name for f in tmp_path.iterdir())
+    assert names == ["sample-cpu-quick-n_layer-3.json", "sample-cpu-quick.json"]
 
 
 def test_turns_are_a_b_b_a() -> None:
@@ -246,7 +265,9 @@ def test_of_several_micro_batch_sizes_the_best_is_measured(
     monkeypatch.setattr(measure, "call", lambda *_, **__: {"type": "cpu", "peak_memory": 1})
     command = ["--quick", "--micro-batch-sizes", "1", "2", "4", "--steps", "30", "--compile"]
     main(["train", *command, "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "train-cpu-quick-compiled.json").read_text())
+    result = json.loads(
+        (tmp_path / "train-cpu-quick-compiled-micro_batch_sizes-1-2-4-steps-30.json").read_text()
+    )
     assert [row["micro_batch_size"] for row in result["rows"]] == [2, 4]
     search = result["settings"]["micro_batch_search"]["ours, gpt2, AdamW"]
     assert search["4"] == {"tokens_per_second": 0.0, "error": "out of memory in train.py"}
@@ -322,6 +343,13 @@ def test_plain_batches_hold_every_conversation_once(tmp_path: Path) -> None:
             float(batch.weights.sum()) for batch in batches if batch.weights is not None
         )
         assert supervised == sum(n - n // 2 for n in lengths)
+        rows = [row.tolist() for batch in batches for row in batch.idx]
+        examples = load_examples(tmp_path / "data", "train")
+        whole = [
+            next(r for r in rows if r[: len(ids) - 1] == ids[:-1].tolist()) for ids, _ in examples
+        ]
+        assert len({id(row) for row in whole}) == len(lengths)
+        assert whole != rows  # in an order of their own
         assert {batch.idx.shape[1] for batch in batches} == {32} or not to_context
 
 
@@ -401,6 +429,7 @@ def test_the_page_keeps_its_prose(tmp_path: Path) -> None:
         ("prepare --text {tmp}/none.txt", "none.txt is no file"),
         ("prepare", "--text is missing: the file to prepare"),
         ("loss", "--text is missing: tinyshakespeare.txt"),
+        ("sft --steps 0", "--steps is 0; it must be 1 or more"),
         ("sft --rounds 0", "--rounds is 0; it must be 1 or more"),
         ("train --steps 25", "--steps is 25; it must be a multiple of 10 above 10"),
         ("train --micro-batch-sizes 12 5", "--micro-batch-sizes: 5 does not divide 12 rows"),
@@ -428,7 +457,12 @@ def test_a_checkout_is_copied_without_its_data(nanogpt: Path, tmp_path: Path) ->
     copy = cases.copy_tree("nanoGPT", nanogpt, tmp_path / "copy")
     assert (copy / "data/shakespeare_char/prepare.py").exists()
     assert not (copy / "data/shakespeare_char/val.bin").exists()
-    assert cases.commit(tmp_path) == "unknown"
+    assert environment(torch.device("cpu"), tmp_path)["commit"] == "unknown"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a", "-C", str(copy)]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *command], check=True)
+    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(environment(torch.device("cpu"), copy)["commit"])
 
 
 def test_nanogpt_is_given_our_ids(tmp_path: Path) -> None:
@@ -436,7 +470,7 @@ def test_nanogpt_is_given_our_ids(tmp_path: Path) -> None:
     cases.nanogpt_data(tmp_path, tmp_path / "data")
     ids = np.fromfile(tmp_path / "train.bin", np.uint16)
     assert (ids == load_tokens(tmp_path / "data", "train")).all()
-    assert b"vocab_size" in (tmp_path / "meta.pkl").read_bytes()
+    assert (tmp_path / "meta.pkl").read_bytes() == pickle.dumps({"vocab_size": 320})
 
 
 def test_limits_are_of_the_right_size() -> None:

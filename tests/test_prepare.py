@@ -27,7 +27,7 @@ from data.shards import load_examples, open_prepared
 from data.sources.read import parse_example, read_documents, read_examples, read_files, text_files
 from data.tokenizer import Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
-from runtime.files import read_json, read_meta, sha256_file, write_json
+from runtime.files import read_json, read_meta, sha256_file, write_json, write_meta
 from tests.conftest import Fails
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -813,3 +813,19 @@ def test_conversations_are_told_apart_whatever_the_template_renders(
         examples = load_examples(tmp_path, part)
         assert len(examples) == n
         assert all((ids[0] == BYTE.end_of_text) is np.bool_(ends) for ids, _ in examples)
+
+
+def test_a_world_knows_the_template_of_its_conversations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make() -> Any:
+        config = WorldConfig(people=6, unseen=2, bios=2)
+        return prepare.prepare_world(config, tmp_path / "w", "byte", 0.1)
+
+    meta = make()
+    before = {k: v for k, v in meta["request"].items() if k != "template"}
+    write_meta(tmp_path / "w", meta | {"request": before})  # as worlds were made until 2026-11-24
+    assert make()["files"] == meta["files"]
+    monkeypatch.setattr(prepare, "template_fingerprint", lambda: "another")
+    with pytest.raises(ValueError, match=r"made from other inputs \(template\)"):
+        make()

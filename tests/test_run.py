@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from data.pretrain import PretrainDataConfig
+from data.sft import SFTDataConfig
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, ModelConfig
 from runtime.files import lock, write_json
 from train_pretrain import PretrainConfig
+from train_sft import SFTConfig
 from training.checkpoint import save_checkpoint
 from training.config import RunConfig, changes, differences
 from training.optim import OptimConfig, build_optimizers
@@ -126,6 +128,30 @@ def test_a_changed_config_is_refused_with_all_that_differs_before_anything_is_bu
     for key in ("optim.steps", "run.dir", "run.device", "data.path", "data.micro_batch_size"):
         assert f"{key} " not in str(error.value)  # the same, or what cannot change the result
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("run.dir", "run.device", "run.compile", "run.loss_chunk", "data.micro_batch_size"),
+        *("run.wandb", "run.wandb_project", "run.wandb_artifact", "verify", "data.layout"),
+        *("base", "init_from", "data.path", "data.replay_path"),
+    ],
+)
+def test_what_alters_no_result_may_change_on_the_way(key: str, tmp_path: Path) -> None:
+    data: Any = SFTDataConfig("d")
+    configs: list[Any] = [make_config(tmp_path), SFTConfig("b", data, RunConfig(str(tmp_path)))]
+    section, _, name = key.rpartition(".")
+    found = 0
+    for config in configs:
+        part = getattr(config, section) if section else config
+        if not hasattr(part, name):
+            continue
+        old = asdict(config)
+        (old[section] if section else old)[name] = "something else"
+        assert changes(old, config) == []
+        found += 1
+    assert found
 
 
 def test_a_key_that_an_older_config_lacks_means_its_default(tmp_path: Path) -> None:

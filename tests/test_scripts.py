@@ -24,6 +24,7 @@ from data.sft import SFTDataConfig
 from data.world import WorldConfig
 from model.gpt import GPT
 from runtime.cli import run_cli
+from runtime.device import flops_per_token
 from tests.conftest import Fails, pretrain_config, sft_config
 from training.checkpoint import load_checkpoint
 from training.log import read_metrics
@@ -135,10 +136,14 @@ def test_metrics_have_the_documented_keys_and_losses_fall(runs: tuple[Path, Path
 def test_mfu_is_of_pretraining_alone(
     world_dir: Path, runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.device.peak_flops", lambda device: 1e12)
+    monkeypatch.setattr("runtime.device.peak_flops", lambda device: 1e10)
     train_pretrain.main(pretrain_config(world_dir, tmp_path / "base", steps=1))
     train_sft.main(sft_config(world_dir, runs[0], tmp_path / "instruct", steps=1))
-    assert "mfu" in read_metrics(tmp_path / "base" / "metrics.jsonl")[-1]
+    row = read_metrics(tmp_path / "base" / "metrics.jsonl")[-1]
+    model = load_checkpoint(tmp_path / "base").model
+    assert row["mfu"] == pytest.approx(
+        row["tokens_per_second"] * flops_per_token(model) / 1e10, abs=1e-4
+    )
     assert "mfu" not in read_metrics(tmp_path / "instruct" / "metrics.jsonl")[-1]
 
 

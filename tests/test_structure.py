@@ -29,6 +29,7 @@ FLOORS = (
     ("bench",),
 )
 SCRIPTS = FLOORS[5]
+OF_DATA_FOR_TRAINING = ("data.chat", "data.tokenizer", "data.prepare", "data.sources.read")
 
 
 def module_of(path: Path) -> str:
@@ -63,6 +64,8 @@ def test_imports_only_point_down(path: Path) -> None:
         assert floor is None or floor <= mine, module
         if mine == floor_of(SCRIPTS[0]):
             assert floor != mine, f"{module}: scripts do not import each other"
+        if module_of(path).startswith("training.") and module.startswith("data."):
+            assert module in OF_DATA_FOR_TRAINING, module  # it knows of no batches but `Batch`
         if mine == 0 and floor is None:
             assert module.split(".")[0] in {"torch", *sys.stdlib_module_names}, module
 

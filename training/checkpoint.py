@@ -141,8 +141,7 @@ def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> d
     torch.set_rng_state(state["rng"])
     if model.wte.weight.is_cuda and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"])
-    metrics: dict[str, Any] = saved.meta["metrics"]
-    return metrics
+    return dict(saved.meta["metrics"])
 
 
 def identity(meta: dict[str, Any]) -> str:
