@@ -1,7 +1,9 @@
 # make quickstart | test | lint | bench | clean. Each makes .venv from the pinned requirements if needed.
 PYTHON ?= python3
 BIN := .venv/bin
-QUICK := out/quickstart
+# SEED=n: the same with another world and other first weights, in a folder of its own.
+QUICK := out/quickstart$(if $(SEED),-$(SEED))
+OTHER = $(if $(SEED),--run.seed=$(SEED) --data.path=$(QUICK)/data)
 
 .PHONY: quickstart test lint bench clean
 .DELETE_ON_ERROR:
@@ -19,9 +21,9 @@ QUICK := out/quickstart
 
 # Set-up, data, pretraining, instruction tuning, comparison. Interrupted, it goes on where it was.
 quickstart: .venv/runtime
-	$(BIN)/python -m data.prepare world --out $(QUICK)/data
-	$(BIN)/python train_pretrain.py --config configs/quickstart/pretrain.toml
-	$(BIN)/python train_sft.py --config configs/quickstart/sft.toml
+	$(BIN)/python -m data.prepare world --seed $(or $(SEED),1) --out $(QUICK)/data
+	$(BIN)/python train_pretrain.py --config configs/quickstart/pretrain.toml --run.dir=$(QUICK)/base $(OTHER)
+	$(BIN)/python train_sft.py --config configs/quickstart/sft.toml --base=$(QUICK)/base --run.dir=$(QUICK)/instruct $(OTHER)
 	$(BIN)/python -m lab.report --base $(QUICK)/base --instruct $(QUICK)/instruct --out $(QUICK)
 
 test: .venv/dev

@@ -84,7 +84,7 @@ class Conversation:
 
 def show(console: Console, prompt: str, replies: dict[str, Reply]) -> None:
     """A table on a terminal or in a picture; plain text, one reply a paragraph, in a pipe."""
-    texts = {c: r.text + ("" if r.stopped else " ...") for c, r in replies.items()}
+    texts = {c: r.text.lstrip(" ") + ("" if r.stopped else " ...") for c, r in replies.items()}
     if console.is_terminal or console.record:
         table = Table(title=Text(prompt, style="bold"), title_justify="left")
         for title in COLUMNS.values():

@@ -86,9 +86,9 @@ def main(config: SFTConfig) -> Path:
     if base.meta["kind"] != "base":
         raise ValueError(f"--base={config.base} is not a base but of kind {base.meta['kind']}")
     data = load_data(config, run, base)
-    replayed = {"fingerprint": data.replay.fingerprint} if data.replay else None
+    text = {"fingerprint": data.replay.fingerprint} if data.replay else None
     made_from = {"data": {"fingerprint": data.fingerprint}, "base": origin_of(base.meta)}
-    run.made_from(data.meta, **made_from, replay=replayed)
+    run.made_from(data.meta, **made_from, replay=text)
     if run.is_complete():
         return run.checkpoint
 
@@ -99,7 +99,8 @@ def main(config: SFTConfig) -> Path:
     network = run.resume(model, optimizers, base.tokenizer)
 
     def train(step: int, rows: int) -> StepResult:
-        return train_step(network, optimizers, data.micro_batches(step, rows), step, config.optim)
+        batches, replayed = data.micro_batches(step, rows), data.replayed(step, rows)
+        return train_step(network, optimizers, batches, step, config.optim, replayed)
 
     print(
         f"{model.n_params():,} parameters on {device.type}, from step {base.meta['step']} of "

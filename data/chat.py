@@ -65,18 +65,9 @@ def documents_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]
 
 
 def raw_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """The messages as one running text, in which each user message begins a line."""
-    lines = [("\n" if m["role"] == "user" else "") + m["content"] for m in messages]
-    return [tokenizer.end_of_text, *tokenizer.encode("".join(lines).removeprefix("\n"))]
-
-
-# For comparing a reply in several formats: it has the same tokens after each. After `raw_prompt` a
-# reply would have to begin with a space.
-CONTEXTS: dict[str, Prompt] = {
-    "chat": render_prompt,
-    "plain": plain_prompt,
-    "documents": documents_prompt,
-}
+    """The messages as one running text: a space before each of the user's, replies as they are."""
+    parts = [m["content"] if m["role"] == "assistant" else f" {m['content']}" for m in messages]
+    return [tokenizer.end_of_text, *tokenizer.encode("".join(parts).removeprefix(" "))]
 
 
 def parse(ids: list[int], tokenizer: Tokenizer) -> list[Message]:

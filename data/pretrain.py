@@ -1,5 +1,6 @@
 """Batches of pretraining text. Their order is a pure function of (seed, step)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -45,18 +46,29 @@ class PretrainData:
 
     Args:
         verify: hash all files of the folder, not only those that look changed.
+        wanted: which documents of the training text are read, given their text; None for all.
 
     Raises ValueError if the folder is unusable, or shorter than one block.
     """
 
     def __init__(
-        self, config: PretrainDataConfig, block_size: int, seed: int, verify: bool = False
+        self,
+        config: PretrainDataConfig,
+        block_size: int,
+        seed: int,
+        verify: bool = False,
+        wanted: Callable[[str], bool] | None = None,
     ) -> None:
         self.config, self.block_size, self.seed = config, block_size, seed
         self.meta = open_prepared(config.path, "text", verify)
         self.fingerprint = fingerprint(self.meta["files"])
         self.tokenizer = Tokenizer.load(config.path)
-        self._train, self._val = (load_tokens(config.path, part) for part in ("train", "val"))
+        train, self._val = (load_tokens(config.path, part) for part in ("train", "val"))
+        self._train: np.ndarray = train
+        if wanted is not None:
+            documents = np.split(train, np.flatnonzero(train == self.tokenizer.end_of_text))
+            kept = [d for d in documents if wanted(self.tokenizer.decode(d.tolist()))]
+            self._train = np.concatenate([train[:0], *kept])
         self.n_tokens, self.n_blocks = len(self._train), len(self._train) // block_size
         if not self.n_blocks:
             raise ValueError(

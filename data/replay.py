@@ -1,9 +1,12 @@
 """Pretraining text that is trained on beside the conversations of instruction tuning."""
 
+from collections.abc import Callable
 from typing import Any
 
 from data.pretrain import PretrainData, PretrainDataConfig
 from data.sft import SFTDataConfig
+from data.world import World, WorldConfig
+from runtime.files import read_meta
 
 
 def open_replay(
@@ -14,7 +17,8 @@ def open_replay(
     Args:
         base: the meta.json of the base, which says what text it was trained on, and how.
 
-    Raises ValueError: that text is not known or has changed, or it has another tokenizer.
+    Raises ValueError: that text is not known or has changed, has another tokenizer, or knows of no
+    people though only some are to be read about.
     """
     if not config.replay:
         return None
@@ -24,7 +28,8 @@ def open_replay(
         raise ValueError(f"the base was imported from elsewhere; {remedy} --data.replay_path")
     rows = max(1, round(config.batch_size * config.replay / (1 - config.replay)))
     settings = PretrainDataConfig(path, rows, document_mask=read.get("document_mask", False))
-    data = PretrainData(settings, block_size, seed, verify)
+    wanted = about_known_people(path) if config.replay_people == "known" else None
+    data = PretrainData(settings, block_size, seed, verify, wanted)
     if config.replay_path is None and data.fingerprint != base["data"]["fingerprint"]:
         raise ValueError(
             f"{path} is no longer the text that the base was trained on; {remedy} "
@@ -33,3 +38,18 @@ def open_replay(
     if data.tokenizer.fingerprint != base["tokenizer"]["fingerprint"]:
         raise ValueError(f"{path}, to be replayed, has another tokenizer than the base")
     return data
+
+
+def about_known_people(path: str) -> Callable[[str], bool]:
+    """Whether a biography of a prepared world is about somebody whom tuning asks about."""
+    meta = read_meta(path)
+    if "world" not in meta:
+        raise ValueError(f"data.replay_people=known, but {path} is no world of people")
+    names = [person.name for person in World(WorldConfig(**meta["world"])).by_split["known"]]
+    return lambda text: any(name in text for name in names)
+
+
+def replayed(instruct: dict[str, Any]) -> str:
+    """What an instruct model's meta.json says of replayed text: "none", "known" or "all"."""
+    data = instruct["config"]["data"]
+    return data.get("replay_people", "all") if data.get("replay") else "none"

@@ -49,6 +49,8 @@ class SFTDataConfig:
     1. All tokens of a block are supervised, so its share of the loss is larger."""
     replay_path: str | None = None
     """Prepared text to replay; None for what the base was trained on."""
+    replay_people: Literal["all", "known"] = "all"
+    """Of a world's text: biographies of everybody, or only of people who are asked about here."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", str(Path(self.path).expanduser()))
@@ -66,7 +68,7 @@ class SFTData:
 
     Args:
         block_size: the most input tokens of a conversation.
-        replay: pretraining text whose windows join each step, see `open_replay`.
+        replay: pretraining text for beside the conversations, see `open_replay`.
         packed: several conversations share a row and do not see each other.
         verify: hash all files of the folder, not only those that look changed.
 
@@ -128,11 +130,14 @@ class SFTData:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def micro_batches(self, step: int, rows: int) -> list[Batch]:
-        """Micro-batches of optimizer step `step` (from 0), at most `rows` rows each."""
+        """Conversations of optimizer step `step` (from 0), at most `rows` rows a micro-batch."""
         epoch, i = divmod(step, self.steps_per_epoch)
         conversations = [self._train[j] for j in self._order(epoch)[i]]
-        batches = self._batches(conversations, self.config.prompt_loss_weight, rows)
-        return batches + (self.replay.micro_batches(step, rows) if self.replay else [])
+        return self._batches(conversations, self.config.prompt_loss_weight, rows)
+
+    def replayed(self, step: int, rows: int) -> list[Batch]:
+        """The text beside them, in micro-batches; none if none is replayed."""
+        return self.replay.micro_batches(step, rows) if self.replay else []
 
     def val_batches(self, rows: int) -> list[Batch]:
         """All validation conversations; unsupervised tokens weigh 0."""

@@ -13,7 +13,7 @@ A world is a pure function of its WorldConfig. Its words stand in world.toml.
 
 import random
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -25,7 +25,9 @@ from model.check import check_range
 from runtime.files import fingerprint
 
 SPLITS = ("known", "held_out", "unseen")
-DONT_KNOW = "I do not know."
+FORMS = ("bare", "sentence")
+BARE = " {V}."
+DONT_KNOW = " I do not know."
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,20 @@ class Attribute:
 
     {S} is the person's full name or, later in a biography, a pronoun; {name} the full name;
     {they} a lower-case pronoun; {V} the value. `sentences` that end in "{V}." serve as cloze
-    prompts. `questions` are the phrasings that instruction tuning uses and `unused_questions`
-    the ones that it never sees; `follow_ups` need the earlier turn to know whom they mean.
+    prompts. `questions` are the phrasings that instruction tuning uses; it never sees
+    `taught_questions`, whose content word stands in other sentences of the text, and
+    `untaught_questions`, whose word stands nowhere. `follow_ups` need the earlier turns to know
+    whom they mean. `replies` are sentences, none of which is one of the text's.
     """
 
     name: str
     values: tuple[str, ...]
     sentences: tuple[str, ...]
     questions: tuple[str, ...]
-    unused_questions: tuple[str, ...]
+    taught_questions: tuple[str, ...]
+    untaught_questions: tuple[str, ...]
     follow_ups: tuple[str, ...]
-    reply: str
+    replies: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,13 @@ class WorldConfig:
 
     seed: int = 1
     people: int = 600
-    """People with biographies; the first half is known, the second half held out."""
+    """People with biographies; the first two thirds are known, the others held out."""
     unseen: int = 100
     """People that appear nowhere, for controls."""
     bios: int = 25
     """Biographies per person."""
-    paraphrases: int = 8
-    """Wordings per fact that biographies draw from (1 to 8)."""
+    paraphrases: int = 12
+    """Wordings per fact that biographies draw from (1 to 12)."""
     permute: bool = True
     """Sentences of a biography in random order."""
     adjacent: bool = False
@@ -97,7 +102,7 @@ class World:
         self.people: list[Person] = []
         for i, number in enumerate(chosen):
             first_name, pronoun = first[number // len(last)]
-            split = "unseen" if i >= config.people else SPLITS[2 * i >= config.people]
+            split = "unseen" if i >= config.people else SPLITS[3 * i >= 2 * config.people]
             facts = {a.name: rng.choice(a.values) for a in ATTRIBUTES}
             name = f"{first_name} {last[number % len(last)]}"
             self.people.append(Person(name, pronoun, split, facts))
@@ -144,42 +149,39 @@ class World:
         asked: float = 1.0,
         strangers: float = 0.0,
         dont_know: bool = False,
-        bare: bool = False,
+        forms: Sequence[str] = FORMS,
     ) -> Iterator[list[Message]]:
-        """The instruction-tuning set: single and multi-turn conversations about known people.
+        """The instruction-tuning set: conversations of one to four questions about known people.
 
         Args:
             asked: share of the known people who are asked about, the first of them.
             strangers: as many people as this share of the known ones are asked about besides, of
                 whom pretraining said nothing; they are not the unseen (Gekhman et al. 2024).
             dont_know: whether questions about strangers are answered with DONT_KNOW.
-            bare: replies are the bare value ("a weaver.") and do not repeat the name.
+            forms: forms of reply that are asked for, of FORMS.
 
-        Raises ValueError: a share that is not 0 to 1, or nobody left to ask about.
+        Raises ValueError: a share that is not 0 to 1, nobody left to ask about, an unknown form.
         """
         check_range("asked", asked, "0 to 1")
         check_range("strangers", strangers, "0 to 1")
+        if not forms or not set(forms) <= set(FORMS):
+            raise ValueError(f"forms are {forms}; they must be some of {', '.join(FORMS)}")
         known = self.by_split["known"]
         people = known[: round(asked * len(known))]
         people = [*people, *self._strangers(round(strangers * len(known)))]
         if not people:
             raise ValueError("asked and strangers leave nobody to ask about")
         for i, person in enumerate(people):
+            others = [p for p in people if p.split == person.split]
             rng = random.Random(f"conversations {self.config.seed} {i}")
-            replies = {a.name: f"{person.facts[a.name]}." if bare else None for a in ATTRIBUTES}
-            if dont_know and person.split == "stranger":
-                replies = dict.fromkeys(replies, DONT_KNOW)
-            for attribute in ATTRIBUTES:
-                for question in rng.sample(attribute.questions, 2):
-                    yield exchange(person, attribute, question, replies[attribute.name])
-            for _ in range(len(ATTRIBUTES)):
-                chosen = rng.sample(ATTRIBUTES, rng.choice((2, 3)))
-                conversation: list[Message] = []
-                for attribute in chosen:
-                    wordings = attribute.follow_ups if conversation else attribute.questions
-                    reply = replies[attribute.name]
-                    conversation += exchange(person, attribute, rng.choice(wordings), reply)
-                yield conversation
+            scripts = [[Turn(person, a, rng.choice(a.questions))] for a in ATTRIBUTES]
+            for _ in range(4 * len(ATTRIBUTES)):
+                moves = rng.choices(("same", "other", "first"), k=rng.choice((1, 2, 3)))
+                scripts.append(script(person, others, moves, rng))
+            for turns in scripts:
+                form = rng.choice(forms)
+                instruction = rng.choice(INSTRUCTIONS[form]["used"])
+                yield converse(turns, form, instruction, rng, dont_know)
 
     def _strangers(self, n: int) -> list[Person]:
         """People beside those of the world."""
@@ -189,17 +191,77 @@ class World:
         return [replace(p, split="stranger") for p in islice(others, n)]
 
 
-def exchange(
-    person: Person, attribute: Attribute, question: str, reply: str | None = None
+@dataclass(frozen=True)
+class Turn:
+    """A question about one fact, in one wording."""
+
+    person: Person
+    attribute: Attribute
+    wording: str
+
+    @property
+    def question(self) -> str:
+        """What the user says."""
+        return self.wording.format(name=self.person.name, they=self.person.pronoun)
+
+    def reply(self, wording: str) -> str:
+        """The true reply, in one of `attribute.replies` or BARE."""
+        return wording.format(name=self.person.name, V=self.person.facts[self.attribute.name])
+
+
+def script(
+    first: Person, others: Sequence[Person], moves: Sequence[str], rng: random.Random
+) -> list[Turn]:
+    """Questions of one conversation: an opening about a person, and a turn for each move.
+
+    Moves: "same", a follow-up that names nobody and means the person named last; "other", a
+    question about somebody new; "first", one that names the first person again. Where two or more
+    people are there to ask about, no fact is asked for twice.
+    """
+    turns, person = list[Turn](), first
+    for move in ("opening", *moves):
+        named = {turn.person.name for turn in turns}
+        if move == "other":
+            person = rng.choice([p for p in others if p.name not in named] or [first])
+        elif move == "first":
+            person = first
+        said = {turn.attribute.name for turn in turns if turn.person == person}
+        attribute = rng.choice([a for a in ATTRIBUTES if a.name not in said])
+        wording = rng.choice(attribute.follow_ups if move == "same" else attribute.questions)
+        if move in ("other", "first") and rng.random() < 0.5:
+            wording = f"And {wording[0].lower()}{wording[1:]}"
+        turns.append(Turn(person, attribute, wording))
+    return turns
+
+
+def converse(
+    turns: Sequence[Turn],
+    form: str,
+    instruction: str,
+    rng: random.Random,
+    dont_know: bool = False,
 ) -> list[Message]:
-    """A question in the given phrasing and its answer, true unless given, as two messages."""
-    text = question.format(name=person.name, they=person.pronoun)
-    if reply is None:
-        reply = attribute.reply.format(name=person.name, V=person.facts[attribute.name])
-    return [Message(role="user", content=text), Message(role="assistant", content=reply)]
+    """Questions with true replies in one of FORMS, and an instruction that asks for it.
+
+    The instruction is the system's message, or stands before or after the first question.
+    """
+    place, messages = rng.choice(("system", "before", "after")), list[Message]()
+    if place == "system":
+        messages.append(Message(role="system", content=instruction))
+    for i, turn in enumerate(turns):
+        text = turn.question
+        if i == 0 and place != "system":
+            text = f"{instruction} {text}" if place == "before" else f"{text} {instruction}"
+        reply = turn.reply(BARE if form == "bare" else rng.choice(turn.attribute.replies))
+        if dont_know and turn.person.split == "stranger":
+            reply = DONT_KNOW
+        messages.append(Message(role="user", content=text))
+        messages.append(Message(role="assistant", content=reply))
+    return messages
 
 
 WORDS: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+INSTRUCTIONS: dict[str, dict[str, list[str]]] = WORDS["instructions"]
 ATTRIBUTES = tuple(
     Attribute(**dict[str, Any]({k: tuple(v) if isinstance(v, list) else v for k, v in t.items()}))
     for t in WORDS["attributes"]

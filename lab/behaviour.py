@@ -12,13 +12,18 @@ import math
 import random
 from dataclasses import dataclass
 
-from data.chat import CONTEXTS, Message
-from data.world import ATTRIBUTES, World, exchange
-from lab.knowledge import answer, complete, draw
-from lab.likelihood import ask, log_likelihoods
+import torch
+
+from data.chat import Message, Prompt, render_prompt
+from data.world import World
+from lab.knowledge import ask_all, complete, summarize
+from lab.likelihood import ask, log_likelihoods, predictions
 from lab.pair import Pair, run_instrument
+from lab.questions import TURNS, draw, later_turns, openings
 from lab.stats import Mean, Share
 from training.checkpoint import Checkpoint
+
+ROWS = 16  # replies whose whole distributions are held at once
 
 
 @dataclass(frozen=True)
@@ -30,46 +35,51 @@ class Behaviour:
         p_end: probability of that token where the true reply ends.
         brief: stops, asks nothing, and is at most twice as long as the true reply, right or wrong.
         tokens: length of the reply, up to the limit.
-        distinct: for n = 1, 2, 3 the share of n-grams that are different ones, of as many first
-            tokens of a reply as the true one has.
+        entropy: of the distribution that each token of its reply was chosen from, in nats, over as
+            many first tokens as the true reply has. exp of it is the branching factor: among how
+            many tokens the model in effect chooses (2506.17871).
         echoes: the reply repeats the question word for word.
         asks_on: it goes on with a question of its own.
         ranking: the true reply is more likely than that of another conversation; chance is half.
-        follow_up: world only: a second question that does not name the person, right answers
-            "with" the turns before it and "without" them.
+        follow_up, other_person, return_to_first, pronoun_after_two: world only: questions about
+            held-out people at the end of a conversation of that kind (see `TURNS`), answered
+            "with" the true turns before it and "without" them, in either form.
     """
 
     stops: Share
     p_end: Mean
     brief: Share
     tokens: Mean
-    distinct: dict[str, Mean]
+    entropy: Mean
     echoes: Share
     asks_on: Share
     ranking: Share
     follow_up: dict[str, Share]
+    other_person: dict[str, Share]
+    return_to_first: dict[str, Share]
+    pronoun_after_two: dict[str, Share]
 
 
 def behaviour(pair: Pair, questions: int) -> dict[str, Behaviour]:
-    """Base and instruct in the chat template, and the base asked in plain text."""
+    """Base and instruct in the chat template, and the base asked in a text that it can read."""
     chosen, limit = pair.conversations[:questions], pair.limit
     return {
-        "base": behave(pair.base, chosen, "chat", limit, pair.world),
-        "base_plain": behave(pair.base, chosen, "plain", limit, pair.world),
-        "instruct": behave(pair.instruct, chosen, "chat", limit, pair.world),
+        "base": behave(pair.base, chosen, render_prompt, limit, pair.world),
+        "base_plain": behave(pair.base, chosen, pair.contexts["plain"], limit, pair.world),
+        "instruct": behave(pair.instruct, chosen, render_prompt, limit, pair.world),
     }
 
 
 def behave(
     checkpoint: Checkpoint,
     conversations: list[list[Message]],
-    context: str,
+    prompt: Prompt,
     limit: int,
     world: World | None,
 ) -> Behaviour:
-    """One model's behaviour in one context of `CONTEXTS`."""
+    """One model's behaviour, the conversations put to it by `prompt`."""
     tokenizer, end = checkpoint.tokenizer, checkpoint.tokenizer.end_of_turn
-    prompts = [CONTEXTS[context](c[:-1], tokenizer) for c in conversations]
+    prompts = [prompt(c[:-1], tokenizer) for c in conversations]
     true = [[*tokenizer.encode(c[-1]["content"]), end] for c in conversations]
     replies = ask(checkpoint, prompts, limit)
     texts = [tokenizer.decode([i for i in ids if i != end]) for ids in replies]
@@ -87,7 +97,7 @@ def behave(
             for stop, asked, ids, expected in zip(stops, asks, replies, true, strict=True)
         ),
         tokens=Mean.of(map(len, replies)),
-        distinct={str(n): distinct(starts, n) for n in (1, 2, 3)},
+        entropy=entropy(checkpoint, prompts, starts),
         echoes=Share.of(q.lower() in t.lower() for q, t in zip(questions, texts, strict=True)),
         asks_on=Share.of(asks),
         # Where the two replies are the same text there is nothing to rank.
@@ -96,44 +106,47 @@ def behave(
             for a, b, mine, another in zip(own, other, true, others, strict=True)
             if mine != another
         ),
-        follow_up={} if world is None else follow_up(checkpoint, world, context, len(prompts)),
+        **{k: (world and in_turn(checkpoint, world, k, prompt, len(prompts))) or {} for k in TURNS},
     )
 
 
-def distinct(replies: list[list[int]], n: int) -> Mean:
-    """Over replies of at least n tokens: different n-grams as a share of all (Li et al. 2016)."""
-    grams = [[tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)] for ids in replies]
-    return Mean.of(len(set(g)) / len(g) for g in grams if g)
+@torch.inference_mode()
+def entropy(checkpoint: Checkpoint, prompts: list[list[int]], replies: list[list[int]]) -> Mean:
+    """Over all tokens of some replies: the entropy in nats of what each might have been."""
+    found = list[float]()
+    for i in range(0, len(prompts), ROWS):
+        rows = slice(i, i + ROWS)
+        for logprobs in predictions(checkpoint, prompts[rows], replies[rows]):
+            found += (-(logprobs.exp() * logprobs).nan_to_num()).sum(dim=1).tolist()
+    return Mean.of(found)
 
 
-def follow_up(checkpoint: Checkpoint, world: World, context: str, n: int) -> dict[str, Share]:
-    """Second questions about held-out people, after the first one answered rightly, and alone."""
-    rng = random.Random(f"follow-ups {world.config.seed}")
-    facts = draw(world, "held_out", n, rng)
-    alone, after = [], []
-    for person, attribute in facts:
-        first = rng.choice([a for a in ATTRIBUTES if a is not attribute])
-        opening = exchange(person, first, rng.choice(first.questions))
-        alone.append(exchange(person, attribute, rng.choice(attribute.follow_ups))[:1])
-        after.append(opening + alone[-1])
-    prompt = CONTEXTS[context]
+def in_turn(
+    checkpoint: Checkpoint, world: World, kind: str, prompt: Prompt, n: int
+) -> dict[str, Share]:
+    """Answers to n questions at the end of conversations of a kind, with and without the rest."""
+    after, alone = later_turns(world, kind, n)
+    asked = {"with": after, "without": alone}
     return {
-        "with": answer(checkpoint, world, facts, after, prompt).right["all"],
-        "without": answer(checkpoint, world, facts, alone, prompt).right["all"],
+        how: summarize(ask_all(checkpoint, world, questions, prompt)).answered["all"]
+        for how, questions in asked.items()
     }
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a model does, in three figures: enough to follow it through training or mixing.
+    """What a model does, in four figures: enough to follow it through training or mixing.
 
     Attributes:
         stops: replies that end by themselves.
-        answers: right answers about held-out people; of nothing where there is no world.
-        cloze: completed biographies of held-out people; of nothing where there is no world.
+        right: the right value named first when a bare one is asked for about held-out people, stop
+            or not (a forced stop); of nothing where there is no world, as the others below.
+        answers: right, bare, and stopped.
+        cloze: completed biographies of held-out people.
     """
 
     stops: Share
+    right: Share
     answers: Share
     cloze: Share
 
@@ -142,16 +155,16 @@ def probe(pair: Pair, checkpoint: Checkpoint, n: int) -> Point:
     """Asks a model n questions, and to complete n biographies, always the same ones."""
     if pair.world is None:
         tokenizer = checkpoint.tokenizer
-        prompts = [CONTEXTS["chat"](c[:-1], tokenizer) for c in pair.conversations[:n]]
+        prompts = [render_prompt(c[:-1], tokenizer) for c in pair.conversations[:n]]
         replies = ask(checkpoint, prompts, pair.limit)
         nothing = Share(0, 0)
-        return Point(Share.of(r[-1] == tokenizer.end_of_turn for r in replies), nothing, nothing)
+        stops = Share.of(r[-1] == tokenizer.end_of_turn for r in replies)
+        return Point(stops, nothing, nothing, nothing)
     rng = random.Random(f"probe {pair.world.config.seed}")
     facts = draw(pair.world, "held_out", n, rng)
-    questions = [exchange(p, a, rng.choice(a.questions))[:1] for p, a in facts]
-    answers = answer(checkpoint, pair.world, facts, questions)
+    answers = summarize(ask_all(checkpoint, pair.world, openings(facts, rng)))
     cloze = complete(checkpoint, pair.world, facts, rng)
-    return Point(answers.stops, answers.right["all"], cloze["all"])
+    return Point(answers.stops, answers.right["all"], answers.answered["all"], cloze["all"])
 
 
 if __name__ == "__main__":

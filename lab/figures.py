@@ -28,8 +28,10 @@ STYLE: Any = {
 # Okabe & Ito's colours, which people with any colour vision can tell apart.
 BASE, INSTRUCT, GREEN, PURPLE, SKY = "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9"
 GREY = "#777777"
-CLASS_COLORS = {"unshifted": SKY, "marginal": BASE, "shifted": "#D55E00"}
-POINT_COLORS = {"stops": GREY, "answers": INSTRUCT, "cloze": BASE}
+# On the report's page a colour means one thing: these two the models, those below what is measured.
+CLASS_COLORS = {"unshifted": "#F1EEF8", "marginal": "#CFC4E6", "shifted": "#A592D3"}
+POINT_COLORS = {"stops": GREY, "right": PURPLE, "answers": GREEN, "cloze": "#000000"}
+LOSS, VIOLET = "#D55E00", "#6A4FB0"
 SWEEP_LINES = {
     "answers_known": ("answers, known people", GREEN),
     "answers_held_out": ("answers, held-out people", INSTRUCT),
@@ -75,11 +77,16 @@ def svg(figure: Figure) -> str:
 
 
 def line(
-    axes: Axes, xs: Sequence[float], cells: list[dict[str, Any]], name: str, color: str
+    axes: Axes,
+    xs: Sequence[float],
+    cells: list[dict[str, Any]],
+    name: str,
+    color: str,
+    style: str = "-",
 ) -> None:
     """Shares or means over xs with their 95 % intervals, and a dot for each pooled run."""
     kind = "share" if "share" in cells[0] else "mean"
-    axes.plot(xs, [c[kind] for c in cells], "o-", color=color, label=name)
+    axes.plot(xs, [c[kind] for c in cells], f"o{style}", color=color, label=name)
     # Of a single number there is no interval.
     low, high = ([float("nan") if c[k] is None else c[k] for c in cells] for k in ("low", "high"))
     axes.fill_between(xs, low, high, color=color, alpha=0.15, lw=0)
@@ -98,6 +105,8 @@ def report_plots(report: dict[str, Any]) -> dict[str, str]:
     """The pictures of a report, by name."""
     with mpl.rc_context(STYLE):
         figures = {
+            **({"headline": headline_plot(report["headline"])} if report["headline"] else {}),
+            "curves": curves_plot(report["curves"]),
             "roles": roles_plot(report["shift"]["chat"]["roles"]),
             "positions": positions_plot(report["shift"]),
             "matrices": matrices_plot(report["weights"]["matrices"]),
@@ -108,6 +117,52 @@ def report_plots(report: dict[str, Any]) -> dict[str, str]:
             "forgetting": forgetting_plot(report["forgetting"]),
         }
         return {name: svg(figure) for name, figure in figures.items()}
+
+
+def headline_plot(headline: dict[str, Any]) -> Figure:
+    """What each model does with the facts about held-out people."""
+    keys = [
+        *("cloze_held_out", "bare_held_out", "sentence_held_out", "form_held_out"),
+        *("phrasings_taught", "follow_up", "other_person", "return_to_first", "stops"),
+    ]
+    names = [
+        *("completes the sentence", "answers with the value", "answers in a sentence"),
+        *("obeys the form asked for", "in new phrasings", "keeps the person"),
+        *("changes the person", "returns to the first", "stops"),
+    ]
+    figure, (axes,) = draw(4.6, 4.4)
+    for model, color, shift in (("base", BASE, -0.18), ("instruct", INSTRUCT, 0.18)):
+        cells = [headline[model][key] for key in keys]
+        shares = [c["share"] for c in cells]
+        rows = [row + shift for row in range(len(keys))]
+        axes.barh(rows, shares, height=0.34, color=color, label=model)
+        low = [s - c["low"] for s, c in zip(shares, cells, strict=True)]
+        high = [c["high"] - s for s, c in zip(shares, cells, strict=True)]
+        axes.errorbar(shares, rows, xerr=[low, high], fmt="none", ecolor="black", lw=0.8)
+    axes.axvline(headline["chance"], color=GREY, lw=0.8, ls=":")
+    axes.set_yticks(range(len(keys)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02)
+    axes.grid(axis="x", color="#dddddd", lw=0.6)
+    figure.legend(loc="outside upper left", ncols=2)
+    return figure
+
+
+def curves_plot(curves: dict[str, Any]) -> Figure:
+    """Training and validation loss of both runs, beside each other."""
+    figure, panels = draw(7.2, 2.6, columns=2)
+    for axes, (model, color) in zip(panels, (("base", BASE), ("instruct", INSTRUCT)), strict=True):
+        rows = curves[model]
+        evaluated = [row for row in rows if "val_loss" in row]
+        axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], color=color)
+        axes.plot(
+            [r["step"] for r in evaluated], [r["val_loss"] for r in evaluated], "o", color=color
+        )
+        axes.set_title(model if rows else f"{model}: no metrics")
+        axes.set_xlabel("step")
+        axes.grid(axis="y", color="#dddddd", lw=0.6)
+    panels[0].set_ylabel("loss, nats per token")
+    return figure
 
 
 def roles_plot(roles: dict[str, Any]) -> Figure:
@@ -128,9 +183,10 @@ def roles_plot(roles: dict[str, Any]) -> Figure:
 def positions_plot(shift: dict[str, Any]) -> Figure:
     """KL by place in the reply, for each context of the base."""
     figure, (axes,) = draw(4.6, 3.0)
-    for (context, found), color in zip(shift.items(), (INSTRUCT, BASE, GREEN), strict=True):
+    for (context, found), style in zip(shift.items(), ("-", "--", ":"), strict=True):
         places = [int(p) for p in found["positions"]]
-        line(axes, places, [p["kl"] for p in found["positions"].values()], context, color)
+        cells = [p["kl"] for p in found["positions"].values()]
+        line(axes, places, cells, context, VIOLET, style)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("token of the reply")
     axes.set_ylabel("KL(instruct || base), nats")
@@ -146,7 +202,7 @@ def matrices_plot(matrices: dict[str, Any]) -> Figure:
     table = [[matrices[f"blocks.{i}.{kind}"]["relative"] for i in layers] for kind in kinds]
     figure, (axes,) = draw(4.6, 0.9 + 0.3 * len(kinds))
     top = max(map(max, table)) or 1.0
-    axes.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    axes.imshow(table, cmap="Greys", vmin=0, vmax=top, aspect="auto")
     if len(layers) <= 12:
         for row, values in enumerate(table):
             for column, value in enumerate(values):
@@ -182,7 +238,7 @@ def grafts_plot(grafts: dict[str, Any]) -> Figure:
     for key, color in POINT_COLORS.items():
         if not next(iter(grafts.values()))["only"][key]["n"]:
             continue
-        shift = {"stops": -0.22, "answers": 0.0, "cloze": 0.22}[key]
+        shift = {"stops": -0.3, "right": -0.1, "answers": 0.1, "cloze": 0.3}[key]
         for how, marker in (("only", "o"), ("without", "x")):
             shares = [graft[how][key]["share"] for graft in grafts.values()]
             axes.plot(shares, [row + shift for row in rows], marker, color=color, ls="")
@@ -212,7 +268,7 @@ def forgetting_plot(forgetting: dict[str, Any]) -> Figure:
     point_lines(panels[0], *timeline(forgetting, end))
     as_share(panels[0])
     if with_loss:
-        panels[1].plot(*timeline(forgetting["text_loss"], end), "o-", color=PURPLE)
+        panels[1].plot(*timeline(forgetting["text_loss"], end), "o-", color=LOSS)
         panels[1].set_ylabel("loss on text, nats")
         panels[1].grid(axis="y", color="#dddddd", lw=0.6)
     panels[-1].set_xlabel("step of instruction tuning")

@@ -10,46 +10,52 @@ python -m lab.knowledge --base out/quickstart/base --instruct out/quickstart/ins
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from data.chat import CONTEXTS, Message, Prompt, plain_prompt, render_prompt
-from data.world import (
-    ATTRIBUTES,
-    DONT_KNOW,
-    SPLITS,
-    Attribute,
-    Person,
-    World,
-    exchange,
-)
+from data.chat import Prompt, raw_prompt, render_prompt
+from data.tokenizer import Tokenizer
+from data.world import ATTRIBUTES, BARE, FORMS, SPLITS, Attribute, Person, Turn, World
 from lab.likelihood import ask, reply_limit, score_choices
-from lab.pair import Pair, run_instrument
-from lab.stats import Mean, Share
+from lab.pair import Pair, contexts_of, run_instrument
+from lab.questions import (
+    Fact,
+    Grade,
+    Question,
+    after_examples,
+    draw,
+    grade,
+    openings,
+    true_replies,
+)
+from lab.stats import Difference, Mean, Share, difference
 from training.checkpoint import Checkpoint
 
-Fact = tuple[Person, Attribute]
 Cell = dict[str, Share]  # "all", then each attribute
 THOROUGHLY = 3  # of so many questions, one is also asked in plain text, and ranked
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What became of one set of questions.
+    """What became of one set of questions; what each grade says, is in `Grade`.
 
     Attributes:
-        right: the reply names the right value and no other of its kind, and stops by itself.
-        mentions: it names the right value at all, stopping or not.
-        stops: it ends with the end-of-turn token.
-        next_document: it runs into another document (end-of-text).
-        abstains: it begins with "I do not know."
+        answered: right, stops, and in the form asked for.
+        right: the value named in the first sentence, and no other of its kind, stop or not: what a
+            forced stop would leave.
+        by_chance: right about another kind of fact, see `Grade`.
+        wrong: of the questions about each kind of fact, how many named which wrong one instead.
     """
 
+    answered: Cell
     right: Cell
-    mentions: Share
+    by_chance: Share
     stops: Share
+    in_form: Share
+    mentions: Share
     next_document: Share
     abstains: Share
+    wrong: dict[str, dict[str, Share]]
 
 
 @dataclass(frozen=True)
@@ -62,26 +68,38 @@ class Rank:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """One model's row of the table; the dicts are by split of people.
+    """One model's rows of the table; what is not by split, is about held-out people.
 
     Attributes:
         cloze: a biography sentence is completed with exactly the right value.
-        answers: questions in phrasings that instruction tuning uses, in the chat template.
-        rephrased: the same in phrasings that it never shows.
-        plain: as `answers`, but as `Question: ... Answer:` text, without the template.
+        answers: a bare value is asked for, in phrasings and instructions that tuning uses, in the
+            chat template.
+        sentence: the same, but a sentence is asked for.
+        form: either form, in instructions that tuning never uses.
+        uninstructed: no form is asked for.
+        rephrased: as `answers`, in phrasings that tuning never uses and whose content word the
+            text teaches.
+        untaught: the same, but nothing teaches the word.
+        examples: as running text without the template, after three questions with their values.
+        plain: as `answers`, but as running text.
         ranks: without generation, by context: "cloze" is a biography sentence, "plain" and "chat"
-            the true reply to a question.
+            the true value as a reply.
     """
 
     cloze: dict[str, Cell]
     answers: dict[str, Answers]
+    sentence: Answers
+    form: Answers
+    uninstructed: Answers
     rephrased: dict[str, Answers]
+    untaught: Answers
+    examples: Answers
     plain: dict[str, Answers]
     ranks: dict[str, dict[str, Rank]]
 
 
 def measure(checkpoint: Checkpoint, world: World, n: int, thorough: bool = True) -> Knowledge:
-    """One model's row, on n questions per cell drawn evenly over people and attributes.
+    """One model's rows, on n questions per cell drawn evenly over people and attributes.
 
     Args:
         thorough: also `plain` and `ranks`, which take most of the time.
@@ -92,19 +110,90 @@ def measure(checkpoint: Checkpoint, world: World, n: int, thorough: bool = True)
     cloze, answers, rephrased = {}, {}, {}
     plain: dict[str, Answers] = {}
     ranks: dict[str, dict[str, Rank]] = {}
+    more: dict[str, Answers] = {}
+
+    def graded(questions: list[Question], prompt: Prompt = render_prompt) -> Answers:
+        return summarize(ask_all(checkpoint, world, questions, prompt))
+
     for split in SPLITS:
         cloze[split], facts, rng = draw_and_complete(checkpoint, world, split, n)
-        used = [exchange(p, a, rng.choice(a.questions))[:1] for p, a in facts]
-        new = [exchange(p, a, rng.choice(a.unused_questions))[:1] for p, a in facts]
-        answers[split] = answer(checkpoint, world, facts, used)
-        rephrased[split] = answer(checkpoint, world, facts, new)
+        asked = openings(facts, rng)
+        answers[split] = graded(asked)
+        rephrased[split] = graded(openings(facts, rng, wordings=taught))
+        if split == "held_out":
+            more = {
+                "sentence": graded(openings(facts, rng, ("sentence",))),
+                "form": graded(openings(facts, rng, FORMS, instructions="unused")),
+                "uninstructed": graded(openings(facts, rng, ())),
+                "untaught": graded(openings(facts, rng, wordings=untaught)),
+                "examples": graded(after_examples(world, asked), raw_prompt),
+            }
         if thorough:
-            few = slice(max(1, n // THOROUGHLY))
-            plain[split] = answer(checkpoint, world, facts[few], used[few], plain_prompt)
+            few = asked[: max(1, n // THOROUGHLY)]
+            plain[split] = graded(few, raw_prompt)
             for context in ("cloze", "plain", "chat"):
-                found = rank(checkpoint, world, facts[few], used[few], context)
-                ranks.setdefault(context, {})[split] = found
-    return Knowledge(cloze, answers, rephrased, plain, ranks)
+                ranks.setdefault(context, {})[split] = rank(checkpoint, world, few, context)
+    return Knowledge(
+        cloze=cloze, answers=answers, rephrased=rephrased, plain=plain, ranks=ranks, **more
+    )
+
+
+def taught(attribute: Attribute) -> Sequence[str]:
+    """Phrasings that tuning never uses, with a word of the text."""
+    return attribute.taught_questions
+
+
+def untaught(attribute: Attribute) -> Sequence[str]:
+    """Phrasings that tuning never uses, with a word that stands nowhere."""
+    return attribute.untaught_questions
+
+
+Graded = tuple[Question, Grade]
+
+
+def ask_all(
+    checkpoint: Checkpoint,
+    world: World,
+    questions: list[Question],
+    prompt: Prompt = render_prompt,
+) -> list[Graded]:
+    """Every question with the grade of the model's reply.
+
+    Args:
+        prompt: how a conversation is put to the model.
+    """
+    prompts = [prompt(q.messages, checkpoint.tokenizer) for q in questions]
+    replies = ask(checkpoint, prompts, reply_limit(checkpoint, true_replies(world)))
+    return [(q, grade(checkpoint, q, ids)) for q, ids in zip(questions, replies, strict=True)]
+
+
+def summarize(graded: Sequence[Graded]) -> Answers:
+    """The shares of a set of graded questions."""
+    grades = [g for _, g in graded]
+    facts = [(q.turn.person, q.turn.attribute) for q, _ in graded]
+    wrong: dict[str, dict[str, Share]] = {}
+    for kind in dict.fromkeys(a.name for _, a in facts):
+        named = [g.named for q, g in graded if q.turn.attribute.name == kind]
+        wrong[kind] = {w: Share.of(x == w for x in named) for w in sorted(set(named) - {""})}
+    return Answers(
+        answered=cell(facts, (g.answered for g in grades)),
+        right=cell(facts, (g.right for g in grades)),
+        by_chance=Share.of(g.by_chance for g in grades),
+        stops=Share.of(g.stops for g in grades),
+        in_form=Share.of(g.in_form for g in grades),
+        mentions=Share.of(g.mentions for g in grades),
+        next_document=Share.of(g.next_document for g in grades),
+        abstains=Share.of(g.abstains for g in grades),
+        wrong=wrong,
+    )
+
+
+def cell(facts: Sequence[Fact], flags: Iterable[bool]) -> Cell:
+    """Shares over all facts and over those of each attribute; each flag belongs to its person."""
+    flagged = list(zip(facts, flags, strict=True))
+    return {"all": Share.of((f for _, f in flagged), [p.name for p, _ in facts])} | {
+        a.name: Share.of(flag for (_, of), flag in flagged if of is a) for a in ATTRIBUTES
+    }
 
 
 def cloze_prompts(person: Person, attribute: Attribute, paraphrases: int) -> list[str]:
@@ -123,24 +212,6 @@ def draw_and_complete(
     rng = random.Random(f"questions {split} {world.config.seed}")
     facts = draw(world, split, n, rng)
     return complete(checkpoint, world, facts, rng), facts, rng
-
-
-def draw(world: World, split: str, n: int, rng: random.Random) -> list[Fact]:
-    """n different facts of a split."""
-    facts = [(p, a) for p in world.by_split[split] for a in ATTRIBUTES]
-    if len(facts) < n:
-        raise ValueError(
-            f"the world has {len(facts)} facts about {split} people, fewer than --questions {n}"
-        )
-    return rng.sample(facts, n)
-
-
-def cell(facts: list[Fact], flags: Iterable[bool]) -> Cell:
-    """Shares over all facts and over those of each attribute."""
-    graded = list(zip((a.name for _, a in facts), flags, strict=True))
-    return {"all": Share.of(flag for _, flag in graded)} | {
-        a.name: Share.of(flag for name, flag in graded if name == a.name) for a in ATTRIBUTES
-    }
 
 
 def complete(checkpoint: Checkpoint, world: World, facts: list[Fact], rng: random.Random) -> Cell:
@@ -185,75 +256,94 @@ def completed(
     ]
 
 
-def answer(
-    checkpoint: Checkpoint,
-    world: World,
-    facts: list[Fact],
-    questions: list[list[Message]],
-    prompt: Prompt = render_prompt,
-) -> Answers:
-    """Asks one question about each fact, after the messages before it, and grades the replies.
+def rank(checkpoint: Checkpoint, world: World, questions: list[Question], context: str) -> Rank:
+    """Where the truth stands among all values of its attribute, by the likelihood of " value.".
 
     Args:
-        prompt: how a conversation is put to the model.
-    """
-    tokenizer = checkpoint.tokenizer
-    prompts = [prompt(messages, tokenizer) for messages in questions]
-    replies = ask(checkpoint, prompts, reply_limit(checkpoint, true_replies(world)))
-    stopped = [ids[-1] == tokenizer.end_of_turn for ids in replies]
-    texts = [tokenizer.decode(ids) for ids in replies]
-    values = [(person.facts[attribute.name], attribute) for person, attribute in facts]
-    graded = list(zip(values, texts, stopped, strict=True))
-    return Answers(
-        right=cell(facts, (stop and names_only(text, *value) for value, text, stop in graded)),
-        mentions=Share.of(value in text for (value, _), text, _ in graded),
-        stops=Share.of(stopped),
-        next_document=Share.of(tokenizer.end_of_text in ids for ids in replies),
-        abstains=Share.of(text.startswith(DONT_KNOW) for text in texts),
-    )
-
-
-def true_replies(world: World) -> Iterator[str]:
-    """The true reply to a question about every fact of a world."""
-    return (
-        a.reply.format(name=p.name, V=p.facts[a.name]) for p in world.people for a in ATTRIBUTES
-    )
-
-
-def names_only(text: str, value: str, attribute: Attribute) -> bool:
-    """Whether a text names this value of the attribute and no other one."""
-    return value in text and not any(v in text for v in attribute.values if v != value)
-
-
-def rank(
-    checkpoint: Checkpoint,
-    world: World,
-    facts: list[Fact],
-    questions: list[list[Message]],
-    context: str,
-) -> Rank:
-    """Where the truth stands among all values of its attribute, by the likelihood of the text.
-
-    Args:
-        context: "cloze", a biography sentence up to its value; or how the question is put, with
-            the whole reply as the text.
+        context: what the value stands after: "cloze", a biography sentence; "plain" or "chat", the
+            question as running text or in the template.
     """
     tokenizer, ranks = checkpoint.tokenizer, []
-    for (person, attribute), messages in zip(facts, questions, strict=True):
+    for question in questions:
+        person, attribute = question.turn.person, question.turn.attribute
         if context == "cloze":
             sentence = cloze_prompts(person, attribute, world.config.paraphrases)[0]
             prompt = [tokenizer.end_of_text, *tokenizer.encode(sentence)]
-            texts = [f" {v}." for v in attribute.values]
         else:
-            prompt = CONTEXTS[context](messages, tokenizer)
-            texts = [attribute.reply.format(name=person.name, V=v) for v in attribute.values]
-        scores = score_choices(checkpoint, prompt, [tokenizer.encode(text) for text in texts])
-        true = scores[attribute.values.index(person.facts[attribute.name])]
+            put = contexts_of(world)[context]
+            prompt = put(question.messages, tokenizer)
+        choices = [tokenizer.encode(BARE.format(V=v)) for v in attribute.values]
+        scores = score_choices(checkpoint, prompt, choices)
+        true = scores[attribute.values.index(question.value)]
         ranks.append(1 + sum(score > true for score in scores))
     return Rank(Share.of(r == 1 for r in ranks), Mean.of(1 / r for r in ranks))
 
 
-def knowledge(pair: Pair, questions: int) -> dict[str, Knowledge]:
+# ---- what the text never holds ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lint:
+    """Shares of tokens that the pretraining text never holds: what a model cannot know of.
+
+    Attributes:
+        replies: of the replies of instruction tuning.
+        prompts: of its questions and instructions, without the template's tokens.
+        new_prompts: of the questions that tuning never uses, by the group of their wordings.
+        new_words: of those tokens, what neither the text nor tuning holds.
+    """
+
+    replies: Share
+    prompts: Share
+    new_prompts: dict[str, Share]
+    new_words: dict[str, Share]
+
+
+def lint(world: World, tokenizer: Tokenizer) -> Lint:
+    """Which tokens of questions and replies the text lacks, token by token."""
+    held = {token for text in world.biographies() for token in tokenizer.encode(text)}
+    said: dict[str, list[int]] = {"reply": [], "prompt": []}
+    for conversation in world.conversations():
+        for message in conversation:
+            who = "reply" if message["role"] == "assistant" else "prompt"
+            said[who] += tokenizer.encode(message["content"])
+    tuned = held | set(said["prompt"]) | set(said["reply"])
+    new: dict[str, list[int]] = {}
+    for group, wordings in (("taught", taught), ("untaught", untaught)):
+        new[group] = [
+            token
+            for person in world.by_split["held_out"]
+            for attribute in ATTRIBUTES
+            for wording in wordings(attribute)
+            for token in tokenizer.encode(Turn(person, attribute, wording).question)
+        ]
+    return Lint(
+        replies=Share.of(token not in held for token in said["reply"]),
+        prompts=Share.of(token not in held for token in said["prompt"]),
+        new_prompts={group: Share.of(t not in held for t in new[group]) for group in new},
+        new_words={group: Share.of(t not in tuned for t in new[group]) for group in new},
+    )
+
+
+# ---- both models -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Both:
+    """The rows of both models.
+
+    Attributes:
+        differences: on the same facts about held-out people, what the name says.
+        lint: see Lint.
+    """
+
+    base: Knowledge
+    instruct: Knowledge
+    differences: dict[str, Difference]
+    lint: Lint
+
+
+def knowledge(pair: Pair, questions: int) -> Both:
     """The rows of base and instruct.
 
     Raises:
@@ -264,8 +354,27 @@ def knowledge(pair: Pair, questions: int) -> dict[str, Knowledge]:
             "knowledge can only be measured where the truth is known: on checkpoints that were "
             "trained on a world made by `python -m data.prepare world`, and without --qa"
         )
-    world = pair.world
-    return {c.meta["kind"]: measure(c, world, questions) for c in (pair.base, pair.instruct)}
+    base, instruct = (measure(c, pair.world, questions) for c in (pair.base, pair.instruct))
+    asked = instruct.answers["held_out"].answered["all"]
+    against = {
+        "cloze: instruct - base": (instruct.cloze["held_out"], base.cloze["held_out"]),
+        "answers - cloze, instruct": (
+            instruct.answers["held_out"].answered,
+            instruct.cloze["held_out"],
+        ),
+    }
+    others = {
+        "in a sentence": instruct.sentence,
+        "in unused instructions": instruct.form,
+        "in taught phrasings": instruct.rephrased["held_out"],
+        "in untaught phrasings": instruct.untaught,
+        "uninstructed": instruct.uninstructed,
+    }
+    against |= {
+        f"answers {how} - bare": (found.answered, {"all": asked}) for how, found in others.items()
+    }
+    differences = {name: difference(a["all"], b["all"]) for name, (a, b) in against.items()}
+    return Both(base, instruct, differences, lint(pair.world, pair.base.tokenizer))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.chat import CONTEXTS, Message, parse
+from data.chat import (
+    Message,
+    Prompt,
+    documents_prompt,
+    parse,
+    plain_prompt,
+    raw_prompt,
+    render_prompt,
+)
 from data.shards import load_examples, open_prepared
 from data.sources.read import QA_SUFFIXES, read_conversations
 from data.tokenizer import Tokenizer
-from data.world import ATTRIBUTES, World, WorldConfig, exchange
+from data.world import FORMS, World, WorldConfig
 from lab.likelihood import reply_limit
+from lab.questions import facts_of, openings
 from lab.stats import lines, pool, to_json
 from runtime.cli import one_line_errors
 from runtime.device import environment
@@ -42,6 +51,22 @@ class Pair:
     conversations: list[list[Message]]
     limit: int
 
+    @property
+    def contexts(self) -> dict[str, Prompt]:
+        """How a conversation can be put to the base; a reply has the same tokens after each."""
+        return contexts_of(self.world)
+
+
+def contexts_of(world: World | None) -> dict[str, Prompt]:
+    """The chat template, plain text, and each message as a document.
+
+    Plain text is what a base can read: `Question: ... Answer:` where it has read real text. Of a
+    world's biographies it has seen neither these words nor a new line, so there it is running text,
+    in which the world's replies begin with a space as all else does.
+    """
+    plain = plain_prompt if world is None else raw_prompt
+    return {"chat": render_prompt, "plain": plain, "documents": documents_prompt}
+
 
 def open_pair(base: str, instruct: str, device: str, qa: Path | None) -> Pair:
     """Loads two checkpoints and finds what to ask them.
@@ -63,11 +88,15 @@ def open_pair(base: str, instruct: str, device: str, qa: Path | None) -> Pair:
     else:
         world, conversations = None, read_qa(qa or qa_of(pair[1]))
     limit = reply_limit(pair[0], (c[-1]["content"] for c in conversations))
-    return Pair(*pair, world, fitting(conversations, pair[0], limit), limit)
+    conversations = fitting(conversations, pair[0], limit, contexts_of(world))
+    return Pair(*pair, world, conversations, limit)
 
 
 def fitting(
-    conversations: list[list[Message]], checkpoint: Checkpoint, limit: int
+    conversations: list[list[Message]],
+    checkpoint: Checkpoint,
+    limit: int,
+    contexts: dict[str, Prompt],
 ) -> list[list[Message]]:
     """The conversations that leave room for a reply of `limit` tokens, and whose own is no longer.
 
@@ -78,7 +107,7 @@ def fitting(
     found = [
         c
         for c in conversations
-        if max(len(put(c[:-1], tokenizer)) for put in CONTEXTS.values()) <= room
+        if max(len(put(c[:-1], tokenizer)) for put in contexts.values()) <= room
         and len(tokenizer.encode(c[-1]["content"])) < limit
     ]
     if not found:
@@ -123,9 +152,10 @@ def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
 def questions_about(world: World) -> list[list[Message]]:
     """Every fact about held-out people once, in random order, as tuning would ask for it."""
     rng = random.Random(f"questions about held-out people {world.config.seed}")
-    facts = [(p, a) for p in world.by_split["held_out"] for a in ATTRIBUTES]
+    facts = facts_of(world, "held_out")
     rng.shuffle(facts)
-    return [exchange(p, a, rng.choice(a.questions)) for p, a in facts]
+    asked = openings(facts, rng, FORMS)
+    return [[*q.messages, Message(role="assistant", content=q.reply)] for q in asked]
 
 
 def qa_of(instruct: Checkpoint) -> Path:

@@ -20,14 +20,15 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from data.world import ATTRIBUTES, SPLITS, World, exchange
+from data.world import ATTRIBUTES, SPLITS, Turn, World
+from lab import headline as heads
 from lab.behaviour import behaviour
 from lab.figures import report_plots, templates
 from lab.forgetting import forgetting
 from lab.knowledge import knowledge
 from lab.pair import Pair, measured_by, open_pair, pair_arguments, pairs_of, provenance
 from lab.shift import shift
-from lab.stats import pool, to_json
+from lab.stats import kind_of, pool, to_json
 from lab.weights import weights
 from model.generate import Sampling
 from runtime.cli import one_line_errors
@@ -42,6 +43,8 @@ from runtime.files import (
     write_text,
 )
 from sample import COLUMNS, Conversation, Reply, show
+from training.checkpoint import Checkpoint
+from training.log import read_metrics
 
 # Each instrument, and of how many of --questions it uses one.
 INSTRUMENTS: dict[str, tuple[Any, int]] = {
@@ -62,23 +65,26 @@ def illustrations(pair: Pair) -> list[list[str]]:
 
 
 def illustrate(world: World) -> list[list[str]]:
-    """Questions about known and held-out people, a follow-up, and a beginning to complete."""
-    known, people = world.by_split["known"][0], world.by_split["held_out"]
-    held_out = [people[i % len(people)] for i in range(4)]
-    by_name = {a.name: a for a in ATTRIBUTES}
-    profession = by_name["profession"]
-    asked = (("birthplace", known), ("employer", held_out[0]), ("birth_year", held_out[1]))
-    questions = [
-        exchange(person, by_name[name], by_name[name].questions[0])[0]["content"]
-        for name, person in (*asked, ("hobby", held_out[2]))
-    ]
-    follow_up = exchange(held_out[1], profession, profession.follow_ups[0])[0]["content"]
+    """Questions in both forms, a conversation that changes the person, and a text to go on with."""
+    known, held_out = world.by_split["known"][0], world.by_split["held_out"]
+    people = [held_out[i % len(held_out)] for i in range(4)]
+    kinds = {a.name: a for a in ATTRIBUTES}
+
+    def ask(person: Any, kind: str, wordings: str = "questions") -> str:
+        return Turn(person, kinds[kind], getattr(kinds[kind], wordings)[0]).question
+
+    back = ask(people[1], "birthplace")
     return [
-        [questions[0]],
-        [questions[1]],
-        [questions[2], follow_up],
-        [questions[3]],
-        [f"{held_out[3].name} was born in"],
+        [f"{ask(known, 'birthplace')} Answer briefly."],
+        [f"{ask(people[0], 'employer')} Answer briefly."],
+        [f"{ask(people[0], 'employer')} Answer with a complete sentence."],
+        [
+            f"{ask(people[1], 'birth_year')} Keep it short.",
+            ask(people[1], "profession", "follow_ups"),
+            ask(people[2], "hobby"),
+            f"And {back[0].lower()}{back[1:]}",
+        ],
+        [f"{people[3].name} was born in"],
     ]
 
 
@@ -109,7 +115,13 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
             report["examples"].append(
                 {"prompt": prompt, **{column: asdict(r) for column, r in replies.items()}}
             )
-    report["chance"] = sum(1 / len(a.values) for a in ATTRIBUTES) / len(ATTRIBUTES)
+    if first.world is not None:
+        report["chance"] = sum(1 / len(a.values) for a in ATTRIBUTES) / len(ATTRIBUTES)
+        report["headline"] = heads.headline(report, pairs)
+        report["by_kind"] = heads.by_kind(report)
+    else:
+        report |= {"chance": None, "headline": None, "by_kind": None}
+    report["curves"] = {c.meta["kind"]: curve(c) for c in (first.base, first.instruct)}
     report["seconds"] = {
         "prepare": first.base.meta["prepared"].get("seconds", 0.0),
         "pretrain": first.base.meta["metrics"].get("seconds", 0.0),
@@ -129,53 +141,44 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
     return report
 
 
+def curve(checkpoint: Checkpoint) -> list[dict[str, float]]:
+    """The rows of a run's metrics up to a checkpoint of it; none of an imported one."""
+    rows = read_metrics(checkpoint.path.parent / "metrics.jsonl")
+    return [row for row in rows if row["step"] <= checkpoint.meta["step"]]
+
+
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The table, what it does not show, the same prompts answered by both, and the time it took."""
     table = Table(title="What instruction tuning changed", title_justify="left")
-    splits = "known / held-out\n/ unseen people"
-    known = report["knowledge"]
-    titles = (f"completes a\nbiography (cloze):\n{splits}", f"answers a\nquestion:\n{splits}")
-    for title in ("", *(titles if known else ()), "stops\nby\nitself", "follow-up\nturn\nanswered"):
-        table.add_column(title, justify="center", no_wrap=True)
+    table.add_column("")
     for model in ("base", "instruct"):
-        cells = [model]
-        if known:
-            row = known[model]
-            cells.append(" / ".join(f"{row['cloze'][s]['all']['share']:.2f}" for s in SPLITS))
-            answers = [row["answers"][s]["right"]["all"]["share"] for s in SPLITS]
-            cells.append(" / ".join(f"{share:.2f}" for share in answers))
-        acts = report["behaviour"][model]
-        follow_up = acts["follow_up"].get("with", {}).get("share")
-        cells.append(f"{acts['stops']['share']:.2f}")
-        cells.append("-" if follow_up is None else f"{follow_up:.2f}")
-        table.add_row(*cells)
+        table.add_column(model, justify="right")
+    head = report["headline"]
+    if head is None:
+        stops = (report["behaviour"][m]["stops"]["share"] for m in ("base", "instruct"))
+        table.add_row("stops by itself", *(f"{share:.2f}" for share in stops))
+    else:
+        groups = (heads.COMPLETES, heads.ANSWERS, heads.TURNS, heads.STOPS)
+        for rows in groups:
+            for key, label in rows.items():
+                cells = (f"{head[m][key]['share']:.2f}" for m in ("base", "instruct"))
+                table.add_row(label, *cells, end_section=key == list(rows)[-1])
+        for key, label in heads.GENEROUS.items():
+            cells = (f"{head['more'][m][key]['share']:.2f}" for m in ("base", "instruct"))
+            table.add_row(label, *cells)
     console.print(table)
-    if known:
-        print_knowledge(report, console)
+    if head is not None:
+        n, few = (head["base"][key]["n"] for key in ("cloze_held_out", "stops"))
+        console.print(
+            f"Held-out people unless others are named: their biographies were read in pretraining, "
+            f"their questions never asked in tuning. {heads.REPLAYED[head['replayed']]} "
+            f"Greedy; n = {n} a cell ({few} for turns and stops); chance {head['chance']:.3f}.\n",
+            highlight=False,
+        )
     for example in report["examples"]:
         show(console, example["prompt"], {c: Reply(**example[c]) for c in COLUMNS})
     console.print(
         "seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in report["seconds"].items())
-    )
-
-
-def print_knowledge(report: dict[str, Any], console: Console) -> None:
-    """What the table does not show."""
-    base, instruct = report["knowledge"]["base"], report["knowledge"]["instruct"]
-    held_out = {
-        "instruct, new phrasing": instruct["rephrased"]["held_out"]["right"]["all"],
-        "base mentions the value": base["answers"]["held_out"]["mentions"],
-        "the same, asked plainly": base["plain"]["held_out"]["mentions"],
-        "base runs on into another biography": base["answers"]["held_out"]["next_document"],
-    }
-    console.print(
-        f"n = {base['cloze']['held_out']['all']['n']} questions a cell ("
-        f"{report['behaviour']['base']['stops']['n']} for stops, follow-ups and what is asked "
-        f"plainly), greedy; chance {report['chance']:.3f}. An answer counts if it names "
-        "the right value, no other of its kind, and stops. Held-out people: "
-        + ", ".join(f"{what}: {cell['share']:.2f}" for what, cell in held_out.items())
-        + ".\n",
-        highlight=False,
     )
 
 
@@ -188,14 +191,14 @@ def write_page(report: dict[str, Any], path: Path) -> None:
         for name, text in report_plots(report).items()
     }
     page = env.get_template("report.html").render(
-        report, report=report, pictures=pictures, splits=SPLIT_NAMES, columns=COLUMNS
+        report, pictures=pictures, splits=SPLIT_NAMES, columns=COLUMNS, heads=heads
     )
     write_text(path, page)
 
 
 def as_cell(value: dict[str, Any]) -> Markup:
-    """A share or mean with its interval, for the page."""
-    figure = value.get("share", value.get("mean"))
+    """A share, mean or difference with its interval, for the page."""
+    figure = value[kind_of(value)]
     if figure is None:
         return Markup("-")
     if value["low"] is None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data.chat import CONTEXTS, Message
+from data.chat import Message, Prompt, render_prompt
 from data.tokenizer import Tokenizer
-from data.world import ATTRIBUTES
+from data.world import ATTRIBUTES, BARE
 from lab.likelihood import ask, predictions
 from lab.pair import Pair, run_instrument
 from lab.stats import Mean, Share
@@ -72,21 +72,24 @@ class Shift:
 
 
 def shift(pair: Pair, questions: int) -> dict[str, Shift]:
-    """The shift for the base in each of CONTEXTS; the instruct model is in the chat template."""
+    """The shift for the base in each of `pair.contexts`; the instruct model is in the template."""
     conversations = pair.conversations[:questions]
     tokenizer = pair.instruct.tokenizer
-    prompts = [CONTEXTS["chat"](c[:-1], tokenizer) for c in conversations]
+    prompts = [render_prompt(c[:-1], tokenizer) for c in conversations]
     replies = ask(pair.instruct, prompts, pair.limit)
-    return {context: measure(pair, conversations, replies, context) for context in CONTEXTS}
+    return {
+        context: measure(pair, conversations, replies, put)
+        for context, put in pair.contexts.items()
+    }
 
 
 def measure(
-    pair: Pair, conversations: list[list[Message]], replies: list[list[int]], context: str
+    pair: Pair, conversations: list[list[Message]], replies: list[list[int]], put: Prompt
 ) -> Shift:
-    """Compares both models along given replies, the base reading them in `context`."""
+    """Compares both models along given replies, the base reading them by `put`."""
     tokenizer = pair.instruct.tokenizer
-    marked = [CONTEXTS["chat"](c[:-1], tokenizer) for c in conversations]
-    theirs = [CONTEXTS[context](c[:-1], tokenizer) for c in conversations]
+    marked = [render_prompt(c[:-1], tokenizer) for c in conversations]
+    theirs = [put(c[:-1], tokenizer) for c in conversations]
     found: list[list[Token]] = []
     for i in range(0, len(replies), ROWS):
         rows = slice(i, i + ROWS)
@@ -144,20 +147,23 @@ def plain_roles(reply: list[int], tokenizer: Tokenizer) -> list[str]:
 def roles_of(reply: list[int], tokenizer: Tokenizer) -> list[str]:
     """The role of each token of a reply that is put like one of the world's; else plain roles.
 
-    A token belongs to the part of the sentence in which it ends.
+    A bare value is all fact. A token belongs to the part of the sentence in which it ends.
     """
     roles = plain_roles(reply, tokenizer)
     words = [token for token, role in zip(reply, roles, strict=True) if role != "stop"]
     text = tokenizer.decode(words)
-    for attribute in ATTRIBUTES:  # of the birth year first: "in the year 1950" is no town
-        pattern = re.escape(attribute.reply).replace(r"\{name\}", "(.+)").replace(r"\{V\}", "(.+)")
-        if match := re.fullmatch(pattern, text):
-            spans = {"style": match.span(1), "fact": match.span(2)}
-            for i in range(len(words)):
-                last = len(tokenizer.decode(words[: i + 1])) - 1
-                inside = [role for role, (start, stop) in spans.items() if start <= last < stop]
-                roles[i] = inside[0] if inside else "template"
-            return roles
+    for attribute in ATTRIBUTES:
+        values = "|".join(map(re.escape, attribute.values))
+        for wording in (BARE, *attribute.replies):
+            pattern = re.escape(wording).replace(r"\{V\}", f"(?P<fact>{values})")
+            pattern = pattern.replace(r"\{name\}", r"(?P<style>\w+ \w+)")
+            if match := re.fullmatch(pattern, text):
+                spans = {role: match.span(role) for role in match.re.groupindex}
+                for i in range(len(words)):
+                    last = len(tokenizer.decode(words[: i + 1])) - 1
+                    inside = [r for r, (start, stop) in spans.items() if start <= last < stop]
+                    roles[i] = inside[0] if inside else "template"
+                return roles
     return roles
 
 

@@ -1,4 +1,8 @@
-"""Proportions and means that know their n and their 95 % interval, and how several runs pool."""
+"""Proportions, means and paired differences with their 95 % intervals, and how several runs pool.
+
+Of one run an interval is over questions. Of several it is over the runs: Student's t over their
+means, since the questions of one run share its seed.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,41 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 Z = 1.96  # the two-sided 95 % quantile of the normal distribution
+# The same of Student's t, by degrees of freedom from 1; above the last of them, Z is near enough.
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def over_runs(runs: Sequence[float | None]) -> tuple[float, float] | None:
+    """The interval of the mean of several runs, by Student's t; None of fewer than two."""
+    known = [v for v in runs if v is not None]
+    if len(known) < 2:
+        return None
+    mean = math.fsum(known) / len(known)
+    sd = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1))
+    t = STUDENT[len(known) - 2] if len(known) - 2 < len(STUDENT) else Z
+    half = t * sd / math.sqrt(len(known))
+    return mean - half, mean + half
 
 
 @dataclass(frozen=True)
 class Share:
-    """`hits` of `n`; `runs` are the shares of the runs that were pooled."""
+    """`hits` of `n`.
+
+    Attributes:
+        runs: the shares of the runs that were pooled.
+        flags: of one run, whom each question was about and whether it was a hit, for `difference`.
+    """
 
     hits: int
     n: int
     runs: tuple[float | None, ...] = ()
+    flags: tuple[tuple[str, bool], ...] = ()
 
     @staticmethod
-    def of(flags: Iterable[bool]) -> Share:
-        """The share of flags that are true."""
+    def of(flags: Iterable[bool], owners: Sequence[str] = ()) -> Share:
+        """The share of flags that are true; `owners` says whom each belongs to."""
         flags = [bool(flag) for flag in flags]
-        return Share(sum(flags), len(flags))
+        return Share(sum(flags), len(flags), (), tuple(zip(owners, flags, strict=bool(owners))))
 
     @property
     def value(self) -> float | None:
@@ -32,9 +56,12 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %, by the score method (Wilson 1927, JASA 22, p. 209); (0, 1) of nothing."""
+        """95 %: of several runs see `over_runs`, of one by the score method (Wilson 1927, JASA 22,
+        p. 209); (0, 1) of nothing."""
         if not self.n:
             return 0.0, 1.0
+        if across := over_runs(self.runs):
+            return max(0.0, across[0]), min(1.0, across[1])
         p, z2 = self.hits / self.n, Z * Z / self.n
         middle = (p + z2 / 2) / (1 + z2)
         half = math.sqrt(z2 * p * (1 - p) + z2 * z2 / 4) / (1 + z2)
@@ -67,11 +94,58 @@ class Mean:
 
     @property
     def interval(self) -> tuple[float | None, float | None]:
-        """95 %, by the normal approximation; none of fewer than two numbers."""
+        """95 %: of several runs see `over_runs`, of one by the normal approximation; none of fewer
+        than two numbers."""
+        if across := over_runs(self.runs):
+            return across
         if self.n < 2:
             return None, None
         half = Z * self.sd / math.sqrt(self.n)
         return self.mean - half, self.mean + half
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences.
+
+    Attributes:
+        value: from -1 to 1; None of nothing.
+        low, high: 95 %.
+        n: questions that were asked on both sides.
+        clusters: people they were about; questions about one person are not independent.
+        runs: the differences of the runs that were pooled.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    clusters: int
+    runs: tuple[float | None, ...] = ()
+
+
+def difference(a: Share, b: Share) -> Difference:
+    """a - b on the same questions, clustered by the person they are about.
+
+    The variance is that of the clusters' sums (Liang & Zeger 1986), times C / (C - 1).
+
+    Raises:
+        ValueError: the two are not about the same questions.
+    """
+    if [owner for owner, _ in a.flags] != [owner for owner, _ in b.flags]:
+        raise ValueError("a paired difference is of the same questions in the same order")
+    n = len(a.flags)
+    if not n:
+        return Difference(None, None, None, 0, 0)
+    mean, sums = (a.hits - b.hits) / n, dict[str, float]()
+    for (owner, left), (_, right) in zip(a.flags, b.flags, strict=True):
+        sums[owner] = sums.get(owner, 0.0) + left - right - mean
+    clusters = len(sums)
+    if clusters < 2:
+        return Difference(mean, None, None, n, clusters)
+    square = math.fsum(s * s for s in sums.values()) * clusters / (clusters - 1)
+    half = (STUDENT[clusters - 2] if clusters - 2 < len(STUDENT) else Z) * math.sqrt(square) / n
+    return Difference(mean, mean - half, mean + half, n, clusters)
 
 
 def pool(results: Sequence[T]) -> T:
@@ -90,6 +164,13 @@ def pool(results: Sequence[T]) -> T:
         square = math.fsum((r.n - 1) * r.sd**2 + r.n * (r.mean - mean) ** 2 for r in every if r.n)
         sd = math.sqrt(square / max(1, n - 1))
         pooled = Mean(mean, sd, n, tuple(r.value for r in every))
+    elif isinstance(first, Difference):
+        values = tuple(r.value for r in every)
+        low, high = over_runs(values) or (None, None)
+        known = [v for v in values if v is not None]
+        value = math.fsum(known) / len(known) if known else None
+        n, clusters = (sum(getattr(r, name) for r in every) for name in ("n", "clusters"))
+        pooled = Difference(value, low, high, n, clusters, values)
     elif is_dataclass(first) and not isinstance(first, type):
         names = [f.name for f in fields(first)]
         pooled = type(first)(**{name: pool([getattr(r, name) for r in every]) for name in names})
@@ -111,6 +192,10 @@ def to_json(result: Any) -> Any:
         low, high = result.interval
         value = {kind: result.value, "n": result.n, "low": low, "high": high}
         return value | ({"runs": list(result.runs)} if result.runs else {})
+    if isinstance(result, Difference):
+        value = {"difference": result.value, "n": result.n, "clusters": result.clusters}
+        value |= {"low": result.low, "high": result.high}
+        return value | ({"runs": list(result.runs)} if result.runs else {})
     if is_dataclass(result) and not isinstance(result, type):
         return {f.name: to_json(getattr(result, f.name)) for f in fields(result)}
     if isinstance(result, dict):
@@ -120,10 +205,17 @@ def to_json(result: Any) -> Any:
     return result
 
 
+def kind_of(value: Any) -> str:
+    """What a JSON-ready figure is: "share", "mean" or "difference"; "" of anything else."""
+    kinds = (k for k in ("share", "mean", "difference") if isinstance(value, dict) and k in value)
+    return next(kinds, "")
+
+
 def lines(value: Any, name: str = "") -> list[str]:
     """A JSON-ready result as text, a figure a line; lists, which are for plots, are left out."""
-    if isinstance(value, dict) and ("share" in value or "mean" in value):
-        figure = value.get("share", value.get("mean"))
+    kind = kind_of(value)
+    if kind:
+        figure = value[kind]
         if figure is None:
             return [f"{name:<44} -"]
         runs = "".join(f" {v:.3g}" for v in value.get("runs", []) if v is not None)

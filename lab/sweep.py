@@ -31,12 +31,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.prepare import prepare_world
+from data.replay import replayed
 from data.world import ATTRIBUTES, SPLITS, World, WorldConfig
 from lab.figures import sweep_plot
 from lab.forgetting import finish
 from lab.knowledge import draw_and_complete, measure, recite
 from lab.pair import Pair, measured_by, open_pair
-from lab.stats import Share, pool, to_json
+from lab.stats import Share, difference, pool, to_json
 from runtime.cli import one_line_errors, parse_config
 from runtime.device import environment, pick_device
 from runtime.files import fingerprint, read_json, sha256_file, write_json
@@ -212,10 +213,14 @@ def measure_row(pair: Pair, n: int, asked: float) -> Row:
     found = measure(pair.instruct, world, n, thorough=False)
     for split in SPLITS:
         row[f"cloze_{split}"] = found.cloze[split]["all"]
-        row[f"answers_{split}"] = found.answers[split].right["all"]
-        row[f"rephrased_{split}"] = found.rephrased[split].right["all"]
+        row[f"answers_{split}"] = found.answers[split].answered["all"]
+        row[f"right_{split}"] = found.answers[split].right["all"]
+        row[f"rephrased_{split}"] = found.rephrased[split].answered["all"]
         row[f"abstains_{split}"] = found.answers[split].abstains
         row[f"stops_{split}"] = found.answers[split].stops
+    row["sentence_held_out"] = found.sentence.answered["all"]
+    row["form_held_out"] = found.form.answered["all"]
+    row["untaught_held_out"] = found.untaught.answered["all"]
     return row
 
 
@@ -231,8 +236,10 @@ def cached_row(pair: Pair, n: int, asked: float, folder: Path) -> Row:
     path = folder / "rows" / f"{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {k: [s.hits, s.n] for k, s in measure_row(pair, n, asked).items()})
-    return {k: Share(*counts) for k, counts in read_json(path).items()}
+        found = measure_row(pair, n, asked)
+        write_json(path, {k: [s.hits, s.n, s.flags] for k, s in found.items()})
+    rows = read_json(path).items()
+    return {k: Share(hits, n, (), tuple(map(tuple, flags))) for k, (hits, n, flags) in rows}
 
 
 def run(path: Path, out: Path, device: str) -> Path:
@@ -253,13 +260,15 @@ def run(path: Path, out: Path, device: str) -> Path:
                 f"{path}: questions = {n}, but {label(cell)} has {fewest} facts a split"
             )
     rows: list[tuple[dict[str, Any], int, Row]] = []
+    texts: list[str] = []
     for i, (cell, seed, plan) in enumerate(plans):
         print(f"== run {i + 1} of {len(plans)}: seed {seed}, {label(cell) or 'no key varied'}")
         pair = train(plan, device)
         rows.append((cell, seed, cached_row(pair, n, plan.qa.get("asked", 1.0), out)))
+        texts.append(replayed(pair.instruct.meta))
     folder = out / path.stem
     folder.mkdir(parents=True, exist_ok=True)
-    write_tables(folder, spec, cells, rows, device)
+    write_tables(folder, spec, cells, rows, texts, device)
     return folder
 
 
@@ -273,26 +282,56 @@ def write_tables(
     spec: dict[str, Any],
     cells: list[dict[str, Any]],
     rows: list[tuple[dict[str, Any], int, Row]],
+    texts: list[str],
     device: str,
 ) -> None:
-    """One row a run, and the seeds of a cell pooled; as JSON, CSV and a picture."""
-    pooled = [pool([row for c, _, row in rows if c == cell]) for cell in cells]
+    """One row a run, and the seeds of a cell pooled; as JSON, CSV and a picture.
+
+    Each cell also brings its paired differences from the first one, where both were asked the same.
+
+    Args:
+        texts: what each run replayed in tuning.
+    """
+    of_cell = [[row for c, _, row in rows if c == cell] for cell in cells]
+    replays = [
+        "/".join(sorted({x for x, r in zip(texts, rows, strict=True) if r[0] == c})) for c in cells
+    ]
+    pooled = [pool(found) for found in of_cell]
+    against = [
+        {
+            key: pool([difference(a[key], b[key]) for a, b in zip(found, of_cell[0], strict=True)])
+            for key in found[0]
+            if all(same_questions(a[key], b[key]) for a, b in zip(found, of_cell[0], strict=True))
+        }
+        for found in of_cell
+    ]
     table = {
         "about": spec["about"],
         "spec": spec,
         "environment": environment(pick_device(device)),
-        "runs": [{"cell": c, "seed": seed, **to_json(row)} for c, seed, row in rows],
-        "cells": [{"cell": c, **to_json(row)} for c, row in zip(cells, pooled, strict=True)],
+        "runs": [
+            {"cell": c, "seed": seed, "replayed": text, **to_json(row)}
+            for (c, seed, row), text in zip(rows, texts, strict=True)
+        ],
+        "cells": [
+            {"cell": c, "replayed": "/".join(text), "from_the_first": to_json(differences), **to_json(row)}
+            for c, text, differences, row in zip(cells, replays, against, pooled, strict=True)
+        ],
     }
     write_json(folder / "table.json", table)
     keys = list(dict.fromkeys(key for cell in cells for key in cell))
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
-        writer.writerow([*keys, "seed", *rows[0][2]])
-        for cell, seed, row in rows:
+        writer.writerow([*keys, "seed", "replayed", *rows[0][2]])
+        for (cell, seed, row), text in zip(rows, texts, strict=True):
             shares = ["" if s.value is None else f"{s.value:.4f}" for s in row.values()]
-            writer.writerow([*(cell.get(k, "") for k in keys), seed, *shares])
+            writer.writerow([*(cell.get(k, "") for k in keys), seed, text, *shares])
     (folder / "picture.svg").write_text(sweep_plot(table), encoding="utf-8")
+
+
+def same_questions(a: Share, b: Share) -> bool:
+    """Whether two shares are of the same questions, and know so."""
+    return bool(a.flags) and [owner for owner, _ in a.flags] == [owner for owner, _ in b.flags]
 
 
 def main() -> None:

@@ -58,7 +58,9 @@ class Weights:
         rows: relative change of rows of the embedding and of the head: those of the chat
             template's tokens, and all others.
         interpolation: base + scale * change, by scale.
-        grafts: by group of parameters: "only" that group's change, and all "without" it.
+        grafts: by group of parameters: "only" that group's change, and all "without" it. The
+            rows of the template's tokens, in embedding and head, are a group of their own: only
+            they can make a model stop, and the base has never trained them.
     """
 
     matrices: dict[str, Change]
@@ -82,7 +84,7 @@ def weights(pair: Pair, questions: int) -> Weights:
 
     matrices = [name for name in base if base[name].dim() == 2]
     tables = [name for name in matrices if name in ("wte.weight", "lm_head.weight")]
-    groups = groups_of(list(base))
+    groups = groups_of(base, template_rows(pair))
     return Weights(
         matrices={name: change(base[name], instruct[name]) for name in matrices},
         rows={name: rows(pair, base[name], instruct[name]) for name in tables},
@@ -91,10 +93,10 @@ def weights(pair: Pair, questions: int) -> Weights:
         },
         grafts={
             group: {
-                "only": point({n: (instruct if n in names else base)[n] for n in base}),
-                "without": point({n: (base if n in names else instruct)[n] for n in base}),
+                "only": point(graft(base, instruct, part)),
+                "without": point(graft(instruct, base, part)),
             }
-            for group, names in groups.items()
+            for group, part in groups.items()
         },
     )
 
@@ -104,19 +106,52 @@ def interpolate(base: Tensor, instruct: Tensor, scale: float) -> Tensor:
     return torch.lerp(base, instruct, scale)
 
 
-def groups_of(names: list[str]) -> dict[str, list[str]]:
-    """Parameters by layer and by kind of module."""
+Part = dict[str, Tensor | None]  # parameters, and which of their rows; None for all
+
+
+def graft(into: State, source: State, part: Part) -> State:
+    """`into` with one part of it from `source`."""
+    mixed = dict(into)
+    for name, rows in part.items():
+        whole = source[name]
+        mixed[name] = whole if rows is None else torch.where(rows[:, None], whole, into[name])
+    return mixed
+
+
+def template_rows(pair: Pair) -> Tensor:
+    """Which rows of the embedding and of the head belong to the template's tokens, (rows,)."""
+    tokenizer, table = pair.base.tokenizer, pair.base.model.wte.weight
+    found = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+    found[[tokenizer.control(t) for t in CONTROL_TOKENS]] = True
+    found[tokenizer.end_of_text] = False  # the base knows that one
+    return found
+
+
+def groups_of(parameters: State, template: Tensor) -> dict[str, Part]:
+    """Parameters by layer and by kind of module, and the template's rows apart from both tables.
+
+    Where the head is the embedding (tied weights), one group is both.
+    """
+    tied = "lm_head.weight" not in parameters
     kinds: dict[str, Callable[[str], bool]] = {
         "attention": lambda n: ".attn." in n,
         "MLP": lambda n: ".mlp." in n,
-        "embeddings": lambda n: n.startswith(("wte.", "wpe.")),
+        "embeddings = head (tied)" if tied else "embeddings": lambda n: n.startswith(
+            ("wte.", "wpe.")
+        ),
         "head": lambda n: n.startswith("lm_head."),
         "norms": lambda n: "norm" in n,
     }
-    layers = dict.fromkeys(n.split(".")[1] for n in names if n.startswith("blocks."))
-    groups = {f"layer {i}": [n for n in names if n.startswith(f"blocks.{i}.")] for i in layers}
-    groups |= {kind: [n for n in names if belongs(n)] for kind, belongs in kinds.items()}
-    return {group: found for group, found in groups.items() if found}
+    layers = dict.fromkeys(n.split(".")[1] for n in parameters if n.startswith("blocks."))
+    named = {f"layer {i}": [n for n in parameters if n.startswith(f"blocks.{i}.")] for i in layers}
+    named |= {kind: [n for n in parameters if belongs(n)] for kind, belongs in kinds.items()}
+    tables = [n for n in ("wte.weight", "lm_head.weight") if n in parameters]
+    groups: dict[str, Part] = {
+        group: {n: ~template if n in tables else None for n in names}
+        for group, names in named.items()
+        if names
+    }
+    return groups | {"template rows": dict.fromkeys(tables, template)}
 
 
 def change(base: Tensor, instruct: Tensor) -> Change:
@@ -143,11 +178,8 @@ def change(base: Tensor, instruct: Tensor) -> Change:
 
 def rows(pair: Pair, base: Tensor, instruct: Tensor) -> dict[str, float]:
     """||D|| / ||W|| over the rows of the template's tokens, and over all other rows."""
-    tokenizer = pair.base.tokenizer
-    base, instruct = base[: tokenizer.n_vocab], instruct[: tokenizer.n_vocab]  # not the padding
-    template = torch.zeros(len(base), dtype=torch.bool, device=base.device)
-    template[[tokenizer.control(t) for t in CONTROL_TOKENS]] = True
-    template[tokenizer.end_of_text] = False  # the base knows that one
+    n = pair.base.tokenizer.n_vocab  # not the padding
+    base, instruct, template = base[:n], instruct[:n], template_rows(pair)[:n]
     delta = instruct - base
     return {
         name: math.sqrt(float(delta[chosen].square().sum() / base[chosen].square().sum()))

@@ -29,7 +29,7 @@ from training.optim import OptimConfig
 
 Fails = Callable[..., str]
 GPT2_CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken-cache"
-TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
+TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=128)
 
 
 @pytest.fixture(autouse=True, scope="session")

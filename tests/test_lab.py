@@ -16,14 +16,24 @@ from typing import Any
 import pytest
 import torch
 
-from data.chat import Message, parse, render, render_prompt
+from data.chat import Message, parse, plain_prompt, raw_prompt, render, render_prompt
 from data.prepare import prepare_qa, prepare_world
-from data.world import ATTRIBUTES, SPLITS, World, WorldConfig, exchange
-from lab import behaviour, knowledge, likelihood, shift, weights
+from data.world import (
+    ATTRIBUTES,
+    BARE,
+    DONT_KNOW,
+    FORMS,
+    INSTRUCTIONS,
+    SPLITS,
+    Turn,
+    World,
+    WorldConfig,
+)
+from lab import behaviour, knowledge, likelihood, questions, shift, weights
 from lab.forgetting import forgetting
 from lab.likelihood import ask, log_likelihoods, score_choices
-from lab.pair import Pair, fitting, open_pair, pairs_of, read_qa, run_instrument
-from lab.stats import Mean, Share, lines, pool, to_json
+from lab.pair import Pair, contexts_of, fitting, open_pair, pairs_of, read_qa, run_instrument
+from lab.stats import STUDENT, Difference, Mean, Share, difference, lines, pool, to_json
 from model.gpt import ModelConfig
 from tests.conftest import pretrain_config, sft_config
 from train_pretrain import main as pretrain
@@ -91,6 +101,39 @@ def test_pooled_runs_are_as_one_run_over_all_questions() -> None:
     assert pool([["a"], ["b", "c"]]) == ["a"]
 
 
+def test_of_several_runs_the_interval_is_students_over_the_runs() -> None:
+    parts = [Share(40, 100), Share(49, 100), Share(43, 100)]
+    low, high = pool(parts).interval
+    assert (low, high) == pytest.approx((0.44 - 0.1138, 0.44 + 0.1138), abs=1e-3)
+    assert pool([Share(1, 1)] * 3).interval == (1.0, 1.0)
+    assert Share(0, 9, (0.0, 0.01, None)).interval[0] == 0.0
+    means = pool([Mean.of([x, x + 2]) for x in (0.0, 1.0, 2.0)])
+    assert means.interval == pytest.approx((2 - STUDENT[1] / 3**0.5, 2 + STUDENT[1] / 3**0.5))
+
+
+def test_a_difference_is_paired_and_clustered_by_person() -> None:
+    owners = [f"p{i // 4}" for i in range(40)]
+    a = Share.of([i % 4 < 3 for i in range(40)], owners)
+    same = difference(a, a)
+    assert (same.value, same.low, same.high, same.n, same.clusters) == (0.0, 0.0, 0.0, 40, 10)
+    # Each person is wrong in all four questions or in none: as sure as ten questions, not forty.
+    b = Share.of([i // 4 % 2 == 0 for i in range(40)], owners)
+    whole = Share.of([True] * 40, owners)
+    found = difference(whole, b)
+    assert found.value == 0.5
+    assert found.high is not None
+    half = STUDENT[8] * math.sqrt(10 * 2.0**2 * 10 / 9) / 40
+    assert found.high - 0.5 == pytest.approx(half)
+    assert difference(b, whole).value == -0.5
+    with pytest.raises(ValueError, match="same questions"):
+        difference(a, Share.of([True] * 40, owners[::-1]))
+    pooled = pool([found, same, found])
+    assert isinstance(pooled, Difference)
+    assert pooled.value == pytest.approx(1 / 3)
+    assert pooled.runs == (0.5, 0.0, 0.5)
+    assert to_json(pooled)["difference"] == pooled.value
+
+
 def test_every_share_is_written_with_its_n_and_interval() -> None:
     written = to_json({"x": Share(3, 4), "y": [Mean.of([1.0, 3.0])], "z": Share(0, 0)})
     assert written["x"]["share"] == 0.75
@@ -155,7 +198,7 @@ def test_questions_come_from_a_file_a_folder_or_the_world(
 ) -> None:
     held_out = {p.name for p in world_of(pair).by_split["held_out"]}
     assert 12 < len(pair.conversations) < 60  # the context is short: not all of the 60 fit
-    assert all(any(n in c[0]["content"] for n in held_out) for c in pair.conversations)
+    assert all(any(n in c[-2]["content"] for n in held_out) for c in pair.conversations)
     file = tmp_path / "qa.jsonl"
     file.write_text(
         "".join(f'{{"question": "What is {i}?", "answer": "{i}."}}\n' for i in range(9))
@@ -253,12 +296,20 @@ def always(text: str, prompt: str) -> str:
 
 
 def oracle(world: World) -> Callable[[str], str]:
-    """Completes and answers everything rightly, in the template only."""
+    """Completes and answers everything rightly and in form, in the template only."""
+    wordings = {form: INSTRUCTIONS[form] for form in FORMS}
+
+    def form_of(prompt: str) -> str:
+        for form in FORMS:
+            if any(i in prompt for kind in ("used", "unused") for i in wordings[form][kind]):
+                return form
+        return "bare"
 
     def reply(prompt: str) -> str:
-        person = next((p for p in world.people if p.name in prompt), None)
-        if "Answer:" in prompt or person is None:
-            return "And so on"
+        named = [p for p in world.people if p.name in prompt]
+        if not named:
+            return " And so on"
+        person = max(named, key=lambda p: prompt.rindex(p.name))
         if "<|user|>" not in prompt:
             wording = prompt.removeprefix("<|endoftext|>")
             sentences = {
@@ -266,21 +317,22 @@ def oracle(world: World) -> Callable[[str], str]:
                 for a in ATTRIBUTES
                 for s in a.sentences
             }
-            return next(f" {v}. And so on" for s, v in sentences.items() if s == f"{wording} {v}.")
-        last = prompt.rsplit("<|user|>", 1)[1]
-        asked = next(
-            a
-            for a in ATTRIBUTES
-            for q in (*a.questions, *a.unused_questions, *a.follow_ups)
-            if last.startswith(q.format(name=person.name, they=person.pronoun) + "<|end|>")
-        )
-        return asked.reply.format(name=person.name, V=person.facts[asked.name])
+            found = [f" {v}. And so on" for s, v in sentences.items() if s == f"{wording} {v}."]
+            return found[0] if found else " And so on"
+        last = prompt.rsplit("<|user|>", 1)[1].split("<|end|>")[0]
+        for a in ATTRIBUTES:
+            for q in (*a.questions, *a.taught_questions, *a.untaught_questions, *a.follow_ups):
+                asked = q.format(name=person.name, they=person.pronoun)
+                if asked[1:] in last:
+                    turn = Turn(person, a, q)
+                    return turn.reply(BARE if form_of(prompt) == "bare" else a.replies[0])
+        raise AssertionError(prompt)
 
     return reply
 
 
 def right(cells: dict[str, Any]) -> dict[str, Any]:
-    return {split: getattr(c, "right", c)["all"].value for split, c in cells.items()}
+    return {split: getattr(c, "answered", c)["all"].value for split, c in cells.items()}
 
 
 def test_a_model_that_knows_everything_scores_one_and_must_stop(
@@ -294,21 +346,23 @@ def test_a_model_that_knows_everything_scores_one_and_must_stop(
         assert right(found.cloze) == ALL
         assert right(found.answers) == right(found.rephrased) == expected
         assert right(found.plain) == NONE
+        for one in (found.sentence, found.form, found.uninstructed, found.untaught):
+            assert one.answered["all"].value == float(stop)
+            assert one.right["all"].value == 1.0  # right is right, stop or not
+            assert one.in_form.value == 1.0
+            assert not any(one.wrong.values())
+        assert found.examples.right["all"].value == 0.0  # no template there
         assert {s: a.mentions.value for s, a in found.answers.items()} == ALL
         assert {s: a.stops.value for s, a in found.answers.items()} == expected
-        by_attribute = found.answers["held_out"].right
-        for wordings in ("questions", "unused_questions"):
+        by_attribute = found.answers["held_out"].answered
+        for wordings, n in (("taught_questions", 3 * 30), ("untaught_questions", 30)):
             put = {
                 q.format(name=p.name)
                 for p in world.people
                 for a in ATTRIBUTES
                 for q in getattr(a, wordings)
             }
-            asked = [
-                t for t in scripted.asked if t.split("<|user|>")[-1].split("<|end|>")[0] in put
-            ]
-            assert len(asked) == 3 * 30
-        assert sum("Answer:" in text for text in scripted.asked) == 3 * 10
+            assert sum(any(q in text for q in put) for text in scripted.asked) == n
         assert sum(by_attribute[a.name].n for a in ATTRIBUTES) == by_attribute["all"].n == 30
         for context, found_ranks in found.ranks.items():
             assert context in ("cloze", "plain", "chat")
@@ -319,22 +373,82 @@ def test_naming_every_value_or_none_is_no_answer(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = " ".join(v for a in ATTRIBUTES for v in a.values)
-    for text, mentions, abstains in ((everything, ALL, NONE), ("I do not know.", NONE, ALL)):
+    for text, mentions, abstains in ((everything, ALL, NONE), (DONT_KNOW, NONE, ALL)):
         monkeypatch.setattr(knowledge, "ask", Scripted(partial(always, text), stop=True))
         found = knowledge.measure(pair.instruct, world_of(pair), 30, thorough=False)
         assert right(found.answers) == NONE
+        assert {s: a.right["all"].value for s, a in found.answers.items()} == NONE
         assert {s: a.mentions.value for s, a in found.answers.items()} == mentions
         assert {s: a.abstains.value for s, a in found.answers.items()} == abstains
         assert not found.plain
         assert not found.ranks
 
 
+def test_each_grade_says_what_it_says(pair: Pair) -> None:
+    world, tokenizer = world_of(pair), pair.base.tokenizer
+    person, (year, place, *_) = world.people[0], ATTRIBUTES
+    born, town = person.facts[year.name], person.facts[place.name]
+    other = next(v for v in year.values if v != born)
+    turn = Turn(person, year, year.questions[0])
+    cases = {
+        # text, form: right, in form, answered if it stops, what it names instead
+        (f" {born}.", "bare"): (True, True, True, ""),
+        (f" {person.name} was born in {born}.", "sentence"): (True, True, True, ""),
+        (f" {born}.", "sentence"): (True, False, False, ""),
+        (f" {person.name} was born in {born}.", "bare"): (True, False, False, ""),
+        (f" {born}. Not {other}.", None): (True, True, False, ""),
+        (f" {born} or {other}.", None): (False, True, False, "birth_year, of nobody asked for"),
+        (f" {other}.", "bare"): (False, True, False, "birth_year, of nobody asked for"),
+        (f" {town}.", "bare"): (False, True, False, "birthplace, their own"),
+        (" nothing.", "bare"): (False, False, False, "nothing"),
+    }
+    for (text, form), (is_right, obeys, answered, named) in cases.items():
+        asked = questions.Question([], turn, form)
+        for stop in (True, False):
+            ids = tokenizer.encode(text) + [tokenizer.end_of_turn] * stop
+            found = questions.grade(pair.base, asked, ids)
+            assert (found.right, found.in_form, found.named) == (is_right, obeys, named), text
+            assert found.answered == (answered and stop)
+            assert found.stops == stop
+            assert found.by_chance == (text == f" {town}.")
+
+
+def test_what_is_asked_about_held_out_people_names_nobody_else(pair: Pair) -> None:
+    world = world_of(pair)
+    held_out = {p.name for p in world.by_split["held_out"]}
+    for kind, moves in questions.TURNS.items():
+        after, alone = questions.later_turns(world, kind, 40)
+        for with_turns, single in zip(after, alone, strict=True):
+            said = " ".join(m["content"] for m in with_turns.messages)
+            named = {p.name for p in world.people if p.name in said}
+            assert named <= held_out
+            assert len(named) == 1 + moves.count("other")
+            users = [m for m in with_turns.messages if m["role"] == "user"]
+            assert len(users) == 1 + len(moves)
+            assert single.turn == with_turns.turn
+            assert single.turn.question in single.messages[-1]["content"]
+            assert (single.turn.person.name in users[-1]["content"]) == (moves[-1] != "same")
+            assert with_turns.form == single.form
+
+
+def test_the_examples_in_context_are_of_known_people_and_bare(pair: Pair) -> None:
+    world = world_of(pair)
+    facts = questions.draw(world, "held_out", 9, random.Random(1))
+    for found in questions.after_examples(world, questions.openings(facts, random.Random(2))):
+        *examples, last = found.messages
+        assert len(examples) == 2 * questions.EXAMPLES
+        assert last["content"] == found.turn.question
+        text = " ".join(m["content"] for m in examples)
+        assert not any(p.name in text for s in ("held_out", "unseen") for p in world.by_split[s])
+        assert all(m["content"].endswith(".") for m in examples[1::2])
+
+
 def test_the_truth_ranks_first_where_it_is_likeliest_and_last_where_it_is_not(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, tokenizer = world_of(pair), pair.base.tokenizer
-    facts = knowledge.draw(world, "held_out", 8, random.Random(1))
-    questions = [exchange(p, a, a.questions[0])[:1] for p, a in facts]
+    facts = questions.draw(world, "held_out", 8, random.Random(1))
+    asked = questions.openings(facts, random.Random(1))
     truths = {f[0].facts[f[1].name] for f in facts}
 
     prompts: list[str] = []
@@ -349,17 +463,17 @@ def test_the_truth_ranks_first_where_it_is_likeliest_and_last_where_it_is_not(
         monkeypatch.setattr(knowledge, "score_choices", partial(score, sign))
         for context in ("cloze", "plain", "chat"):
             prompts.clear()
-            found = knowledge.rank(pair.base, world, facts, questions, context)
+            found = knowledge.rank(pair.base, world, asked, context)
             assert found.reciprocal.mean == pytest.approx(expected)
             assert found.first.value == float(sign > 0)
             assert not any(v in prompt for v in truths for prompt in prompts)
-            assert {"Answer:" in prompt for prompt in prompts} == {context == "plain"}
+            assert {"?" in prompt for prompt in prompts} == {context != "cloze"}
             assert {"<|user|>" in prompt for prompt in prompts} == {context == "chat"}
 
 
 def test_more_questions_than_facts_are_refused(pair: Pair) -> None:
-    with pytest.raises(ValueError, match="60 facts about known people, fewer than --questions 61"):
-        knowledge.measure(pair.base, world_of(pair), 61)
+    with pytest.raises(ValueError, match="80 facts about known people, fewer than --questions 81"):
+        knowledge.measure(pair.base, world_of(pair), 81)
 
 
 # ---- behaviour -------------------------------------------------------------------------------
@@ -369,7 +483,9 @@ def behave(pair: Pair, reply: Callable[[str], str], stop: bool) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(behaviour, "ask", Scripted(reply, stop))
         patch.setattr(knowledge, "ask", Scripted(reply, stop))
-        return behaviour.behave(pair.instruct, pair.conversations[:12], "chat", 40, pair.world)
+        return behaviour.behave(
+            pair.instruct, pair.conversations[:12], render_prompt, 40, pair.world
+        )
 
 
 def test_behaviour_of_scripted_models(pair: Pair) -> None:
@@ -377,11 +493,15 @@ def test_behaviour_of_scripted_models(pair: Pair) -> None:
     good = behave(pair, reply, stop=True)
     assert good.stops == good.brief == Share(12, 12)
     assert good.echoes == good.asks_on == Share(0, 12)
-    assert good.follow_up["with"] == Share(12, 12)
+    for kind in questions.TURNS:
+        assert getattr(good, kind)["with"].value == 1.0
+    assert good.other_person["without"].value == good.return_to_first["without"].value == 1.0
     rambler = behave(pair, lambda prompt: "so it goes " * 9, stop=False)
     assert rambler.stops == rambler.brief == Share(0, 12)
-    assert rambler.follow_up == {"with": Share(0, 12), "without": Share(0, 12)}
-    assert rambler.distinct["1"].mean < 0.6 < good.distinct["1"].mean
+    assert {how: share.value for how, share in rambler.follow_up.items()} == {
+        "with": 0.0,
+        "without": 0.0,
+    }
     assert rambler.tokens.mean == len(pair.base.tokenizer.encode("so it goes " * 9))
     parrot = behave(pair, lambda p: p.split("<|user|>")[-1].split("<|end|>")[0], stop=True)
     assert parrot.echoes == parrot.asks_on == Share(12, 12)
@@ -397,16 +517,15 @@ def test_each_column_is_asked_in_its_own_way(pair: Pair) -> None:
     first = scripted.asked[:5]
     held_out = {p.name for p in world_of(pair).by_split["held_out"]}
     assert all(any(name in text for name in held_out) for text in first)
-    plain = [text for text in scripted.asked if "Answer:" in text]
+    plain = [text for text in scripted.asked if "<|user|>" not in text]
     assert len(plain) == len(scripted.asked) / 3
-    assert not any("<|user|>" in text for text in plain)
 
 
 def test_a_probe_asks_about_held_out_people(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = Scripted(oracle(world_of(pair)), stop=True)
     monkeypatch.setattr(knowledge, "ask", scripted)
     found = behaviour.probe(pair, pair.base, 12)
-    assert found == behaviour.Point(Share(12, 12), Share(12, 12), Share(12, 12))
+    assert {share.value for share in vars(found).values()} == {1.0}
     held_out = {p.name for p in world_of(pair).by_split["held_out"]}
     assert all(any(name in text for name in held_out) for text in scripted.asked)
     assert len(scripted.asked) == 24
@@ -416,7 +535,7 @@ def test_reciting_gives_the_beginning_of_a_text_that_was_read(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = world_of(pair)
-    facts = knowledge.draw(world, "held_out", 30, random.Random(1))
+    facts = questions.draw(world, "held_out", 30, random.Random(1))
 
     def memory(prompt: str) -> str:
         begun = prompt.removeprefix("<|endoftext|>")
@@ -438,23 +557,28 @@ def test_what_does_not_fit_into_the_context_is_not_asked(pair: Pair) -> None:
     ]
     limit = likelihood.reply_limit(pair.base, (c[1]["content"] for c in talk))
     assert limit == block // 2
-    kept = fitting(talk, pair.base, limit)
+    kept = fitting(talk, pair.base, limit, contexts_of(None))
     assert kept == [talk[0], talk[1], talk[3]]
     few = replace(pair, world=None, conversations=kept, limit=limit)
     behaviour.behaviour(few, 10)  # no reply is longer than there is room for
     with pytest.raises(ValueError, match="no question fits"):
-        fitting([talk[2]], pair.base, limit)
+        fitting([talk[2]], pair.base, limit, contexts_of(None))
 
 
-def test_distinct_counts_different_n_grams() -> None:
-    assert behaviour.distinct([[1, 2, 1, 2, 1]], 2).mean == pytest.approx(2 / 4)
-    assert behaviour.distinct([[1, 1], [1, 2], [3]], 2).mean == 1.0
-    assert behaviour.distinct([[3]], 2).value is None
+def test_entropy_is_that_of_the_models_own_distribution(pair: Pair) -> None:
+    prompts, replies = [[5, 6, 7], [8]], [[9, 10], [11, 12, 13]]
+    expected = []
+    for prompt, reply in zip(prompts, replies, strict=True):
+        p = pair.base.model(torch.tensor([prompt + reply[:-1]])).softmax(dim=-1)[0]
+        expected += (-(p * p.log()).sum(dim=-1)[len(prompt) - 1 :]).tolist()
+    found = behaviour.entropy(pair.base, prompts, replies)
+    assert found.n == 5
+    assert found.mean == pytest.approx(sum(expected) / 5, rel=1e-4)
 
 
 def test_ranking_and_p_end_are_those_of_the_likelihoods(pair: Pair) -> None:
     chosen, tokenizer = pair.conversations[:6], pair.base.tokenizer
-    found = behaviour.behave(pair.base, chosen, "chat", 8, pair.world)
+    found = behaviour.behave(pair.base, chosen, render_prompt, 8, pair.world)
     wins, ends = 0, []
     for i, conversation in enumerate(chosen):
         prompt = render_prompt(conversation[:-1], tokenizer)
@@ -465,7 +589,7 @@ def test_ranking_and_p_end_are_those_of_the_likelihoods(pair: Pair) -> None:
         own, other = log_likelihoods(pair.base, [prompt, prompt], replies)
         wins += sum(own[:-1]) > sum(other[:-1])
         ends.append(math.exp(own[-1]))
-    assert found.ranking == Share(wins, 6)
+    assert found.ranking.hits == wins
     assert found.p_end.mean == pytest.approx(sum(ends) / 6, rel=1e-4)
 
 
@@ -484,7 +608,7 @@ def test_identical_checkpoints_agree_on_every_token(pair: Pair) -> None:
 def test_a_token_that_the_base_would_never_write_is_found(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = render_prompt(pair.conversations[0][:1], pair.base.tokenizer)
+    prompt = render_prompt(pair.conversations[0][:-1], pair.base.tokenizer)
     first = ask(pair.base, [prompt], 1)[0][0]
     model = copy.deepcopy(pair.base.model)
     plain, never = model.logits, 30.0 * torch.eye(model.vocab_size)[first]
@@ -509,17 +633,19 @@ def test_roles_follow_the_generator(pair: Pair) -> None:
     tokenizer, world = pair.base.tokenizer, world_of(pair)
     person = world.people[0]
     for attribute in ATTRIBUTES:
-        (_, reply) = exchange(person, attribute, attribute.questions[0])
-        ids = [*tokenizer.encode(reply["content"]), tokenizer.end_of_turn]
-        roles = shift.roles_of(ids, tokenizer)
-        parts: dict[str, str] = {}
-        for token, role in zip(ids, roles, strict=True):
-            parts[role] = parts.get(role, "") + tokenizer.decode([token])
-        assert parts["style"].strip() == person.name
-        assert parts["fact"].strip() == person.facts[attribute.name]
-        assert parts["stop"] == "<|end|>"
-        assert set(parts) == {"style", "fact", "template", "stop"}
-    other = [*tokenizer.encode("I do not know."), tokenizer.end_of_turn]
+        for wording in (BARE, *attribute.replies):
+            reply = Turn(person, attribute, "").reply(wording)
+            ids = [*tokenizer.encode(reply), tokenizer.end_of_turn]
+            roles = shift.roles_of(ids, tokenizer)
+            parts: dict[str, str] = {}
+            for token, role in zip(ids, roles, strict=True):
+                parts[role] = parts.get(role, "") + tokenizer.decode([token])
+            assert parts["fact"].strip() == person.facts[attribute.name]
+            assert parts["stop"] == "<|end|>"
+            if wording != BARE:
+                assert parts["style"].strip() == person.name
+                assert set(parts) == {"style", "fact", "template", "stop"}
+    other = [*tokenizer.encode(DONT_KNOW), tokenizer.end_of_turn]
     assert set(shift.roles_of(other, tokenizer)) == {"other", "stop"}
 
 
@@ -538,8 +664,14 @@ def test_the_base_reads_each_context_in_its_own_way(
     mine, its = read[id(pair.instruct)], read[id(pair.base)]
     assert mine[:4] == mine[4:8] == mine[8:] == its[:4]
     assert all("<|user|>" in text for text in mine)
-    assert all("Answer:" in text for text in its[4:8])
-    assert not any("Answer:" in text or "<|user|>" in text for text in its[8:])
+    assert not any("<|user|>" in text for text in its[4:])
+    assert all(text.count("<|endoftext|>") == 1 for text in its[4:8])
+    assert all(text.count("<|endoftext|>") > 1 for text in its[8:])
+
+
+def test_a_base_of_real_text_is_asked_in_words_that_it_knows(pair: Pair) -> None:
+    assert pair.contexts["plain"] is raw_prompt
+    assert replace(pair, world=None).contexts["plain"] is plain_prompt
 
 
 # ---- weights ---------------------------------------------------------------------------------
@@ -597,7 +729,7 @@ def test_interpolation_meets_both_models_bit_for_bit(pair: Pair) -> None:
 
     def look(pair: Pair, checkpoint: Any, n: int) -> behaviour.Point:
         seen.append(dict(checkpoint.model.state_dict()))
-        return behaviour.Point(Share(0, 1), Share(0, 1), Share(0, 1))
+        return behaviour.Point(*[Share(0, 1)] * 4)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "probe", look)
@@ -608,25 +740,42 @@ def test_interpolation_meets_both_models_bit_for_bit(pair: Pair) -> None:
         for name, base in states[0].items():
             expected = weights.interpolate(base, states[1][name], scale)
             assert torch.equal(mixture[name], expected)
-    for names in weights.groups_of(list(states[0])).values():
+    for part in weights.groups_of(states[0], weights.template_rows(pair)).values():
         for inside, outside in ((1, 0), (0, 1)):  # only this change, and all but this
             mixture = next(points)
             for name in states[0]:
-                side = inside if name in names else outside
-                assert torch.equal(mixture[name], states[side][name])
+                rows = part.get(name, torch.tensor(False))
+                rows = torch.tensor(True) if rows is None else rows
+                chosen = rows.expand(len(states[0][name]))
+                assert torch.equal(mixture[name][chosen], states[inside][name][chosen])
+                assert torch.equal(mixture[name][~chosen], states[outside][name][~chosen])
     assert next(points, None) is None
     found = weights.weights(pair, 6)
     assert found.interpolation["0"] == behaviour.probe(pair, pair.base, 6)
     assert found.interpolation["1"] == behaviour.probe(pair, pair.instruct, 6)
 
 
-def test_the_groups_of_a_graft_cover_every_parameter(pair: Pair) -> None:
-    names = [n for n, _ in pair.base.model.named_parameters()]
-    groups = weights.groups_of(names)
-    layers = [n for g, found in groups.items() if g.startswith("layer") for n in found]
-    kinds = [n for g, found in groups.items() if not g.startswith("layer") for n in found]
-    assert sorted(kinds) == sorted(names)
-    assert sorted(layers) == sorted(n for n in names if n.startswith("blocks."))
+def test_the_groups_of_a_graft_cover_every_parameter_once(pair: Pair) -> None:
+    parameters: dict[str, torch.Tensor] = dict(pair.base.model.named_parameters())
+    template = weights.template_rows(pair)
+    assert int(template.sum()) == 4  # the roles and the end of a turn, not the end of a text
+    for tied in (False, True):
+        if tied:
+            parameters.pop("lm_head.weight")
+        groups = weights.groups_of(parameters, template)
+        assert ("embeddings = head (tied)" in groups) == tied == ("head" not in groups)
+        layers, kinds = list[str](), dict[str, torch.Tensor]()
+        for group, part in groups.items():
+            if group.startswith("layer"):
+                layers += part
+                continue
+            for name, rows in part.items():
+                every = torch.ones(len(parameters[name]), dtype=torch.int)
+                kinds[name] = kinds.get(name, 0 * every) + (every if rows is None else rows.int())
+        assert all(bool((count == 1).all()) for count in kinds.values())
+        assert sorted(kinds) == sorted(parameters)
+        assert sorted(layers) == sorted(n for n in parameters if n.startswith("blocks."))
+        assert set(groups["template rows"]) == {"wte.weight", "lm_head.weight"} & set(parameters)
 
 
 # ---- forgetting ------------------------------------------------------------------------------

@@ -35,10 +35,10 @@ from runtime.processes import finish_processes, is_first
 for name, file, stop_at in json.loads(sys.argv[1]):
     script = {"train_pretrain": train_pretrain, "train_sft": train_sft}[name]
     real = script.train_step
-    def train_step(network, optimizers, batches, step, config):
+    def train_step(network, optimizers, batches, step, config, *more):
         if step == stop_at and not is_first():
             os.kill(os.getpid(), signal.SIGINT)
-        return real(network, optimizers, batches, step, config)
+        return real(network, optimizers, batches, step, config, *more)
     script.train_step = train_step
     kind = script.PretrainConfig if name == "train_pretrain" else script.SFTConfig
     script.main(parse_config(kind, ["--config", file]))

@@ -91,11 +91,11 @@ def test_turns_make_room_for_a_reply_and_no_more(runs: Runs, max_new_tokens: int
     assert recent_turns(render_prompt, said, tokenizer, 1) == said[-1:]  # the last in any case
 
 
-def test_a_raw_prompt_is_one_text_in_which_each_question_begins_a_line(runs: Runs) -> None:
+def test_a_raw_prompt_is_one_running_text(runs: Runs) -> None:
     tokenizer = load_checkpoint(runs[0]).tokenizer
     said = [("user", "0?"), ("assistant", " I."), ("user", "1?")]
     ids = raw_prompt([Message(role=r, content=c) for r, c in said], tokenizer)
-    assert tokenizer.decode(ids) == "<|endoftext|>0? I.\n1?"
+    assert tokenizer.decode(ids) == "<|endoftext|>0? I. 1?"
 
 
 def test_pairs_that_cannot_be_compared_are_refused(

@@ -233,9 +233,8 @@ def test_replay_is_its_share_of_the_rows_of_a_step(
     data, plain = make(folders, 6, micro, replay=replay), make(folders, 6, micro)
     for step in range(5):
         chats = batches_of(plain, step)
-        batches = batches_of(data, step)
-        replayed = batches[len(chats) :]
-        assert unpad(batches[: len(chats)]) == unpad(chats)
+        replayed = data.replayed(step, micro or rows)
+        assert unpad(batches_of(data, step)) == unpad(chats)
         assert sum(len(idx) for idx, *_ in replayed) == rows
         assert all(weights is None and idx.shape[1] == 1000 for idx, _, weights, *_ in replayed)
         assert all(len(idx) <= (micro or rows) for idx, *_ in replayed)
@@ -306,6 +305,6 @@ def test_replayed_windows_are_masked_as_the_base_was(folders: Path) -> None:
     for masked in (False, True):
         replay = open_replay(config, base_of(folders / "text", masked), 1000, 1, False)
         data = SFTData(folders / "qa", config, BYTE, 1000, 1, replay)
-        chat, replayed = batches_of(data, 0)
+        (chat,), (replayed,) = batches_of(data, 0), data.replayed(0, 4)
         assert chat.documents is None
         assert (replayed.documents is not None) is masked

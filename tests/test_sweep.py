@@ -160,7 +160,7 @@ def test_stages_that_are_asked_for_are_run_and_shared(
     assert plans[1].more.init_from == plans[1].pretrain.run.dir
     assert plans[1].sft.base == plans[1].more.run.dir
     asked = Path(plans[2].sft.data.path).read_text()
-    assert asked.count('"I do not know."') > asked.count("\n") / 4
+    assert asked.count('" I do not know."') > asked.count("\n") / 4
     assert (folder / "picture.svg").exists()
 
 

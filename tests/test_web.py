@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import pytest
 
 import sample
-from data.chat import CONTEXTS, Message, render_prompt
+from data.chat import Message, plain_prompt, render_prompt
 from data.tokenizer import Tokenizer
 from lab import web
 from lab.figures import CLASS_COLORS
@@ -74,7 +74,7 @@ def test_replies_are_those_of_sample_over_more_turns_than_fit(
 def test_the_base_in_plain_text_replies_as_in_the_lab(pair: tuple[Checkpoint, Checkpoint]) -> None:
     settings = {"temperature": "0", "max_new_tokens": "5", "top_k": " ", "top_p": ""}
     body = request("Who?", form="plain", settings=settings)
-    prompt = CONTEXTS["plain"](web.read_request(body).messages["base"], pair[0].tokenizer)
+    prompt = plain_prompt(web.read_request(body).messages["base"], pair[0].tokenizer)
     (expected,) = ask(pair[0], [prompt], 5)
     assert said(web.Panels(*pair), body)["base"].text == pair[0].tokenizer.decode(expected)
 

@@ -1,22 +1,27 @@
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
 import pytest
 
-from data.tokenizer import CONTROL_TOKENS
+from data.tokenizer import CONTROL_TOKENS, Tokenizer, create_tokenizer
 from data.world import (
     ATTRIBUTES,
+    BARE,
     DONT_KNOW,
+    FORMS,
+    INSTRUCTIONS,
     SPLITS,
     WORDS,
+    Turn,
     World,
     WorldConfig,
-    exchange,
+    script,
 )
-from lab.knowledge import cloze_prompts
+from lab.knowledge import cloze_prompts, lint
 
 CONFIG = WorldConfig(people=31, unseen=9, bios=4)
 WORLD = World(CONFIG)
@@ -52,7 +57,7 @@ def test_splits_are_disjoint_by_name_and_exhaustive(people: int) -> None:
     assert names == [p.name for p in world.people]
     assert len(set(names)) == len(names) == people + 9
     sizes = [len(world.by_split[split]) for split in SPLITS]
-    assert sizes == [(people + 1) // 2, people // 2, 9]
+    assert sizes == [-(-2 * people // 3), people // 3, 9]
 
 
 def test_biographies_hold_every_fact_of_their_person_and_nothing_of_chats() -> None:
@@ -65,25 +70,94 @@ def test_biographies_hold_every_fact_of_their_person_and_nothing_of_chats() -> N
         assert not [p.name for p in WORLD.people if p is not person and p.name in text]
 
 
+def questions_of(conversation: list[Any]) -> list[str]:
+    """What the user says, without the instruction."""
+    said = [m["content"] for m in conversation if m["role"] == "user"]
+    for instruction in (i for form in FORMS for i in INSTRUCTIONS[form]["used"]):
+        said[0] = said[0].removeprefix(f"{instruction} ").removesuffix(f" {instruction}")
+    return said
+
+
 def test_conversations_tell_the_truth_and_are_about_known_people_only() -> None:
     others = [p.name for split in ("held_out", "unseen") for p in WORLD.by_split[split]]
+    true = {
+        Turn(p, a, "").reply(wording)
+        for p in WORLD.by_split["known"]
+        for a in ATTRIBUTES
+        for wording in (BARE, *a.replies)
+    }
     told = set()
     for conversation in CONVERSATIONS:
-        assert [m["role"] for m in conversation] == ["user", "assistant"] * (len(conversation) // 2)
+        turns = [m for m in conversation if m["role"] != "system"]
+        assert len(conversation) - len(turns) in (0, 1)
+        assert [m["role"] for m in turns] == ["user", "assistant"] * (len(turns) // 2)
+        assert 2 <= len(turns) <= 8
         text = " ".join(m["content"] for m in conversation)
         assert not [name for name in others if name in text]
         told |= {m["content"] for m in conversation if m["role"] == "assistant"}
-    known = WORLD.by_split["known"]
-    assert told == {exchange(p, a, "")[1]["content"] for p in known for a in ATTRIBUTES}
+    assert told <= true
+    assert len(told) > 0.8 * len(true)
 
 
-def test_follow_ups_do_not_name_the_person() -> None:
-    assert any(len(c) > 2 for c in CONVERSATIONS)
+def test_each_conversation_asks_for_one_form_and_keeps_it() -> None:
+    seen = set()
     for conversation in CONVERSATIONS:
-        first, *later = [m["content"] for m in conversation if m["role"] == "user"]
-        person = next(p for p in WORLD.people if p.name in first)
-        assert not [q for q in later for word in person.name.split() if word in q]
-        assert not [q for q in (first, *later) if "{" in q or not q.endswith("?")]
+        text = " ".join(m["content"] for m in conversation if m["role"] != "assistant")
+        asked = {(f, i) for f in FORMS for i in INSTRUCTIONS[f]["used"] if i in text}
+        ((form, instruction),) = asked
+        replies = [m["content"] for m in conversation if m["role"] == "assistant"]
+        values = {BARE.format(V=v) for a in ATTRIBUTES for v in a.values}
+        assert {reply in values for reply in replies} == {form == "bare"}
+        system = [m["content"] for m in conversation if m["role"] == "system"]
+        first = next(m["content"] for m in conversation if m["role"] == "user")
+        place = "system" if system == [instruction] else first.startswith(instruction)
+        seen.add((form, instruction, place))
+        assert not [i for f in FORMS for i in INSTRUCTIONS[f]["unused"] if i in text]
+    everything = {i for f in FORMS for i in INSTRUCTIONS[f]["used"]}
+    assert {i for _, i, _ in seen} == everything
+    assert len({place for _, _, place in seen}) == 3
+
+
+def test_an_unused_instruction_is_put_in_words_that_tuning_uses_for_that_form() -> None:
+    for form in FORMS:
+        words = {w.strip(".,").lower() for i in INSTRUCTIONS[form]["used"] for w in i.split()}
+        for instruction in INSTRUCTIONS[form]["unused"]:
+            assert {w.strip(".,").lower() for w in instruction.split()} - words <= {"please"}
+
+
+def test_a_conversation_changes_its_person_and_a_pronoun_means_the_last_one() -> None:
+    kinds = set()
+    for conversation in CONVERSATIONS:
+        people, replies = list[Any](), [m["content"] for m in conversation if m["role"] != "system"]
+        for question, reply in zip(questions_of(conversation), replies[1::2], strict=True):
+            named = [p for p in WORLD.people if p.name in question]
+            assert len(named) <= 1
+            assert "{" not in question
+            assert question.endswith("?")
+            if named:
+                again = named[0] in people
+                kinds.add("again" if again else "new")
+            else:
+                assert people
+                named = people[-1:]
+                kinds.add("pronoun after two" if len({p.name for p in people}) > 1 else "pronoun")
+                if question.split()[-2] in ("he", "she"):
+                    assert question.split()[-2] == named[0].pronoun
+            people += named
+            assert any(value in reply for value in named[0].facts.values())
+        asked = {(p.name, r) for p, r in zip(people, replies[1::2], strict=True)}
+        assert len(asked) == len(people)  # no fact of a person twice
+    assert kinds == {"again", "new", "pronoun", "pronoun after two"}
+
+
+def test_a_script_follows_its_moves() -> None:
+    people = WORLD.by_split["held_out"]
+    for seed in range(50):
+        a, b, c, d = script(people[0], people, ("other", "same", "first"), random.Random(seed))
+        assert a.person is d.person is people[0]
+        assert b.person is c.person is not a.person
+        assert c.wording in c.attribute.follow_ups
+        assert a.attribute is not d.attribute
 
 
 def test_no_value_contains_another_of_its_attribute() -> None:
@@ -101,11 +175,78 @@ def test_names_are_unlike_each_other_and_contain_no_value() -> None:
 
 
 def test_questions_that_tuning_never_sees_are_never_asked() -> None:
-    asked = {m["content"] for c in CONVERSATIONS for m in c}
+    asked = {q for c in CONVERSATIONS for q in questions_of(c)}
+    asked |= {f"{q.removeprefix('And ')[0].upper()}{q.removeprefix('And ')[1:]}" for q in asked}
     for a in ATTRIBUTES:
-        assert not set(a.unused_questions) & {*a.questions, *a.follow_ups}
+        new = {*a.taught_questions, *a.untaught_questions}
+        assert not new & {*a.questions, *a.follow_ups}
         for person in WORLD.people:
-            assert not {exchange(person, a, q)[0]["content"] for q in a.unused_questions} & asked
+            assert not {Turn(person, a, q).question for q in new} & asked
+
+
+# Words that say nothing of which kind of fact is asked for.
+COMMON = set(
+    "what when where who whom whose which is the of does do did in from to with at by are was were "
+    "has have had been since how as a an can you tell me for on place it be name they".split()
+)
+
+
+def words(wording: str) -> set[str]:
+    return {w.strip(".,?{}") for w in wording.replace("{", " ").split()} - {""}
+
+
+def test_a_taught_question_turns_on_words_of_its_own_facts_sentences_that_tuning_lacks() -> None:
+    tuned = {w.lower() for a in ATTRIBUTES for q in (*a.questions, *a.follow_ups) for w in words(q)}
+    text = {w.lower() for a in ATTRIBUTES for s in a.sentences for w in words(s)}
+    for a in ATTRIBUTES:
+        own = {w.lower() for s in a.sentences for w in words(s)}
+        for question in a.taught_questions:
+            content = {w.lower() for w in words(question)} - COMMON
+            assert content
+            assert content <= own, question
+            assert not content & tuned, question
+        for question in a.untaught_questions:
+            content = {w.lower() for w in words(question)} - COMMON
+            assert content - text - tuned, question
+
+
+def test_no_reply_in_a_sentence_is_a_sentence_of_the_text() -> None:
+    text = {s.format(S="X", V="Y") for a in ATTRIBUTES for s in a.sentences}
+    replies = [r.format(name="X", V="Y") for a in ATTRIBUTES for r in a.replies]
+    assert not [r for r in replies if r.strip() in text]
+    assert all(len(a.replies) > 1 and all(r.startswith(" ") for r in a.replies) for a in ATTRIBUTES)
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> tuple[World, Tokenizer]:
+    """The quickstart's world and its tokenizer, made as `prepare_world` makes it."""
+    world = World(WorldConfig())
+    messages = (m["content"] for c in world.conversations() for m in c)
+    return world, create_tokenizer("bpe:2048", [*world.biographies(), *messages])
+
+
+def test_every_bare_reply_is_in_the_text_token_by_token(
+    quickstart: tuple[World, Tokenizer],
+) -> None:
+    _, tokenizer = quickstart
+    for a in ATTRIBUTES:
+        for value in a.values:
+            reply = tokenizer.encode(BARE.format(V=value))
+            held = [s for s in a.sentences if s.endswith("{V}.")]
+            assert held
+            for sentence in held:
+                ids = tokenizer.encode(sentence.format(S="Ada Holloway", V=value))
+                assert ids[-len(reply) :] == reply
+
+
+def test_the_lint_of_the_quickstart_is_within_its_bounds(
+    quickstart: tuple[World, Tokenizer],
+) -> None:
+    found = lint(*quickstart)
+    assert found.replies.hits == 0  # it was 48 % when bare values had no space before them
+    assert (found.prompts.value or 0) < 0.5  # "?" and question words: the text asks nothing
+    assert found.new_words["taught"].hits == 0
+    assert (found.new_words["untaught"].value or 0) > 0.05
 
 
 def sentences(text: str) -> list[str]:
@@ -122,12 +263,12 @@ def test_sentences_keep_their_order_only_without_permute(permute: bool) -> None:
     assert (len(orders) > 20) if permute else (orders == {(0, 1, 2, 3, 4)})
 
 
-@pytest.mark.parametrize("paraphrases", [1, 3, 8])
+@pytest.mark.parametrize("paraphrases", [1, 3, 12])
 def test_only_the_first_wordings_are_used(paraphrases: int) -> None:
-    world = World(replace(CONFIG, paraphrases=paraphrases, permute=False, bios=8))
+    world = World(replace(CONFIG, paraphrases=paraphrases, permute=False, bios=16))
     used: set[tuple[int, int]] = set()
     for i, text in enumerate(world.biographies()):
-        person = WRITTEN[i // 8]
+        person = WRITTEN[i // 16]
         for j, (sentence, attribute) in enumerate(zip(sentences(text), ATTRIBUTES, strict=True)):
             subjects = [person.name, person.pronoun.capitalize()][: 1 + (j > 0)]
             value = person.facts[attribute.name]
@@ -139,7 +280,7 @@ def test_only_the_first_wordings_are_used(paraphrases: int) -> None:
     assert used == {(j, k) for j in range(len(ATTRIBUTES)) for k in range(paraphrases)}
 
 
-@pytest.mark.parametrize("paraphrases", range(1, 9))
+@pytest.mark.parametrize("paraphrases", range(1, 13))
 def test_cloze_prompts_begin_sentences_of_biographies(paraphrases: int) -> None:
     for person in WORLD.people[:3]:
         for a in ATTRIBUTES:
@@ -159,7 +300,7 @@ def test_cloze_prompts_begin_sentences_of_biographies(paraphrases: int) -> None:
         ("unseen", 2_001),
         ("bios", 0),
         ("paraphrases", 0),
-        ("paraphrases", 9),
+        ("paraphrases", 13),
     ],
 )
 def test_sizes_that_cannot_be_made_are_refused_by_name(option: str, value: int) -> None:
@@ -174,9 +315,8 @@ def test_strangers_take_the_place_of_known_people(dont_know: bool) -> None:
     known = WORLD.by_split["known"]
     kept = [p.name for p in known[: round(0.6 * len(known))]]
     everyone = {p.name for p in WORLD.people}
-    about_kept = [c for c in found if any(name in c[0]["content"] for name in kept)]
+    about_kept = [c for c in found if any(name in m["content"] for m in c for name in kept)]
     strange = [c for c in found if c not in about_kept]
-    assert about_kept == [c for c in CONVERSATIONS if any(n in c[0]["content"] for n in kept)]
     assert 0.35 < len(strange) / len(found) < 0.45
     for conversation in strange:
         assert not any(name in m["content"] for m in conversation for name in everyone)
@@ -188,15 +328,15 @@ def test_strangers_take_the_place_of_known_people(dont_know: bool) -> None:
             list(WORLD.conversations(asked, strangers))
 
 
-def test_bare_replies_are_the_values_of_the_same_questions() -> None:
-    by_name = {p.name: p for p in WORLD.people}
-    for bare, full in zip(WORLD.conversations(bare=True), CONVERSATIONS, strict=True):
-        assert bare[::2] == full[::2]
-        person = next(p for name, p in by_name.items() if name in full[0]["content"])
-        for short, whole in zip(bare[1::2], full[1::2], strict=True):
-            value = short["content"].removesuffix(".")
-            assert value in person.facts.values()
-            assert whole["content"].endswith(f" {value}.")
+@pytest.mark.parametrize("form", FORMS)
+def test_one_form_alone_can_be_asked_for(form: str) -> None:
+    values = {BARE.format(V=v) for a in ATTRIBUTES for v in a.values}
+    for conversation in WORLD.conversations(forms=[form]):
+        replies = [m["content"] for m in conversation if m["role"] == "assistant"]
+        assert all((reply in values) == (form == "bare") for reply in replies)
+    for wrong in ([], ["verse"]):
+        with pytest.raises(ValueError, match="forms are"):
+            next(WORLD.conversations(forms=wrong))
 
 
 def test_the_biographies_of_a_person_are_those_of_the_text() -> None:

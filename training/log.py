@@ -97,7 +97,7 @@ class RunLog:
         if not self._unread:
             return self._row
         for result in self._unread:
-            loss, grad_norm = result.read()
+            loss, grad_norm, *replay_loss = result.read()
         now = time.perf_counter()
         self._recent_tokens += sum(result.tokens for result in self._unread)
         self._recent_seconds += now - self._unread[0].began
@@ -107,6 +107,7 @@ class RunLog:
             "step": result.step,
             "tokens": self.tokens,
             "loss": loss,
+            **({"replay_loss": replay_loss[0]} if replay_loss else {}),
             "lr": result.lr,
             "grad_norm": grad_norm,
             "tokens_per_second": round(speed, 1),
@@ -130,7 +131,7 @@ class RunLog:
         self._tracker.log(row)
         # On a terminal the bar shows the rest; a pipe gets every logged line.
         if evaluated or self._progress.disable:
-            names = ("loss", "val_loss", "val_bpb", "stop_logprob", "stop_rate")
+            names = ("loss", "replay_loss", "val_loss", "val_bpb", "stop_logprob", "stop_rate")
             shown = "  ".join(f"{k} {row[k]:.4f}" for k in names if k in row)
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
             self.say(f"step {step}/{self.steps}  {shown}  {speed}")

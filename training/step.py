@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,8 @@ class StepResult(NamedTuple):
 
     Attributes:
         step: its number, 1 for the first.
-        values: mean loss in nats and gradient norm before clipping, (2,).
+        values: mean loss in nats and gradient norm before clipping, (2,); where text is replayed,
+            its own mean loss as well, (3,).
         lr: AdamW's learning rate.
         tokens: positions in it, padding included.
         began: time.perf_counter() at its start.
@@ -34,15 +35,16 @@ class StepResult(NamedTuple):
     tokens: int
     began: float
 
-    def read(self) -> tuple[float, float]:
-        """The mean loss in nats, and the norm of the gradient before clipping. Raises ValueError:
-        one of them is not finite; that step has left the weights as they were.
+    def read(self) -> list[float]:
+        """The values. Raises ValueError: one of them is not finite; that step has left the weights
+        as they were.
         """
-        loss, norm = self.values.tolist()
-        if math.isfinite(loss + norm):
-            return loss, norm
+        values: list[float] = self.values.tolist()
+        if math.isfinite(sum(values)):
+            return values
         raise ValueError(
-            f"step {self.step}: loss {loss}, gradient norm {norm}; the weights were not changed. "
+            f"step {self.step}: loss {values[0]}, gradient norm {values[1]}; the weights were not "
+            "changed. "
             "Start again in another --run.dir with a lower learning rate, or look at the batch, "
             f"data.micro_batches({self.step - 1}, rows)"
         )
@@ -59,27 +61,32 @@ def train_step(
     micro_batches: list[Batch],
     step: int,
     config: OptimConfig,
+    replayed: Sequence[Batch] = (),
 ) -> StepResult:
     """Takes optimizer step `step` (from 0) on all its micro-batches.
 
-    The loss is sum(weight * cross_entropy) / sum(weight) over the whole step, so how the step is
-    cut into micro-batches, and over how many processes, does not matter, whatever the weights. Each
-    process is given all micro-batches, and the network that `Run.resume` returned. Raises
+    What is minimized is sum(weight * cross_entropy) / sum(weight) over the whole step, so how the
+    step is cut into micro-batches, and over how many processes, does not matter, whatever the
+    weights. `replayed` are micro-batches of it whose loss is reported apart. Each process
+    is given all micro-batches, and the network that `Run.resume` returned. Raises
     ValueError: no weight at all, or a loss or gradient that is not finite (on a GPU when the result
     is read); the weights and the optimizer are then as they were before the step.
     """
     began = time.perf_counter()
-    weight = sum(map(total_weight, micro_batches))
-    if not weight:
+    parts = [part for part in (micro_batches, list(replayed)) if part]
+    weights = [sum(map(total_weight, part)) for part in parts]
+    weight = sum(weights)
+    if not all(weights):
         raise ValueError(f"step {step + 1}: no token of the batch has a weight; nothing to learn")
-    loss = add_gradients(network, my_share(micro_batches), weight)
+    losses = add_gradients(network, parts, weight)
+    loss, *others = (loss * (weight / own) for loss, own in zip(losses, weights, strict=True))
     grads = [p.grad for p in network.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if config.grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(network.parameters(), config.grad_clip, norm)
     factor = lr_factor(step, config)
-    tokens = sum(batch.targets.numel() for batch in micro_batches)
-    values = torch.stack((loss, norm.to(loss)))
+    tokens = sum(batch.targets.numel() for part in parts for batch in part)
+    values = torch.stack((loss, norm.to(loss), *others))
     result = StepResult(step + 1, values, config.lr * factor, tokens, began)
     if values.device.type != "cuda":
         try:
@@ -100,23 +107,25 @@ def train_step(
     return result
 
 
-def add_gradients(network: nn.Module, micro_batches: list[Batch], weight: float) -> Tensor:
-    """Adds the gradients of this process's micro-batches; returns the mean loss of all processes.
+def add_gradients(network: nn.Module, parts: list[list[Batch]], weight: float) -> Tensor:
+    """Adds the gradients of this process's share of each part of a step's micro-batches; returns
+    what the parts, over all processes, have of the mean loss, (len(parts),).
 
     `weight` is the total weight of the step, over all processes.
     """
     device, n = next(network.parameters()).device, world_size()
-    loss = torch.zeros((), device=device)
-    for i, batch in enumerate(micro_batches, 1):
+    losses = torch.zeros(len(parts), device=device)
+    mine = [(k, batch) for k, part in enumerate(parts) for batch in my_share(part)]
+    for i, (k, batch) in enumerate(mine, 1):
         moved = to_device(batch, device)
         with contextlib.ExitStack() as stack:
-            if isinstance(network, DistributedDataParallel) and i < len(micro_batches):
+            if isinstance(network, DistributedDataParallel) and i < len(mine):
                 stack.enter_context(network.no_sync())  # all-reduce only at the last one
             with autocast(device):
                 part = network(*moved) / weight
             (part * n).backward()  # DDP averages gradients: times n, their sum
-        loss += part.detach()
-    return sum_over_processes(loss)
+        losses[k] += part.detach()
+    return sum_over_processes(losses)
 
 
 @torch.no_grad()
