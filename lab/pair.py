@@ -19,6 +19,7 @@ from data.chat import (
     raw_prompt,
     render_prompt,
 )
+from data.replay import replayed
 from data.shards import load_examples, open_prepared
 from data.sources.read import QA_SUFFIXES, read_conversations
 from data.tokenizer import Tokenizer
@@ -217,8 +218,9 @@ def pairs_of(a: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def provenance(pair: Pair) -> dict[str, Any]:
-    """Where the figures of a pair come from."""
-    return {c.meta["kind"]: origin(c) for c in (pair.base, pair.instruct)}
+    """Where the figures of a pair come from, and what text was replayed in tuning."""
+    text = {"replayed": replayed(pair.instruct.meta)}
+    return {"base": origin(pair.base), "instruct": origin(pair.instruct) | text}
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -259,6 +261,9 @@ def run_instrument(about: str, instrument: Callable[[Pair, int], Any], questions
         if a.out is not None and (a.out.is_dir() or not a.out.absolute().parent.is_dir()):
             raise ValueError(f"--out {a.out} is no file that could be written")
         pairs = [open_pair(*paths, a.device, a.qa) for paths in pairs_of(a)]
+        if pairs[0].world is not None:
+            texts = sorted({replayed(pair.instruct.meta) for pair in pairs})
+            print(f"replayed in tuning: {'/'.join(texts)}")
         result = to_json(pool([instrument(pair, a.questions) for pair in pairs]))
         print("\n".join(lines(result)))
         if a.out is not None:

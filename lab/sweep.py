@@ -314,7 +314,12 @@ def write_tables(
             for (c, seed, row), text in zip(rows, texts, strict=True)
         ],
         "cells": [
-            {"cell": c, "replayed": "/".join(text), "from_the_first": to_json(differences), **to_json(row)}
+            {
+                "cell": c,
+                "replayed": "/".join(text),
+                "from_the_first": to_json(differences),
+                **to_json(row),
+            }
             for c, text, differences, row in zip(cells, replays, against, pooled, strict=True)
         ],
     }

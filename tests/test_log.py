@@ -52,6 +52,17 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return read_metrics(run / "metrics.jsonl")
 
 
+def test_the_loss_of_replayed_text_has_a_column_of_its_own(tmp_path: Path) -> None:
+    with make_log(tmp_path) as log:
+        for step, values in ((1, [2.0, 1.5]), (2, [2.0, 1.5, 0.7])):
+            log.add(StepResult(step, torch.tensor(values), 0.1, tokens=64, began=0.0))
+            log.write(step, {})
+    plain, replayed = rows_of(tmp_path)
+    assert "replay_loss" not in plain
+    assert replayed["replay_loss"] == pytest.approx(0.7)
+    assert replayed["loss"] == 2.0
+
+
 @pytest.mark.parametrize("cut", ["", '{"step": 7, "los', '{"step": 7, "loss": 1.0}'])
 def test_after_a_resume_every_step_is_logged_once(tmp_path: Path, cut: str) -> None:
     saved = log_steps(make_log(tmp_path), 3)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page
 
-from data.world import SPLITS
+from data.world import ATTRIBUTES, SPLITS
 from lab import report
 from lab.pair import open_pair
 
@@ -45,6 +45,23 @@ def test_the_report_is_made_once_and_then_shown_again(
         assert set(known["cloze"]) == set(known["answers"]) == set(SPLITS)
         assert known["cloze"]["held_out"]["all"]["n"] == 20
         assert {"stops", "follow_up"} <= set(found["behaviour"][model])
+    head = found["headline"]
+    keys = (
+        "cloze_known cloze_held_out cloze_unseen right_known right_held_out right_unseen "
+        "bare_held_out sentence_held_out form_held_out phrasings_taught phrasings_untaught "
+        "follow_up other_person return_to_first stops"
+    ).split()
+    for model in ("base", "instruct"):
+        assert set(head[model]) == set(keys)
+        for key in keys:
+            assert {"share", "n", "low", "high"} <= set(head[model][key])
+            assert head[model][key]["n"] > 0
+    assert (head["replayed"], head["chance"]) == ("all", 0.025)
+    assert set(found["by_kind"]) == {a.name for a in ATTRIBUTES}
+    assert {"share", "n"} <= set(found["by_kind"]["hobby"])
+    assert found["knowledge"]["lint"]["replies"]["n"] > 0
+    assert "cloze: instruct - base" in found["knowledge"]["differences"]
+    assert "Biographies of everybody were replayed" in page
     assert set(found["seconds"]) == {"prepare", "pretrain", "sft", "compare"}
     assert found["runs"][0]["base"]["config"]["run"]["seed"] == 1
     assert {"commit", "torch", "device", "decoding", "questions"} <= set(found["settings"])
@@ -52,6 +69,7 @@ def test_the_report_is_made_once_and_then_shown_again(
     call(monkeypatch, runs, "--out", made, "--questions", 20)
     printed = capsys.readouterr().out
     assert "follow-up" in printed
+    assert "Biographies of everybody were replayed" in " ".join(printed.split())
     assert str(made / "report.html") in printed
     assert (made / "report.html").read_text() == page
 
@@ -153,3 +171,6 @@ def test_a_page_about_any_two_checkpoints_shows_their_text_as_text(
     for section in SECTIONS:
         assert opened.page.locator(f"h2#{section}").is_visible()
     assert opened.page.locator("h2#knowledge").count() == 0
+    assert opened.page.locator("h2#curves").is_visible()
+    text = opened.page.inner_text("body").lower()
+    assert not [w for w in ("held-out", "unseen people", "biograph", "replayed in") if w in text]

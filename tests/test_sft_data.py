@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +13,11 @@ import torch
 from data.chat import render
 from data.fitting import kept_length
 from data.prepare import prepare_qa, prepare_text
-from data.replay import open_replay
+from data.replay import open_replay, replayed
 from data.sft import POOL, SFTData, SFTDataConfig
 from data.sources.read import parse_example
 from data.tokenizer import Tokenizer, create_tokenizer
+from data.world import World, WorldConfig
 from model.gpt import GPT, ModelConfig
 from model.seen import Batch
 from runtime.files import fingerprint, read_meta, write_meta
@@ -241,14 +243,37 @@ def test_replay_is_its_share_of_the_rows_of_a_step(
     assert len(val_batches_of(data)) == len(val_batches_of(plain))
 
 
+def test_only_known_people_are_replayed_if_that_is_asked_for(
+    world_dir: Path, folders: Path
+) -> None:
+    world = World(WorldConfig(**read_meta(world_dir)["world"]))
+    held_out = [p.name for p in world.by_split["held_out"]]
+    known = [p.name for p in world.by_split["known"]]
+    base = base_of(world_dir)
+    for people, told in (("all", "all"), ("known", "known")):
+        options: Any = {"replay_people": people}
+        config = SFTDataConfig("unused", 8, replay=0.5, **options)
+        data = open_replay(config, base, 64, 1, False)
+        assert data is not None
+        windows = [b.idx for step in range(40) for b in data.micro_batches(step, 8)]
+        text = data.tokenizer.decode(torch.cat([w.flatten() for w in windows]).tolist())
+        assert any(name in text for name in known)
+        assert any(name in text for name in held_out) == (people == "all")
+        assert replayed({"config": {"data": asdict(config)}}) == told
+    assert replayed({"config": {"data": {"replay": 0.0, "replay_people": "known"}}}) == "none"
+    assert replayed({"config": {"data": {"replay": 0.1}}}) == "all"  # before it could be chosen
+    with pytest.raises(ValueError, match=r"replay_people=known, but .* is no world"):
+        open_replay(config, base_of(folders / "text"), 64, 1, False)
+
+
 def test_another_tokenizer_is_refused(folders: Path) -> None:
     other = Tokenizer.load(folders / "other")
-    replayed = SFTDataConfig("unused", replay=0.5)
+    config = SFTDataConfig("unused", replay=0.5)
     with pytest.raises(ValueError, match=r"qa was prepared with another tokenizer.*--tokenizer-of"):
         SFTData(folders / "qa", SFTDataConfig("unused"), other, 100, seed=1)
     base = base_of(folders / "text") | {"tokenizer": {"fingerprint": other.fingerprint}}
     with pytest.raises(ValueError, match="text, to be replayed, has another tokenizer"):
-        open_replay(replayed, base, 100, 1, False)
+        open_replay(config, base, 100, 1, False)
 
 
 def test_another_chat_template_is_refused(folders: Path, tmp_path: Path) -> None:

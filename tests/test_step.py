@@ -16,7 +16,7 @@ from train_pretrain import PretrainConfig
 from training.config import RunConfig
 from training.optim import OptimConfig, build_optimizers
 from training.run import Run
-from training.step import StepResult, mean_loss, train_step
+from training.step import StepResult, mean_loss, total_weight, train_step
 
 V, T = 128, 16
 OPTIMIZER = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -57,6 +57,29 @@ def manual_loss(model: GPT, batch: tuple[torch.Tensor, ...]) -> float:
     idx, targets, weights = batch
     losses = F.cross_entropy(model(idx).transpose(1, 2), targets, reduction="none")
     return ((losses * weights).sum() / weights.sum()).item()
+
+
+def test_replayed_text_takes_part_in_the_step_and_its_loss_is_told_apart() -> None:
+    config = OptimConfig(steps=4)
+    chat, text = random_batch(seed=1), random_batch(seed=2)
+    outcomes = []
+    for replayed in (False, True):
+        model = random_model()
+        own = [mean_loss(model, [Batch(*batch)]) for batch in (chat, text)]
+        optimizers = build_optimizers(model, config)
+        parts = (cut(chat, 4), cut(text, 4)) if replayed else ([*cut(chat, 4), *cut(text, 4)], [])
+        result = train_step(model, optimizers, parts[0], 0, config, parts[1])
+        outcomes.append((result, state_of(model, optimizers)))
+    (together, one), (apart, other) = outcomes
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    loss, norm = together.read()
+    mine, same_norm, replay_loss = apart.read()
+    assert (mine, replay_loss) == pytest.approx(own, rel=1e-5)
+    assert same_norm == pytest.approx(norm, rel=1e-6)
+    weights = [total_weight(Batch(*batch)) for batch in (chat, text)]
+    mean = (mine * weights[0] + replay_loss * weights[1]) / sum(weights)
+    assert loss == pytest.approx(mean, rel=1e-5)
+    assert apart.tokens == together.tokens
 
 
 @OPTIMIZER
