@@ -35,10 +35,9 @@ HUB_FILES = ("config.json", "model*.safetensors*", "tokenizer.json", "vocab.json
 
 def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | None) -> Path:
     """Makes a run's folder with one checkpoint of a folder, or a name on the hub; returns it.
-
-    What is no export of this project becomes a base. An export, unchanged since, becomes what it
-    was, bit for bit. `dropout` is that of training from here on; None for what config.json says.
-    Raises ValueError: not a GPT-2, damaged, not to be had, or `out` is not empty.
+    An export of this project, unchanged since, becomes what it was, bit for bit; all else a base.
+    `dropout` is that of training from here on; None for what config.json says. Raises ValueError:
+    not a GPT-2, damaged, not to be had, or `out` is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another folder, or delete it")
@@ -53,9 +52,8 @@ def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | 
             if meta["kind"] not in ("base", "instruct"):
                 raise ValueError(f"its {ORIGIN_FILE} names an unknown kind")
         else:
-            machine = environment(torch.device("cpu"))
-            meta = {"kind": "base", "config": {"data": {"path": None}}, "environment": machine}
-            meta |= {"prepared": {}, "data": {"fingerprint": None}}
+            meta = {"kind": "base", "config": {"data": {"path": None}}, "prepared": {}}
+            meta |= {"data": {"fingerprint": None}, "environment": environment(torch.device("cpu"))}
         if dropout is not None:
             config = replace(config, dropout=dropout)
         model = GPT(config, tokenizer.n_vocab)
@@ -68,7 +66,6 @@ def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | 
 
 
 def _from_hub(name: str, downloads: Path) -> Path:
-    """Downloads a model of the hub; returns the folder that holds it."""
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ValueError(f"{name} is neither a folder nor a name on the Hugging Face hub")
     if "/" not in name and name not in GPT2_NAMES:

@@ -34,7 +34,6 @@ def _reading(label: str, files: Sequence[Path]) -> Iterator[Callable[[int], obje
 
 
 def _sources(files: Sequence[Path]) -> list[Meta]:
-    """Name, size and sha256 of each input."""
     if missing := [f for f in files if not f.is_file()]:
         raise ValueError(f"{missing[0]} not found")
     return [{"file": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files]
@@ -141,7 +140,8 @@ def fetch(
     tokens = Tokenizer.load(tokenizer_of) if tokenizer_of else create_tokenizer(spec, [])
     files = sets.remote_files(named, n_files, downloads)
     found = [{"file": Path(f.name).name, "bytes": f.size, "sha256": f.sha256} for f in files]
-    options: Meta = {"val_fraction": val_fraction or named.val_fraction, "seed": seed}
+    share = val_fraction or (0.1 if named.size < 1e9 else 0.005)
+    options: Meta = {"val_fraction": share, "seed": seed}
     options |= {"field": named.field} if is_text else {"skip_bad": True, "trees": named.trees}
     given: Any = spec if is_text else tokens
     is_made = shards.check_folder(out, _request(found, given, **options))
@@ -198,9 +198,7 @@ def parser() -> ArgumentParser:
         held_back = "held back" if share else "held back; None: 0.1, above a gigabyte 0.005"
         p.add_argument("--out", type=Path, required=name != "fetch", help="folder to make")
         p.add_argument("--val-fraction", type=float, default=share, help=held_back)
-        p.add_argument(
-            "--seed", type=int, default=1, help="of the shuffle and split, and of a world"
-        )
+        p.add_argument("--seed", type=int, default=1, help="of the shuffle, the split and a world")
         p.add_argument("--verify", action="store_true", help="hash all that --out holds already")
     return top
 

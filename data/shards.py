@@ -56,11 +56,10 @@ def open_prepared(path: str | Path, kind: str, verify: bool = False) -> Meta:
 def check_files(folder: Path, checksums: dict[str, str], verify: bool = False) -> None:
     """Checks the sha256 of files, but hashes only those that may have changed since the last time.
 
-    .hashed.json keeps, for each file, the sha256 that it had when it was last hashed, and its size,
-    modification time and inode number at that moment; while these are what they were, it is not
-    hashed again (so a copied folder is hashed once). This misses a change that keeps the size and
-    sets the time back, and bytes that the disk loses by itself; `verify` hashes every file. Raises
-    ValueError: a file is missing, or has another sha256.
+    .hashed.json keeps each file's sha256, size, modification time and inode number from when it was
+    last hashed; while these stay, it is not hashed again (so a copied folder is hashed once). This
+    misses a change that keeps the size and sets the time back, and bytes that the disk loses by
+    itself; `verify` hashes all. Raises ValueError: a file is missing, or has another sha256.
     """
     known, states = Meta(), _file_states(folder, checksums)  # of before it is hashed
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
@@ -123,9 +122,8 @@ def save_tokens(folder: Path, part: str, ids: Values) -> dict[str, int]:
 def save_examples(
     folder: Path, part: str, ids: Values, mask: Values, lengths: Sequence[int] | np.ndarray
 ) -> dict[str, int]:
-    """Writes the Q&A files of a part; returns counts for meta.json.
-
-    `ids`, of `id_dtype`, and `mask` are those of all examples end to end, (sum of lengths,).
+    """Writes the Q&A files of a part; returns counts for meta.json. `ids`, of `id_dtype`, and
+    `mask` are those of all examples end to end, (sum of lengths,).
     """
     offsets = np.append(0, np.cumsum(lengths, dtype=np.int64))
     mask = mask.astype(np.uint8) if isinstance(mask, np.ndarray) else mask
@@ -189,7 +187,6 @@ def write_text(
     shuffle: bool = True,
 ) -> Meta:
     """Writes train.bin and val.bin from documents, each in pieces; returns meta.json's `text`.
-
     Their order is shuffled; without `shuffle` the training documents stay in their given order.
     Raises ValueError: no text at all, or a share that leaves training or validation empty.
     """
@@ -215,17 +212,15 @@ def write_text(
         for part, chosen in parts.items():
             meta |= save_tokens(folder, part, (*scratch, chosen))
     if min(meta["train_tokens"], meta["val_tokens"]) < 2:
-        raise ValueError(
-            f"a val_fraction of {val_fraction} leaves training or validation empty; use more text"
-        )
+        share = f"a val_fraction of {val_fraction}"
+        raise ValueError(f"{share} leaves training or validation empty; use more text")
     return meta
 
 
 def split_documents(spans: np.ndarray, val_fraction: float) -> dict[str, np.ndarray]:
-    """Divides documents, (n, 2) as (start, end), so that val has that share of the tokens.
-
-    Validation takes whole documents, in order, as long as they fit. Where that gives less than half
-    of the share (a single document, a few unlike ones), the tail of the longest one is added.
+    """Divides documents, (n, 2) as (start, end), so that val has that share of the tokens: whole
+    documents, in order, as long as they fit. Where that gives less than half of the share (a single
+    document, a few unlike ones), the tail of the longest one is added.
     """
     lengths = np.diff(spans)[:, 0] - 1  # without the end-of-text token
     wanted, taken, held_back = int(lengths.sum()) * val_fraction, 0, np.zeros(len(spans), bool)
@@ -261,9 +256,8 @@ def write_qa(
     with on_disk(folder, tables, dtypes) as (scratch, spans):
         n_val = max(1, round(len(spans) * val_fraction))
         if n_val >= len(spans):
-            raise ValueError(
-                f"{len(spans)} example(s) at val_fraction {val_fraction} leave none to train on"
-            )
+            what = f"{len(spans)} example(s) at val_fraction {val_fraction}"
+            raise ValueError(f"{what} leave none to train on")
         spans = np.random.default_rng(seed).permutation(spans)
         meta: Meta = {"template": template_fingerprint()}
         for part, chosen in (("train", spans[n_val:]), ("val", spans[:n_val])):
@@ -282,10 +276,8 @@ def check_folder(out: Path, request: Meta) -> Meta | None:
     # Older worlds have the template beside their request.
     old = {"template": meta.get("qa", {}).get("template"), **meta.get("request", {})}
     if keys := [k for k in {**old, **request} if not _agree(old.get(k), request.get(k))]:
-        raise ValueError(
-            f"{out} holds data made from other inputs ({', '.join(keys)}); "
-            "delete it or choose another folder"
-        )
+        what = f"{out} holds data made from other inputs ({', '.join(keys)})"
+        raise ValueError(f"{what}; delete it or choose another folder")
     return meta
 
 
@@ -312,12 +304,6 @@ def write_folder(out: Path, request: Meta, fill: Callable[[Path], tuple[Tokenize
         meta["seconds"] = round(time.perf_counter() - begin, 3)
         files.write_json(folder / HASHED, _file_states(folder, meta["files"]))
         files.write_meta(folder, meta)
-    print_summary(out, meta)
-    return meta
-
-
-def print_summary(out: Path, meta: Meta) -> None:
-    """One line per part of a prepared folder."""
     print("{}: {kind} tokenizer of {n_vocab:,} entries".format(out, **meta["tokenizer"]))
     if text := meta.get("text"):
         line = "{documents:,} documents, {bytes:,} bytes -> {train_tokens:,} train + {val_tokens:,}"
@@ -326,3 +312,4 @@ def print_summary(out: Path, meta: Meta) -> None:
         line = "{train_examples:,} train + {val_examples:,} val conversations, {train_tokens:,}"
         share = qa["train_supervised"] / qa["train_tokens"]
         print(f"  Q&A: {line.format(**qa)} train tokens, {share:.0%} supervised")
+    return meta

@@ -1,6 +1,5 @@
-"""The architectures of Hugging Face's transformers that our model can be: config and weights.
-
-A model is exported only if transformers computes the same logits; what it lacks is refused by name.
+"""The architectures of Hugging Face's transformers that our model can be: config and weights. Only
+a model whose logits transformers computes too is exported; what it lacks is refused by name.
 """
 
 from dataclasses import fields
@@ -173,10 +172,9 @@ def export_weights(model: GPT) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def import_weights(model: GPT, folder: Path, n_known: int) -> None:
-    """Fills a new model with the weights of a folder.
-
-    Tokens from `n_known` on, which GPT-2 does not have, get the mean embedding and a little noise.
-    Raises ValueError: a file or a tensor is missing, damaged or of another shape; with its name.
+    """Fills a new model with a folder's weights; tokens from `n_known` on, which GPT-2 does not
+    have, get the mean embedding and a little noise. Raises ValueError: a file or a tensor is
+    missing, damaged or of another shape; with its name.
     """
     theirs, tied = _read_weights(folder), model.config.tie_embeddings
     for name, parts in _views(model).items():

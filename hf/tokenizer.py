@@ -45,11 +45,9 @@ def export_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     unused = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     return {
         "version": "1.0",
-        **dict.fromkeys(("truncation", "padding")),
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
         "added_tokens": added,
-        "normalizer": None,
         "pre_tokenizer": split,
-        "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [unmark, split]},
         "model": {
             "type": "BPE",
@@ -85,10 +83,9 @@ def _read_vocabulary(file: Path) -> tuple[dict[str, int], dict[str, int], bool]:
 
 
 def import_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, int]:
-    """Our tokenizer of a tokenizer.json or a vocab.json, or GPT-2's where there is neither.
-
-    Also returns how many of its tokens are theirs: all, or all up to <|endoftext|>.
-    Raises ValueError: it splits or joins text otherwise than ours can, or has other ids.
+    """Our tokenizer of a tokenizer.json or a vocab.json, or GPT-2's where there is neither; and how
+    many of its tokens are theirs: all, or all up to <|endoftext|>. Raises ValueError: it splits or
+    joins text otherwise than ours can, or has other ids.
     """
     files = [folder / name for name in ("tokenizer.json", "vocab.json")]
     file = next((file for file in files if file.exists()), None)
@@ -107,10 +104,8 @@ def import_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, int]:
             raise ValueError(f"the id of {token} in its {file.name} is not {i}, the first free one")
     if dropped := [token for token in special if token not in known]:
         print(f"note: left out, with what was learned of them: {', '.join(dropped)}")
+    n_known = len(ranks) + len(known)
+    if not words:
+        return Tokenizer("byte", ours.BYTE_PATTERN, ranks), n_known
     kind = "gpt2" if len(ranks) + 1 == GPT2_VOCAB_SIZE else "bpe"
-    made = (
-        Tokenizer(kind, ours.WORD_PATTERN, ranks)
-        if words
-        else Tokenizer("byte", ours.BYTE_PATTERN, ranks)
-    )
-    return made, len(ranks) + len(known)
+    return Tokenizer(kind, ours.WORD_PATTERN, ranks), n_known

@@ -41,9 +41,9 @@ class Behaviour:
         echoes: the reply repeats the question word for word.
         asks_on: it goes on with a question of its own.
         ranking: the true reply is more likely than that of another conversation; chance is half.
-        follow_up, other_person, return_to_first, pronoun_after_two: world only: questions about
-            held-out people at the end of a conversation of that kind (see `TURNS`), answered
-            "with" the true turns before it and "without" them, in either form.
+        follow_up, other_person, return_to_first, pronoun_after_two: in the chat template, about a
+            world: questions about held-out people at the end of a conversation of that kind (see
+            `TURNS`), answered "with" the true turns before it and "without", in either form.
     """
 
     stops: Share
@@ -65,7 +65,7 @@ def behaviour(pair: Pair, questions: int) -> dict[str, Behaviour]:
     chosen, limit = pair.conversations[:questions], pair.limit
     return {
         "base": behave(pair.base, chosen, render_prompt, limit, pair.world),
-        "base_plain": behave(pair.base, chosen, pair.contexts["plain"], limit, pair.world),
+        "base_plain": behave(pair.base, chosen, pair.contexts["plain"], limit, None),
         "instruct": behave(pair.instruct, chosen, render_prompt, limit, pair.world),
     }
 

@@ -136,8 +136,8 @@ def headline_plot(headline: dict[str, Any]) -> Figure:
         shares = [c["share"] for c in cells]
         rows = [row + shift for row in range(len(keys))]
         axes.barh(rows, shares, height=0.34, color=color, label=model)
-        low = [s - c["low"] for s, c in zip(shares, cells, strict=True)]
-        high = [c["high"] - s for s, c in zip(shares, cells, strict=True)]
+        low = [max(0.0, s - c["low"]) for s, c in zip(shares, cells, strict=True)]
+        high = [max(0.0, c["high"] - s) for s, c in zip(shares, cells, strict=True)]
         axes.errorbar(shares, rows, xerr=[low, high], fmt="none", ecolor="black", lw=0.8)
     axes.axvline(headline["chance"], color=GREY, lw=0.8, ls=":")
     axes.set_yticks(range(len(keys)), names)
@@ -311,8 +311,8 @@ def sweep_plot(table: dict[str, Any]) -> str:
 def dots(axes: Axes, rows: Sequence[float], cells: list[Any], name: str, color: str) -> None:
     """Shares with their 95 % intervals, a row each."""
     shares = [c["share"] for c in cells]
-    low = [c["share"] - c["low"] for c in cells]
-    high = [c["high"] - c["share"] for c in cells]
+    low = [max(0.0, c["share"] - c["low"]) for c in cells]
+    high = [max(0.0, c["high"] - c["share"]) for c in cells]
     axes.errorbar(shares, rows, xerr=[low, high], fmt="o", color=color, label=name, ms=4, lw=1)
 
 

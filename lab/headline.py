@@ -32,9 +32,10 @@ STOPS: Rows = {"stops": "stops by itself"}
 LABELS: Rows = COMPLETES | ANSWERS | TURNS | STOPS
 # The base, given every chance: rows of `more`.
 GENEROUS: Rows = {
-    "forced_stop": "names the right value first, cut there by a forced stop",
-    "by_chance": "the same of a fact that nobody asked for (chance of a sentence about the person)",
-    "examples": "names the right value first, after three examples as running text",
+    "exact": "gives the bare value, cut by a forced stop at its first full stop",
+    "forced_stop": "names the value in that first sentence",
+    "by_chance": "the same of another fact, which nobody asked for",
+    "examples": "names the value first, after three examples as running text",
 }
 
 
@@ -75,6 +76,7 @@ def headline(report: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
 def generous(known: dict[str, Any]) -> dict[str, Any]:
     """Whether a model names the truth first, stop or not."""
     return {
+        "exact": known["answers"]["held_out"]["exact"],
         "forced_stop": known["answers"]["held_out"]["right"]["all"],
         "by_chance": known["answers"]["held_out"]["by_chance"],
         "examples": known["examples"]["right"]["all"],

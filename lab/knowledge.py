@@ -32,7 +32,7 @@ from lab.stats import Difference, Mean, Share, difference
 from training.checkpoint import Checkpoint
 
 Cell = dict[str, Share]  # "all", then each attribute
-THOROUGHLY = 3  # of so many questions, one is also asked in plain text, and ranked
+THOROUGHLY = 5  # of so many questions, one is also asked in plain text, and ranked
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class Answers:
         answered: right, stops, and in the form asked for.
         right: the value named in the first sentence, and no other of its kind, stop or not: what a
             forced stop would leave.
-        by_chance: right about another kind of fact, see `Grade`.
+        exact: nothing but the value in the first sentence.
+        by_chance: right about another kind of fact.
         wrong: of the questions about each kind of fact, how many named which wrong one instead.
     """
 
     answered: Cell
     right: Cell
+    exact: Share
     by_chance: Share
     stops: Share
     in_form: Share
@@ -159,11 +161,14 @@ def ask_all(
 ) -> list[Graded]:
     """Every question with the grade of the model's reply.
 
+    A reply has four times as many tokens as the longest true one in the forms asked for.
+
     Args:
         prompt: how a conversation is put to the model.
     """
     prompts = [prompt(q.messages, checkpoint.tokenizer) for q in questions]
-    replies = ask(checkpoint, prompts, reply_limit(checkpoint, true_replies(world)))
+    limit = reply_limit(checkpoint, true_replies(world, {q.form for q in questions}))
+    replies = ask(checkpoint, prompts, limit)
     return [(q, grade(checkpoint, q, ids)) for q, ids in zip(questions, replies, strict=True)]
 
 
@@ -178,6 +183,7 @@ def summarize(graded: Sequence[Graded]) -> Answers:
     return Answers(
         answered=cell(facts, (g.answered for g in grades)),
         right=cell(facts, (g.right for g in grades)),
+        exact=Share.of(g.exact for g in grades),
         by_chance=Share.of(g.by_chance for g in grades),
         stops=Share.of(g.stops for g in grades),
         in_form=Share.of(g.in_form for g in grades),

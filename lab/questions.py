@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from data.chat import Message
@@ -150,13 +150,13 @@ def after_examples(world: World, questions: Sequence[Question]) -> list[Question
     return asked
 
 
-def true_replies(world: World) -> list[str]:
-    """The true replies about every fact of a world, in sentences."""
+def true_replies(world: World, forms: Collection[str | None] = FORMS) -> list[str]:
+    """The true replies about every fact of a world, in these forms; None is a bare value."""
     return [
         Turn(p, a, "").reply(wording)
         for p in world.people
         for a in ATTRIBUTES
-        for wording in a.replies
+        for wording in (a.replies if "sentence" in forms else (BARE,))
     ]
 
 
@@ -170,6 +170,7 @@ class Grade:
     Attributes:
         right: the first sentence names the true value and no other of its kind, whether or not
             the reply stops.
+        exact: the first sentence is the true value and nothing else.
         stops: it ends with the end-of-turn token.
         in_form: it has the form that was asked for, right or wrong: "bare", a value of any kind
             and nothing else; "sentence", the person's name, a value, and more words.
@@ -183,6 +184,7 @@ class Grade:
     """
 
     right: bool
+    exact: bool
     stops: bool
     in_form: bool
     answered: bool
@@ -229,6 +231,7 @@ def grade(checkpoint: Checkpoint, question: Question, ids: list[int]) -> Grade:
     next_kind = ATTRIBUTES[(ATTRIBUTES.index(turn.attribute) + 1) % len(ATTRIBUTES)]
     return Grade(
         right=right,
+        exact=first.strip() == question.value,
         stops=stops,
         in_form=obeys,
         answered=stops and obeys and names_only(text, question.value, turn.attribute),

@@ -9,11 +9,10 @@ from model.seen import KVCache, Seen
 
 
 class StaticStep:
-    """The logits after one more token a row, computed in buffers of a fixed place and size.
-
-    All that changes from step to step lies in those buffers, so that on CUDA the step is captured
-    once and then replayed. On other devices it runs as it is, which is how a test compares both.
-    `next_logits` gives logits (B, vocab_size) from new ids (B, 1) and what they may look at.
+    """The logits after one more token a row. All that changes from step to step lies in buffers of
+    a fixed place and size, so that on CUDA the step is captured once and then replayed. On other
+    devices it runs as it is, which is how a test compares both. `next_logits` gives logits
+    (B, vocab_size) from new ids (B, 1) and what they may look at.
     """
 
     def __init__(self, next_logits: Callable[[Tensor, Seen], Tensor], cache: KVCache) -> None:
@@ -21,20 +20,18 @@ class StaticStep:
         self.ids = torch.zeros_like(cache.starts)
         self.column = torch.full((1,), cache.used, device=cache.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        if cache.device.type == "cuda":
-            with torch.cuda.device(cache.device):
-                self._capture()
-
-    def _capture(self) -> None:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # warm up; the column that this writes is written again
+        if cache.device.type != "cuda":
+            return
+        with torch.cuda.device(cache.device):
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # warm up; the column that this writes is written again
+                    self._run()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
                 self._run()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._run()
 
     def _run(self) -> None:
         seen = self.cache.see_at(self.column, self.cache.room)

@@ -1,6 +1,5 @@
-"""The command line of the training scripts: a frozen dataclass, filled from files and options.
-
-Files are TOML, or the JSON of a run's config.json. Options come after them: `--optim.lr=1e-3`.
+"""The command line of the training scripts: a frozen dataclass, filled from files (TOML, or the
+JSON of a run's config.json) and from options after them: `--optim.lr=1e-3`.
 """
 
 import contextlib
@@ -41,7 +40,6 @@ def one_line_errors() -> Iterator[None]:
 
 def parse_config(config_class: type[T], argv: list[str] | None = None, about: str = "") -> T:
     """A config from `--config FILE` and the options after it; of two values the later one counts.
-
     The fields of a dataclass are options, those of a field that is a dataclass are `--name.field`.
     Their docstrings are the text of --help, after `about`. Raises ValueError: a file, key, type or
     value is wrong or missing, with its name. Raises SystemExit: after --help and --print_config.
@@ -99,8 +97,7 @@ def run_cli(config_class: type[T], main: Callable[[T], object], about: str) -> N
 
 
 def _read_files(argv: list[str], kinds: dict[str, Any]) -> list[str]:
-    """The command line with files (`--config FILE`, `--section FILE`) replaced by what they hold.
-
+    """The command line with files (`--config FILE`, `--section FILE`) replaced by what they hold:
     jsonargparse imports what a file names as `class_path`, so it is never given a file, only keys
     that exist and single values. A bare `--switch` becomes `--switch=true`.
     """

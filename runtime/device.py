@@ -60,9 +60,8 @@ def set_up(device_name: str, seed: int | None = None) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep large blocks that are freed, instead of giving them back to the kernel.
-
-    Otherwise every step maps its activations anew, and the kernel clears each page of them.
+    """Lets glibc keep large blocks that are freed, instead of giving them back to the kernel, from
+    which every step would map its activations anew, each page of them cleared.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -83,10 +82,9 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def compile_model(model: GPT, mode: Literal["auto", "on", "off"]) -> None:
-    """Compiles `model.forward` in place; the names of its parameters stay as they are.
-
-    "auto" compiles on CUDA only, and where torch.compile fails a small trial it prints a line and
-    goes on without it. Raises ValueError: mode is "on" and the trial fails.
+    """Compiles `model.forward` in place; the names of its parameters stay as they are. "auto"
+    compiles on CUDA only, and where torch.compile fails a small trial it prints a line and goes on
+    without it. Raises ValueError: mode is "on" and the trial fails.
     """
     device = model.wte.weight.device
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
@@ -131,10 +129,9 @@ class StopOnSignal:
 
 
 def flops_per_token(model: GPT) -> int:
-    """Forward and backward FLOPs per trained token at full context: 6 N + 12 L C T.
-
-    N are the parameters that multiply (all matrices and the head, not the embedding look-ups);
-    attention is counted without its causal half (Chowdhery et al. 2022, PaLM, appendix B).
+    """Forward and backward FLOPs per trained token at full context: 6 N + 12 L C T, where N are the
+    parameters that multiply (all matrices and the head, not the embedding look-ups); attention is
+    counted without its causal half (Chowdhery et al. 2022, PaLM, appendix B).
     """
     c, matrices = model.config, [p.numel() for p in model.blocks.parameters() if p.dim() == 2]
     N = sum(matrices) + model.lm_head.weight.numel()
@@ -152,13 +149,9 @@ def environment(device: torch.device, code: Path = Path(__file__).parent) -> dic
     git = ["git", "-C", str(code), "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError):  # git is not installed
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    cuda = device.type == "cuda"
-    return {
-        "commit": commit or "unknown",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if cuda else platform.machine() or "cpu",
-    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"commit": commit or "unknown", **versions, "device": name or "cpu"}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

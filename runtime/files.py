@@ -39,10 +39,8 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary directory that becomes `path` in one rename, or never.
-
-    What a killed process left behind under the temporary name is removed first.
-    Raises FileExistsError: `path` exists and is not empty.
+    """Yields an empty temporary directory that becomes `path` in one rename, or never; what a
+    killed process left there is removed. Raises FileExistsError: `path` exists and is not empty.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
@@ -117,10 +115,8 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder" if folder.exists() else f"{folder} not found")
     if not file.exists():
-        raise ValueError(
-            f"{folder} has no meta.json: it is neither data made by `python -m data.prepare` "
-            "nor a checkpoint of this project"
-        )
+        what = "neither data made by `python -m data.prepare` nor a checkpoint of this project"
+        raise ValueError(f"{folder} has no meta.json: it is {what}")
     meta = read_json(file)
     if not isinstance(meta, dict) or "seal" not in meta:
         raise ValueError(f"{file} was not written by this project")

@@ -1,7 +1,6 @@
-"""Several processes that train one model, as `torchrun` starts them, or one process alone.
-
-Data order is a function of (seed, step), so every process knows the whole batch of a step. Each
-computes its share of it, the gradients are averaged, and all take the same optimizer step.
+"""Several processes that train one model, as `torchrun` starts them, or one process alone. Data
+order is a function of (seed, step), so every process knows the whole batch of a step. Each computes
+its share of it, the gradients are averaged, and all take the same optimizer step.
 """
 
 import contextlib
@@ -22,10 +21,9 @@ from model.seen import Batch
 
 
 def start_processes(device: str) -> str:
-    """Connects the processes that torchrun started, if it did; returns the name of the device.
-
-    Each gets a CUDA device of its own where the config's `device` is "cuda", or "auto" and there
-    are any. Then only the first one prints. Raises ValueError: a device that cannot be shared.
+    """Connects the processes that torchrun started, if it did; returns the name of the device. Each
+    gets a CUDA device of its own where the config's `device` is "cuda", or "auto" and there are
+    any. Then only the first one prints. Raises ValueError: a device that cannot be shared.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1" or "LOCAL_RANK" not in os.environ:
         return device
@@ -97,9 +95,8 @@ def any_process(value: bool) -> bool:
 
 
 def distribute(model: GPT, seed: int, step: int) -> nn.Module:
-    """The network to train: the model or, for several processes, one that averages its gradients.
-
-    Each process then draws a dropout of its own, by seed, rank and the step that it starts from.
+    """The network to train: the model or, for several processes, one that averages its gradients;
+    each then draws a dropout of its own, by seed, rank and the step that it starts from.
     """
     if world_size() == 1:
         return model
@@ -111,9 +108,8 @@ def distribute(model: GPT, seed: int, step: int) -> nn.Module:
 
 
 def my_share(micro_batches: list[Batch]) -> list[Batch]:
-    """The part of a step's micro-batches (without `kept` and `bounds`) that is this process's.
-
-    Whole ones where there are enough for all, else every n-th row of each; where that is nothing, a
+    """The part of a step's micro-batches (without `kept` and `bounds`) that is this process's:
+    whole ones where there are enough for all, else every n-th row of each; where that is nothing, a
     row of weight 0, since all must take part in averaging the gradients.
     """
     if (n := world_size()) == 1:

@@ -1,15 +1,12 @@
 """Weights & Biases beside metrics.jsonl; none of its failures ends a run of ours.
 
-Every step is logged there once, although wandb keeps rows in memory for a while, so that after a
-kill it is not known which of them were stored. For that, wandb.json in the run's folder holds
-
-id    of the run at wandb
-told  the last step logged by processes that ended in order
-open  where a process that has not ended logs: "online", or the folder of its offline run
+Every step is logged there once, though after a kill it is not known which of the last rows wandb,
+which keeps them in memory for a while, has stored. For that, wandb.json in the run's folder holds
+`id`, the run's at wandb; `told`, the last step logged by processes that ended in order; and `open`,
+where a process that has not ended logs: "online", or the folder of its offline run.
 """
 
 import contextlib
-import json
 import re
 import shutil
 import uuid
@@ -17,28 +14,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.files import checkpoints, write_json
+from runtime.files import checkpoints, read_json, write_json
 
 # In seconds. What is not uploaded by then stays on disk.
 TIMEOUTS = {"init_timeout": 60, "finish_timeout": 300, "finish_timeout_raises": True}
 
 
 class Tracker:
-    """A run at wandb that goes on after a resume. Does nothing if disabled, or once wandb failed.
-
-    Args:
-        config: the run's (training.config.RunConfig): `wandb` is disabled, offline or online.
-        about: what wandb shows as the run's config.
-        rows: those of metrics.jsonl before the step that the run starts from.
-        resumed: whether it starts from a checkpoint. If not, it is a new run at wandb.
-    """
+    """A run at wandb that goes on after a resume. Does nothing if disabled or once wandb failed."""
 
     def __init__(
         self,
-        config: Any,
-        about: dict[str, Any],
-        rows: Sequence[dict[str, Any]],
-        resumed: bool,
+        config: Any,  # the run's training.config.RunConfig: `wandb` is disabled, offline or online
+        about: dict[str, Any],  # what wandb shows as the run's config
+        rows: Sequence[dict[str, Any]],  # of metrics.jsonl before the step that the run starts from
+        resumed: bool,  # whether it starts from a checkpoint; if not, it is a new run at wandb
         say: Callable[[str], None],
     ) -> None:
         self._config, self._folder, self._say = config, Path(config.dir), say
@@ -85,11 +75,10 @@ class Tracker:
     def log(self, row: dict[str, Any]) -> None:
         """Logs the metrics of a step, and the tables made since, unless wandb has that step."""
         tables, self._tables = self._tables, {}
-        if self._run is None or row["step"] <= self._told:
-            return
-        with self._failure_ends_tracking():
-            self._run.log(row | tables)
-            self._told = row["step"]
+        if self._run is not None and row["step"] > self._told:
+            with self._failure_ends_tracking():
+                self._run.log(row | tables)
+                self._told = row["step"]
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Makes a table of texts that is logged with the next row."""
@@ -115,12 +104,10 @@ class Tracker:
         try:
             yield
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            self._say(f"wandb failed and is off from here: {reason}")
+            self._say(f"wandb failed and is off from here: {' '.join(str(error).split())[:200]}")
             run, self._run = self._run, None
-            if run is not None:
-                with contextlib.suppress(Exception):
-                    run.finish(exit_code=1)
+            with contextlib.suppress(Exception):  # where it has not begun there is none to end
+                run.finish(exit_code=1)
 
 
 def _new_state() -> dict[str, Any]:
@@ -130,7 +117,7 @@ def _new_state() -> dict[str, Any]:
 def _read_state(file: Path) -> dict[str, Any]:
     """What wandb.json says; a new run's state where it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        state: dict[str, Any] = read_json(file)
         if (type(state["id"]), type(state["told"]), type(state["open"] or "")) == (str, int, str):
             return state
     return _new_state()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -356,3 +357,17 @@ def test_no_steps_save_the_first_weights_and_init_from_takes_weights_over(
 def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in state)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_the_quickstart_of_a_seed_keeps_to_a_folder_of_its_own(seed: int | None) -> None:
+    given = [] if seed is None else [f"SEED={seed}"]
+    make = ["make", "-n", "quickstart", *given]
+    said = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    folder = "out/quickstart" if seed is None else f"out/quickstart-{seed}"
+    steps = [line for line in said.splitlines() if "python" in line and folder in line]
+    assert len(steps) == 4
+    assert f"--seed {seed or 1} " in steps[0]
+    assert {p for line in steps for p in re.findall(r"out/[\w-]+", line)} == {folder}
+    for line in steps[1:3]:
+        assert (f"--run.seed={seed} --data.path={folder}/data" in line) == (seed is not None)

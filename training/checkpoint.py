@@ -46,36 +46,25 @@ def save_checkpoint(
     step: int,
     metrics: dict[str, Any],
 ) -> Path:
-    """Writes `run_dir/step_NNNNNN`, unless it is there already; returns it.
-
-    With several processes the first one writes it. Raises OSError: it cannot be written; nothing is
-    left behind, older checkpoints are untouched.
+    """Writes `run_dir/step_NNNNNN`, unless it is there already; returns it. With several processes
+    the first one does. Raises OSError: it cannot be written; nothing of it is left behind, older
+    checkpoints are untouched.
     """
     path = run_dir / f"step_{step:06d}"
     if (path / "meta.json").exists() or not is_first():
         return path
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
     weights = {k: v.float().contiguous() for k, v in model.state_dict().items() if k not in tied}
-    on_cuda = model.wte.weight.is_cuda
-    state = {
-        "optimizers": [o.state_dict() for o in optimizers],
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if on_cuda else None,
-    }
+    state = {"optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state()}
+    cuda_rng = torch.cuda.get_rng_state() if model.wte.weight.is_cuda else None
     with files.new_directory(path) as folder:
         with writing(path):
             save_file(weights, folder / WEIGHTS_FILE)
-            torch.save(state, folder / STATE_FILE)
-        described = {
-            **meta,
-            "step": step,
-            "metrics": metrics,
-            "model": asdict(model.config),
-            "vocab_size": model.vocab_size,
-            "tokenizer": tokenizer.save(folder),
-            "files": {f.name: files.sha256_file(f) for f in sorted(folder.iterdir())},
-        }
-        files.write_meta(folder, described)
+            torch.save(state | {"cuda_rng": cuda_rng}, folder / STATE_FILE)
+        meta = meta | {"step": step, "metrics": metrics, "model": asdict(model.config)}
+        meta |= {"vocab_size": model.vocab_size, "tokenizer": tokenizer.save(folder)}
+        meta["files"] = {f.name: files.sha256_file(f) for f in sorted(folder.iterdir())}
+        files.write_meta(folder, meta)
     return path
 
 
@@ -118,8 +107,7 @@ def load_pair(
     where = set_up(device)
     pair = load_checkpoint(base, where), load_checkpoint(instruct, where)
     for checkpoint, kind in zip(pair, ("base", "instruct"), strict=True):
-        if checkpoint.meta["kind"] != kind:
-            found = checkpoint.meta["kind"]
+        if (found := checkpoint.meta["kind"]) != kind:
             raise ValueError(f"--{kind} {checkpoint.path} is of the other kind: {found}")
         if to_sample and has_bf16(where):
             checkpoint.model.bfloat16()  # every token reads all weights: half the bytes and time

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from data.chat import template_fingerprint
 from data.prepare import prepare_qa
@@ -27,26 +28,18 @@ PREPARED_QA = "prepared_qa"  # in an SFT run: what was made of a Q&A file
 
 
 class Run:
-    """All of a run that is not training itself; it never computes a loss.
-
-    The scripts ask it in their loop whether to save, to evaluate and to stop. As a context it is
-    the run's time of training: the log is open, and Ctrl-C and SIGTERM ask to stop.
-    Raises ValueError: the folder holds something else, or a run with another config.
-
-    Attributes:
-        newest: the newest checkpoint; None while there is none.
-        device: name of the device to use.
-        rows: most rows of a forward pass; halved where memory runs out.
-        log: takes in what happens.
+    """All of a run that is not training itself; it never computes a loss. The scripts ask it in
+    their loop whether to save, to evaluate and to stop. As a context it is the run's time of
+    training: the log is open, and Ctrl-C and SIGTERM ask to stop. Raises ValueError: the folder
+    holds something else, or a run with another config.
     """
-
-    log: RunLog
 
     def __init__(self, kind: Literal["base", "instruct"], config: Any) -> None:
         self.kind, self.config = kind, config
         self.folder, self.last_step = Path(config.run.dir), config.optim.steps
-        self.device = processes.start_processes(config.run.device)
-        self.newest = find_checkpoint(self.folder, config)
+        self.device = processes.start_processes(config.run.device)  # its name
+        self.newest = find_checkpoint(self.folder, config)  # the newest checkpoint; None: none yet
+        # Most rows of a forward pass; halved where memory runs out.
         self.rows = config.data.micro_batch_size or config.data.batch_size
         self._signals, self._interrupted = device.StopOnSignal(), False
 
@@ -56,10 +49,8 @@ class Run:
         meta = read_meta(self.newest) if self.newest else origin
         for name, value in origin.items():
             if changed := differences(meta.get(name), value, name):
-                raise ValueError(
-                    f"{self.newest} was made from another {name} than the config now names "
-                    f"({'; '.join(changed)}); give another --run.dir"
-                )
+                what = f"{self.newest} was made from another {name} than the config now names"
+                raise ValueError(f"{what} ({'; '.join(changed)}); give another --run.dir")
 
     @property
     def checkpoint(self) -> Path:
@@ -87,9 +78,7 @@ class Run:
             prepare_qa([Path(path)], folder, tokenizer_of, share, seed)
         return folder
 
-    def resume(
-        self, model: GPT, optimizers: list[torch.optim.Optimizer], tokenizer: Tokenizer
-    ) -> nn.Module:
+    def resume(self, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer) -> nn.Module:
         """Puts all back as the newest checkpoint has it; returns the network to train."""
         where = model.wte.weight.device
         model.loss_chunk = self.config.run.loss_chunk
@@ -97,14 +86,14 @@ class Run:
         row = resume(self.newest, model, optimizers) if self.newest else {}
         self.first_step = row.get("step", 0)
         self._state = model, optimizers, tokenizer
-        self._meta: dict[str, Any] = {
-            **{"kind": self.kind, "config": asdict(self.config), "prepared": self.prepared},
-            **{"environment": device.environment(where), **self.origin},
-            **({"template": template_fingerprint()} if self.kind == "instruct" else {}),
-        }
+        self._meta: dict[str, Any] = {"kind": self.kind, "config": asdict(self.config)}
+        self._meta |= {"prepared": self.prepared, "environment": device.environment(where)}
+        self._meta |= self.origin
+        if self.kind == "instruct":
+            self._meta["template"] = template_fingerprint()
         peak = device.peak_flops(where)
         peak_speed = peak / device.flops_per_token(model) if peak and self.kind == "base" else None
-        self.log = RunLog(self.config, row, self._meta, peak_speed)
+        self.log = RunLog(self.config, row, self._meta, peak_speed)  # takes in what happens
         return processes.distribute(model, self.config.run.seed, self.first_step)
 
     def __enter__(self) -> Self:
@@ -150,10 +139,8 @@ class Run:
                 return train(step, self.rows)
             # Out of the handler, which holds on to everything that was computed.
             if self.rows == 1 or processes.world_size() > 1:
-                raise ValueError(
-                    f"out of memory at micro-batches of {self.rows} rows; lower "
-                    "data.micro_batch_size, set run.loss_chunk, or use shorter blocks"
-                )
+                remedy = "lower data.micro_batch_size, set run.loss_chunk, or use shorter blocks"
+                raise ValueError(f"out of memory at micro-batches of {self.rows} rows; {remedy}")
             self.rows //= 2
             self._state[0].zero_grad()
             torch.cuda.empty_cache()
@@ -162,13 +149,11 @@ class Run:
 
 def find_checkpoint(folder: Path, config: Any) -> Path | None:
     """The checkpoint from which a run goes on, or None. Raises ValueError as `Run`."""
-    steps = checkpoints(folder)
-    if steps:
+    if steps := checkpoints(folder):
         if changed := changes(read_json(folder / "config.json"), config):
-            raise ValueError(
-                f"{folder} holds a run with another config: {'; '.join(changed)}. "
-                "Give the same config to go on with it, or another --run.dir"
-            )
+            what = f"{folder} holds a run with another config: {'; '.join(changed)}"
+            remedy = "Give the same config to go on with it, or another --run.dir"
+            raise ValueError(f"{what}. {remedy}")
         return steps[-1]
     if folder.exists() and not (folder / "config.json").exists():
         # What a start that failed early leaves behind is ours: prepared Q&A, dotted names.

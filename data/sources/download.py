@@ -87,10 +87,9 @@ def hub_files(repo: str, kind: Kind, patterns: Sequence[str]) -> list[RemoteFile
 def download(files: Sequence[RemoteFile], folder: Path, later: Sequence[Need] = ()) -> list[Path]:
     """Brings the files into `folder`; what is there already and right is not fetched again.
 
-    A file is written under a temporary name, from which it can go on after a cut, and renamed
-    once its size and its sha256 are right. `later` is room that must stay after the download.
-    Raises ValueError: an unsafe name, too little disk, a server that fails, wrong bytes, or another
-    process that downloads into `folder`.
+    A file has a temporary name, from which it can go on after a cut, until its size and its sha256
+    are right. `later` is room that must stay after the download. Raises ValueError: an unsafe name,
+    too little disk, a server that fails, wrong bytes, or another process that downloads there.
     """
     targets = {_target(folder, file.name): file for file in files}
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
@@ -219,9 +218,8 @@ def _get(url: str, start: int = 0) -> requests.Response:
     response.close()
     if code == 429 or code >= 500:
         raise requests.ConnectionError(f"the server answers {code}", response=response)
-    raise ValueError(
-        f"{url.split('?')[0]}: the server answers {code}; {REMEDIES.get(code, MIRROR)}"
-    )
+    remedy = REMEDIES.get(code, MIRROR)
+    raise ValueError(f"{url.split('?')[0]}: the server answers {code}; {remedy}")
 
 
 def _difference(file: RemoteFile, path: Path) -> str:

@@ -20,35 +20,19 @@ MEGABYTES_PER_SECOND = {"text": 15, "qa": 9}
 
 @dataclass(frozen=True)
 class NamedSet:
-    """Facts about a data set.
-
-    Attributes:
-        source: a hub repository, of which the files that match `patterns` are taken, or a URL.
-        size: of the download, in bytes; about right, but exact with a `sha256`.
-        recipe: the config that trains on it.
-        shape: what a document or an example looks like.
-        field: of text, the key or column that holds it.
-        tokenizer: what it is prepared with unless told otherwise.
-        trees: whether the rows are OASST's single messages, of which a tree is an example.
-        sha256: of a URL's file (the hub names those of its own).
-    """
+    """Facts about a data set."""
 
     kind: Literal["text", "qa"]
-    source: str
+    source: str  # a hub repository, of which the files that match `patterns` are taken, or a URL
     patterns: list[str]
-    size: int
-    recipe: str
+    size: int  # of the download, in bytes; about right, but exact with a `sha256`
+    recipe: str  # the config that trains on it
     licence: str
-    shape: str
-    field: str = "text"
-    tokenizer: str = "gpt2"
-    trees: bool = False
-    sha256: str | None = None
-
-    @property
-    def val_fraction(self) -> float:
-        """The share held back for validation unless told otherwise."""
-        return 0.1 if self.size < 1e9 else 0.005
+    shape: str  # what a document or an example looks like
+    field: str = "text"  # of text, the key or column that holds it
+    tokenizer: str = "gpt2"  # what it is prepared with unless told otherwise
+    trees: bool = False  # whether rows are OASST's single messages, of which a tree is an example
+    sha256: str | None = None  # of a URL's file (the hub names those of its own)
 
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ PLAIN_SUFFIXES = (".txt", ".md", ".txt.gz", ".txt.zst")  # a document each
 TEXT_SUFFIXES, QA_SUFFIXES = (*PLAIN_SUFFIXES, *ROW_SUFFIXES), (".json", *ROW_SUFFIXES)
 PIECE = 1 << 20  # characters read at a time, so that memory does not grow with a document
 PACKED = {".gz": "gzip", ".zst": "zstd"}
+SEPARATOR = re.compile(r"\s*(,\s*|(?=\]))")  # what follows an example in a list of JSON
 # What is looked at in an example of Q&A, and in a message of OASST's trees.
 QA_KEYS = "messages conversations question answer instruction input output context response".split()
 TREE_KEYS = "message_id parent_id role text lang rank deleted".split()
@@ -35,11 +37,9 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} not found")
-        found = [path]
-        if path.is_dir():
-            inside = (f.relative_to(path) for f in sorted(path.rglob("*")))
-            found = [path / f for f in inside if not any(p.startswith(".") for p in f.parts)]
-        found = [f for f in found if f.is_file() and f.name.lower().endswith(TEXT_SUFFIXES)]
+        inside = [f.relative_to(path) for f in (path, *sorted(path.rglob("*")))]
+        shown = [path / f for f in inside if not any(p.startswith(".") for p in f.parts)]
+        found = [f for f in shown if f.is_file() and f.name.lower().endswith(TEXT_SUFFIXES)]
         if not found:
             raise ValueError(f"{path}: no text there; it can be {', '.join(TEXT_SUFFIXES)}")
         files += found
@@ -127,7 +127,6 @@ def _open_text(file: Path, raw: Any) -> io.TextIOWrapper:
 
 
 def _read_lines(file: Path, raw: IO[bytes]) -> Rows:
-    """Each line that is not blank."""
     for number, line in enumerate(_open_text(file, raw), 1):
         if line.strip():
             try:
@@ -185,10 +184,9 @@ def read_examples(file: Path, raw: IO[bytes], trees: bool = False) -> Rows:
 def _read_list(file: Path, raw: IO[bytes]) -> Rows:
     """The examples of a .json file, which must hold a list."""
     text = raw.read().decode("utf-8-sig")
-    if not text.lstrip().startswith("["):
+    if not (begin := re.match(r"\s*\[\s*", text)):
         raise ValueError(f"{file}: a .json file must hold a list of examples")
-    decoder, number, counted = json.JSONDecoder(), 1, 0
-    position = _skip_space(text, text.index("[") + 1)
+    decoder, number, counted, position = json.JSONDecoder(), 1, 0, begin.end()
     while not text.startswith("]", position):
         number, counted = number + text.count("\n", counted, position), position
         place = f"{file}, line {number}"
@@ -197,19 +195,12 @@ def _read_list(file: Path, raw: IO[bytes]) -> Rows:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: not JSON ({error})") from None
         yield place, value
-        position = _skip_space(text, position)
-        if not text.startswith((",", "]"), position):
+        if not (separator := SEPARATOR.match(text, position)):
             raise ValueError(f"{place}: no comma or bracket after this example")
-        position = _skip_space(text, position + text.startswith(",", position))
+        position = separator.end()
     if rest := text[position + 1 :].lstrip():
         number = 1 + text.count("\n", 0, len(text) - len(rest))
         raise ValueError(f"{file}, line {number}: text after the end of the list")
-
-
-def _skip_space(text: str, position: int) -> int:
-    while text[position : position + 1].isspace():
-        position += 1
-    return position
 
 
 def _best_paths(rows: Iterable[tuple[str, Any]]) -> Rows:
@@ -236,10 +227,9 @@ def read_conversations(
     shown: int | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> Iterator[list[Message]]:
-    """All conversations of Q&A files, in order, as they are read.
-
-    With `skip_bad`, bad examples are counted, and all or `shown` of them printed at the end.
-    Raises ValueError: at the end, a bad example (unless `skip_bad`), or none good.
+    """All conversations of Q&A files, in order, as they are read. With `skip_bad`, bad examples are
+    counted, and all or `shown` of them printed at the end. Raises ValueError: at the end, a bad
+    example (unless `skip_bad`), or none good.
     """
     bad, n_bad, n_good = list[str](), 0, 0
     for place, example in read_files(files, partial(read_examples, trees=trees), advance):
@@ -292,11 +282,10 @@ def check_messages(messages: Any) -> list[Message]:
 
 
 def parse_example(example: Any) -> list[Message]:
-    """A conversation from one JSON object in any of the shapes that people have.
-
-    `messages` (role, content), `conversations` (from, value), `question` / `answer`, or
-    `instruction` / `output`; an `input` beside the last two is added to what the user says.
-    Dolly calls the last ones `response` and `context`. Raises ValueError: why it cannot be used.
+    """A conversation from one JSON object in any of the shapes that people have: `messages` (role,
+    content), `conversations` (from, value), `question` / `answer`, or `instruction` / `output`; an
+    `input` beside the last two is added to what the user says. Dolly calls the last ones `response`
+    and `context`. Raises ValueError: why it cannot be used.
     """
     if isinstance(example, ValueError):
         raise example
