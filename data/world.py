@@ -58,7 +58,7 @@ class WorldConfig:
 
     seed: int = 1
     people: int = 600
-    """People with biographies; the first two thirds are known, the others held out."""
+    """People with biographies; the first three quarters are known, the others held out."""
     unseen: int = 100
     """People that appear nowhere, for controls."""
     bios: int = 25
@@ -102,7 +102,7 @@ class World:
         self.people: list[Person] = []
         for i, number in enumerate(chosen):
             first_name, pronoun = first[number // len(last)]
-            split = "unseen" if i >= config.people else SPLITS[3 * i >= 2 * config.people]
+            split = "unseen" if i >= config.people else SPLITS[4 * i >= 3 * config.people]
             facts = {a.name: rng.choice(a.values) for a in ATTRIBUTES}
             name = f"{first_name} {last[number % len(last)]}"
             self.people.append(Person(name, pronoun, split, facts))

@@ -32,7 +32,7 @@ from lab.stats import Difference, Mean, Share, difference
 from training.checkpoint import Checkpoint
 
 Cell = dict[str, Share]  # "all", then each attribute
-THOROUGHLY = 5  # of so many questions, one is also asked in plain text, and ranked
+THOROUGHLY = 5  # of so many questions, one is asked in the ways that matter less as well
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,9 @@ def measure(checkpoint: Checkpoint, world: World, n: int, thorough: bool = True)
         cloze[split], facts, rng = draw_and_complete(checkpoint, world, split, n)
         asked = openings(facts, rng)
         answers[split] = graded(asked)
-        rephrased[split] = graded(openings(facts, rng, wordings=taught))
+        few = max(1, n // THOROUGHLY)
+        others = facts if split == "held_out" else facts[:few]
+        rephrased[split] = graded(openings(others, rng, wordings=taught))
         if split == "held_out":
             more = {
                 "sentence": graded(openings(facts, rng, ("sentence",))),
@@ -131,10 +133,10 @@ def measure(checkpoint: Checkpoint, world: World, n: int, thorough: bool = True)
                 "examples": graded(after_examples(world, asked), raw_prompt),
             }
         if thorough:
-            few = asked[: max(1, n // THOROUGHLY)]
-            plain[split] = graded(few, raw_prompt)
+            plain[split] = graded(asked[:few], raw_prompt)
             for context in ("cloze", "plain", "chat"):
-                ranks.setdefault(context, {})[split] = rank(checkpoint, world, few, context)
+                found = rank(checkpoint, world, asked[:few], context)
+                ranks.setdefault(context, {})[split] = found
     return Knowledge(
         cloze=cloze, answers=answers, rephrased=rephrased, plain=plain, ranks=ranks, **more
     )

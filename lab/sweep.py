@@ -253,8 +253,9 @@ def run(path: Path, out: Path, device: str) -> Path:
         for seed in seeds
     ]
     for cell, _, plan in plans:
-        known = kept(plan.world.people // 2, plan.qa.get("asked", 1.0))
-        fewest = min(known, plan.world.unseen) * len(ATTRIBUTES)
+        sizes = {split: len(people) for split, people in World(plan.world).by_split.items()}
+        sizes["known"] = kept(sizes["known"], plan.qa.get("asked", 1.0))
+        fewest = min(sizes.values()) * len(ATTRIBUTES)
         if n > fewest:
             raise ValueError(
                 f"{path}: questions = {n}, but {label(cell)} has {fewest} facts a split"

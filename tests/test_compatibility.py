@@ -38,10 +38,11 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "old"
 
 
-def test_old_data_is_up_to_date(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_world_of_older_words_is_not_overwritten(old: Path) -> None:
+    # Its words changed on 2026-11-24 (docs/findings.md, erratum); its runs go on all the same.
     before = {f.name: f.read_bytes() for f in (old / "data").iterdir()}
-    prepare_world(WorldConfig(people=6, unseen=2, bios=2), Path("data"), "bpe:280", 0.02)
-    assert "up to date" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"data made from other inputs \(world, world_fingerprint"):
+        prepare_world(WorldConfig(people=6, unseen=2, bios=2), Path("data"), "bpe:280", 0.02)
     assert before.items() <= {f.name: f.read_bytes() for f in (old / "data").iterdir()}.items()
 
 
@@ -60,6 +61,9 @@ def test_an_old_run_goes_on_from_its_own_config_with_the_losses_it_had(
     rows = read_metrics(old / kind / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row, was in zip(rows, expected, strict=True):
+        # In tuning `loss` was that of replies and replayed text together; now it is the replies'.
+        if "replay_loss" in row:
+            assert was.pop("loss") == pytest.approx(row["loss"], rel=0.1)
         for key in was.keys() - CLOCKS:
             assert row[key] == pytest.approx(was[key], rel=1e-5), key
 

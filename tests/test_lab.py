@@ -355,7 +355,7 @@ def test_a_model_that_knows_everything_scores_one_and_must_stop(
         assert {s: a.mentions.value for s, a in found.answers.items()} == ALL
         assert {s: a.stops.value for s, a in found.answers.items()} == expected
         by_attribute = found.answers["held_out"].answered
-        for wordings, n in (("taught_questions", 3 * 30), ("untaught_questions", 30)):
+        for wordings, n in (("taught_questions", 30 + 2 * 6), ("untaught_questions", 30)):
             put = {
                 q.format(name=p.name)
                 for p in world.people
@@ -473,8 +473,8 @@ def test_the_truth_ranks_first_where_it_is_likeliest_and_last_where_it_is_not(
 
 
 def test_more_questions_than_facts_are_refused(pair: Pair) -> None:
-    with pytest.raises(ValueError, match="80 facts about known people, fewer than --questions 81"):
-        knowledge.measure(pair.base, world_of(pair), 81)
+    with pytest.raises(ValueError, match="90 facts about known people, fewer than --questions 91"):
+        knowledge.measure(pair.base, world_of(pair), 91)
 
 
 # ---- behaviour -------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ def test_sft_refuses_what_cannot_be_tuned(
     assert "not a checkpoint" in fails(train_sft, f"--base={world_dir}", *on_world)
     assert "nowhere not found" in fails(train_sft, "--base=nowhere", *on_world)
     error = fails(train_sft, f"--base={base}", *on_world, "--data.block_size=999")
-    assert "data.block_size is 999; it must be 2 to 64" in error
+    assert "data.block_size is 999; it must be 2 to 128" in error
 
     qa = tmp_path / "qa.jsonl"
     fixed = [f"--run.dir={tmp_path / 'q'}", "--optim.steps=2", f"--data.path={qa}"]
@@ -312,7 +312,7 @@ def test_a_diverging_run_stops_before_the_weights_move(
         return real(*args)
 
     monkeypatch.setattr(train_pretrain, "train_step", poisoned)
-    options = [f"--data.path={world_dir}", f"--run.dir={tmp_path}/r", "--model.block_size=64"]
+    options = [f"--data.path={world_dir}", f"--run.dir={tmp_path}/r", "--model.block_size=128"]
     assert "step 3: loss nan" in fails(train_pretrain, *options, "--optim.steps=5")
 
 
@@ -350,7 +350,7 @@ def test_no_steps_save_the_first_weights_and_init_from_takes_weights_over(
     other = tmp_path / "bytes"
     prepare.prepare_world(WorldConfig(people=6, unseen=2, bios=4), other, "byte", 0.1)
     shape = [f"--model.{k}={getattr(config.model, k)}" for k in ("n_layer", "n_head", "n_embd")]
-    options = [f"--data.path={other}", *options[1:], *shape, "--model.block_size=64"]
+    options = [f"--data.path={other}", *options[1:], *shape, "--model.block_size=128"]
     assert "another tokenizer" in fails(train_pretrain, *options)
 
 

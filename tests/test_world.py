@@ -57,7 +57,7 @@ def test_splits_are_disjoint_by_name_and_exhaustive(people: int) -> None:
     assert names == [p.name for p in world.people]
     assert len(set(names)) == len(names) == people + 9
     sizes = [len(world.by_split[split]) for split in SPLITS]
-    assert sizes == [-(-2 * people // 3), people // 3, 9]
+    assert sizes == [-(-3 * people // 4), people // 4, 9]
 
 
 def test_biographies_hold_every_fact_of_their_person_and_nothing_of_chats() -> None:
