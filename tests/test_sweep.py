@@ -179,7 +179,7 @@ def test_stages_that_are_asked_for_are_run_and_shared(
         ('[grid]\n"sft.data.examples" = 4\n', "the values on a grid are a list"),
         ('[grid]\n"sft.run.seed" = [1, 2]\n', "sft.run.seed is the sweep's own to set"),
         ('[grid]\n"more.init_from" = ["x"]\n', "more.init_from is the sweep's own to set"),
-        ('[grid]\n"qa.asked" = [0.2]\n', "questions = 12, but qa.asked=0.2 has 5 facts"),
+        ('[grid]\n"qa.asked" = [0.1]\n', "questions = 12, but qa.asked=0.1 has 10 facts"),
         ('[cells]\n"sft.data.examples" = 4\n', "[[cells]]"),
         ("[grid\n", "tiny.toml"),
     ],
@@ -232,7 +232,7 @@ def test_a_place_depends_on_what_a_config_says_and_not_on_its_name(tmp_path: Pat
     for name, old, new in (
         ("a", "", ""),
         ("b", "# nothing", "# changed"),
-        ("c", "log_every = 25", "log_every = 5"),
+        ("c", "log_every = 50", "log_every = 5"),
     ):
         config = (CONFIGS / "quickstart" / "sft.toml").read_text() + "# nothing\n"
         (tmp_path / f"{name}.toml").write_text(config.replace(old, new) if old else config)
