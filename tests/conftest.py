@@ -40,7 +40,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def world_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "world"
-    prepare_world(WorldConfig(people=24, unseen=12, bios=4), out, "bpe:400", 0.1)
+    prepare_world(WorldConfig(people=40, unseen=12, bios=4), out, "bpe:400", 0.1)
     return out
 
 

@@ -26,7 +26,7 @@ from lm_eval import tasks  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
 Runs = tuple[Path, Path]
-LONG = "Ada Holloway works as a weaver. " * 40  # several times the context of 64 tokens
+LONG = "Ada Holloway works as a weaver. " * 60  # several times the context of 128 tokens
 DOCS = [
     {"question": "Ada Holloway works as a ", "choices": ["weaver", "tailor.", "é <|end|>"]},
     {"question": "", "choices": ["Otis", "Ada", "x"]},
@@ -212,7 +212,7 @@ def test_a_continuation_longer_than_the_context_is_predicted_whole(runs: Runs) -
     assert windows[0][0] == [301]
     for prompt, ids in windows:
         assert len(prompt) + len(ids) - 1 == model.block_size
-    assert model.windows([300, 301], [1] * 64) == [([301], [1] * 64)]
+    assert model.windows([300, 301], [1] * 128) == [([301], [1] * 128)]
     assert model.windows([300, 301], [1] * 63) == [([300, 301], [1] * 63)]
     assert model.score([[], [([300], [])]]) == [(0.0, True)] * 2
 
@@ -257,7 +257,7 @@ def test_a_row_is_read_until_its_end_and_no_longer(
     assert steps == 5
 
 
-@pytest.mark.parametrize(("max_new", "kept"), [(8, 56), (60, 32)])
+@pytest.mark.parametrize(("max_new", "kept"), [(8, 120), (124, 64)])
 def test_of_a_long_prompt_the_end_is_seen_with_room_for_a_reply(
     runs: Runs, max_new: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,14 +276,14 @@ def test_of_a_long_prompt_the_end_is_seen_with_room_for_a_reply(
 def test_a_reply_ends_before_the_first_of_its_strings(runs: Runs) -> None:
     model = HarnessModel(load_checkpoint(runs[0]), batch_size=2)
     settings = {"max_gen_toks": 20, "temperature": 0.9, "do_sample": True, "until": []}
-    (free,) = model.generate_until([request("Ada", settings)])
+    (free,) = model.generate_until([request("The", settings)])
     assert len(free) > 12
     for until in ([free[7:10]], [free[9:11], free[5:6]], free[3:5], ["", "nowhere in it"]):
-        (cut,) = model.generate_until([request("Ada", {**settings, "until": until})])
+        (cut,) = model.generate_until([request("The", {**settings, "until": until})])
         ends = [e for e in ([until] if isinstance(until, str) else until) if e and e in free]
         assert cut == free[: min([free.index(e) for e in ends], default=len(free))]
     assert free.startswith(
-        model.generate_until([request("Ada", {**settings, "max_gen_toks": 3})])[0]
+        model.generate_until([request("The", {**settings, "max_gen_toks": 3})])[0]
     )
 
 

@@ -61,7 +61,7 @@ def test_replies_are_those_of_sample_over_more_turns_than_fit(
 ) -> None:
     conversation = sample.Conversation(*pair, web.read_sampling(SAMPLED))
     panels, turns = web.Panels(*pair), list[dict[str, str]]()
-    for n in range(6):
+    for n in range(12):
         prompt = f"What of {n}?"
         expected = conversation.ask(prompt)
         found = said(panels, request(prompt, turns, form))
@@ -175,7 +175,7 @@ def test_what_cannot_be_answered_says_why(
         web.read_request(body)
 
 
-@pytest.mark.parametrize("ids", [[], [-1], [10**6], ["1"], [5] * 65])
+@pytest.mark.parametrize("ids", [[], [-1], [10**6], ["1"], [5] * 129])
 def test_only_replies_of_these_models_are_ranked(
     ids: list[Any], pair: tuple[Checkpoint, Checkpoint]
 ) -> None:
@@ -464,7 +464,7 @@ def test_errors_are_shown_and_do_no_harm(tab: Tab, pair: tuple[Checkpoint, Check
     tab.ask(long)
     assert tab.texts("#error") == [""]
     n = len(render_prompt([Message(role="user", content=long)], pair[0].tokenizer))
-    tab.see(".foot", f"of the {n} tokens of this prompt, the model sees the last 64", n=1)
+    tab.see(".foot", f"of the {n} tokens of this prompt, the model sees the last 128", n=1)
 
 
 def test_text_is_shown_as_text(
@@ -597,13 +597,13 @@ def test_the_focus_is_never_lost(tab: Tab, held: SimpleNamespace) -> None:
 def test_a_reply_that_cannot_be_coloured_says_so_itself(
     tab: Tab, pair: tuple[Checkpoint, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = byte_by_byte("x" * 70, pair[0].tokenizer)
+    ids = byte_by_byte("x" * 140, pair[0].tokenizer)
     tab.page.get_by_label("colour by the base's rank").check()
     with monkeypatch.context() as patch:
         patch.setattr(web, "stream", lambda *_: ([i] for i in ids))
         tab.ask("Who?")
     tab.see(
-        ".foot", "70 tokens, ran into the limit; not coloured: a reply of 70 tokens is too long"
+        ".foot", "140 tokens, ran into the limit; not coloured: a reply of 140 tokens is too long"
     )
     tab.ask("And?")
     tab.page.locator(".turn:nth-child(2) .token").first.wait_for()
