@@ -68,7 +68,7 @@ class SFTData:
 
     Args:
         block_size: the most input tokens of a conversation.
-        replay: pretraining text for beside the conversations, see `open_replay`.
+        replay: pretraining text to read beside the conversations, see `open_replay`.
         packed: several conversations share a row and do not see each other.
         verify: hash all files of the folder, not only those that look changed.
 

@@ -109,8 +109,9 @@ class World:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the people, their facts, or any wording of `ATTRIBUTES`."""
-        return fingerprint([[asdict(p) for p in self.people], [asdict(a) for a in ATTRIBUTES]])
+        """Changes with the people, their facts, or any wording."""
+        people, attributes = [asdict(p) for p in self.people], [asdict(a) for a in ATTRIBUTES]
+        return fingerprint([people, attributes, INSTRUCTIONS])
 
     @cached_property
     def by_split(self) -> dict[str, list[Person]]:

@@ -105,8 +105,11 @@ def report_plots(report: dict[str, Any]) -> dict[str, str]:
     """The pictures of a report, by name."""
     with mpl.rc_context(STYLE):
         figures = {
-            **({"headline": headline_plot(report["headline"])} if report["headline"] else {}),
-            "curves": curves_plot(report["curves"]),
+            **(
+                {"headline": headline_plot(report["headline"])}
+                if report["headline"]
+                else {"curves": curves_plot(report["curves"])}
+            ),
             "roles": roles_plot(report["shift"]["chat"]["roles"]),
             "positions": positions_plot(report["shift"]),
             "matrices": matrices_plot(report["weights"]["matrices"]),

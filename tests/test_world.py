@@ -342,3 +342,11 @@ def test_one_form_alone_can_be_asked_for(form: str) -> None:
 def test_the_biographies_of_a_person_are_those_of_the_text() -> None:
     own = [text for person in WRITTEN for text in WORLD.biographies_of(person)]
     assert own == BIOGRAPHIES
+
+
+def test_the_fingerprint_follows_every_wording(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = World(CONFIG).fingerprint
+    assert World(CONFIG).fingerprint == before
+    other = {**INSTRUCTIONS, "bare": {**INSTRUCTIONS["bare"], "used": ["Shortly."]}}
+    monkeypatch.setattr("data.world.INSTRUCTIONS", other)
+    assert World(CONFIG).fingerprint != before
