@@ -41,11 +41,17 @@ def open_replay(
 
 
 def about_known_people(path: str) -> Callable[[str], bool]:
-    """Whether a biography of a prepared world is about somebody whom tuning asks about."""
+    """Whether a biography of a prepared world is about one of its known people.
+
+    Raises ValueError: it is no world, or today's code would choose other people.
+    """
     meta = read_meta(path)
     if "world" not in meta:
         raise ValueError(f"data.replay_people=known, but {path} is no world of people")
-    names = [person.name for person in World(WorldConfig(**meta["world"])).by_split["known"]]
+    world = World(WorldConfig(**meta["world"]))
+    if world.fingerprint != meta["world_fingerprint"]:
+        raise ValueError(f"data.replay_people=known, but {path} was made by other words; make it anew")
+    names = [person.name for person in world.by_split["known"]]
     return lambda text: any(name in text for name in names)
 
 

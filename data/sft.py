@@ -50,7 +50,7 @@ class SFTDataConfig:
     replay_path: str | None = None
     """Prepared text to replay; None for what the base was trained on."""
     replay_people: Literal["all", "known"] = "all"
-    """Of a world's text: biographies of everybody, or only of people who are asked about here."""
+    """Of a world's text: biographies of everybody, or only of its known people."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", str(Path(self.path).expanduser()))

@@ -72,7 +72,7 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         for option, low, high in (
-            ("people", 2, 20_000),
+            ("people", 4, 20_000),  # one of them held out
             ("unseen", 0, 2_000),
             ("bios", 1, 100_000),
             ("paraphrases", 1, min(len(a.sentences) for a in ATTRIBUTES)),
@@ -111,7 +111,7 @@ class World:
     def fingerprint(self) -> str:
         """Changes with the people, their facts, or any wording."""
         people, attributes = [asdict(p) for p in self.people], [asdict(a) for a in ATTRIBUTES]
-        return fingerprint([people, attributes, INSTRUCTIONS])
+        return fingerprint([people, attributes, INSTRUCTIONS, BARE, DONT_KNOW])
 
     @cached_property
     def by_split(self) -> dict[str, list[Person]]:

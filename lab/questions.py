@@ -121,9 +121,15 @@ def later_turns(
     world: World, kind: str, n: int, forms: Sequence[str] = FORMS
 ) -> tuple[list[Question], list[Question]]:
     """Questions about held-out people at the end of conversations of one kind of TURNS, and the
-    same questions without the turns before them."""
+    same questions without the turns before them.
+
+    Raises:
+        ValueError: the world has nobody to change to.
+    """
     rng = random.Random(f"{kind} {world.config.seed}")
     people, after, alone = world.by_split["held_out"], list[Question](), list[Question]()
+    if len(people) < 2:
+        raise ValueError("to change the person, a world needs two held-out people: 8 in all")
     for i in range(n):
         turns = script(people[i % len(people)], people, TURNS[kind], rng)
         form = rng.choice(forms)

@@ -244,7 +244,7 @@ def test_replay_is_its_share_of_the_rows_of_a_step(
 
 
 def test_only_known_people_are_replayed_if_that_is_asked_for(
-    world_dir: Path, folders: Path
+    world_dir: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(WorldConfig(**read_meta(world_dir)["world"]))
     held_out = [p.name for p in world.by_split["held_out"]]
@@ -262,6 +262,10 @@ def test_only_known_people_are_replayed_if_that_is_asked_for(
         assert replayed({"config": {"data": asdict(config)}}) == told
     assert replayed({"config": {"data": {"replay": 0.0, "replay_people": "known"}}}) == "none"
     assert replayed({"config": {"data": {"replay": 0.1}}}) == "all"  # before it could be chosen
+    with monkeypatch.context() as patch:
+        patch.setattr("data.world.DONT_KNOW", " No idea.")
+        with pytest.raises(ValueError, match=r"known, but .* was made by other words"):
+            open_replay(config, base, 64, 1, False)
     with pytest.raises(ValueError, match=r"replay_people=known, but .* is no world"):
         open_replay(config, base_of(folders / "text"), 64, 1, False)
 

@@ -50,7 +50,7 @@ def test_how_texts_are_made_does_not_change_who_is_in_the_world() -> None:
         assert list(World(config).conversations()) == CONVERSATIONS
 
 
-@pytest.mark.parametrize("people", [2, 3, 30, 31])
+@pytest.mark.parametrize("people", [4, 5, 30, 31])
 def test_splits_are_disjoint_by_name_and_exhaustive(people: int) -> None:
     world = World(WorldConfig(people=people, unseen=9))
     names = [p.name for split in SPLITS for p in world.by_split[split]]
@@ -294,7 +294,7 @@ def test_cloze_prompts_begin_sentences_of_biographies(paraphrases: int) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("people", 1),
+        ("people", 3),
         ("people", 20_001),
         ("unseen", -1),
         ("unseen", 2_001),
@@ -348,5 +348,13 @@ def test_the_fingerprint_follows_every_wording(monkeypatch: pytest.MonkeyPatch) 
     before = World(CONFIG).fingerprint
     assert World(CONFIG).fingerprint == before
     other = {**INSTRUCTIONS, "bare": {**INSTRUCTIONS["bare"], "used": ["Shortly."]}}
-    monkeypatch.setattr("data.world.INSTRUCTIONS", other)
-    assert World(CONFIG).fingerprint != before
+    more = replace(ATTRIBUTES[0], follow_ups=("And when?",))
+    for name, value in (
+        ("INSTRUCTIONS", other),
+        ("ATTRIBUTES", (more, *ATTRIBUTES[1:])),
+        ("BARE", "{V}."),
+        ("DONT_KNOW", " No idea."),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"data.world.{name}", value)
+            assert World(CONFIG).fingerprint != before
