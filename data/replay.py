@@ -50,7 +50,9 @@ def about_known_people(path: str) -> Callable[[str], bool]:
         raise ValueError(f"data.replay_people=known, but {path} is no world of people")
     world = World(WorldConfig(**meta["world"]))
     if world.fingerprint != meta["world_fingerprint"]:
-        raise ValueError(f"data.replay_people=known, but {path} was made by other words; make it anew")
+        raise ValueError(
+            f"data.replay_people=known, but {path} was made by other words; make it anew"
+        )
     names = [person.name for person in world.by_split["known"]]
     return lambda text: any(name in text for name in names)
 

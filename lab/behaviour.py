@@ -19,7 +19,7 @@ from data.world import World
 from lab.knowledge import ask_all, complete, summarize
 from lab.likelihood import ask, log_likelihoods, predictions
 from lab.pair import Pair, run_instrument
-from lab.questions import TURNS, draw, later_turns, openings
+from lab.questions import BEFORE, TURNS, draw, later_turns, openings
 from lab.stats import Mean, Share
 from training.checkpoint import Checkpoint
 
@@ -40,10 +40,10 @@ class Behaviour:
             many tokens the model in effect chooses (2506.17871).
         echoes: the reply repeats the question word for word.
         asks_on: it goes on with a question of its own.
-        ranking: the true reply is more likely than that of another conversation; chance is half.
+        ranking: the true reply is more likely than that of another conversation, the next longer
+            one of these, so that length decides little; chance is half.
         follow_up, other_person, return_to_first, pronoun_after_two: in the chat template, about a
-            world: questions about held-out people at the end of a conversation of that kind (see
-            `TURNS`), answered "with" the true turns before it and "without", in either form.
+            world: see `in_turn`.
     """
 
     stops: Share
@@ -87,7 +87,7 @@ def behave(
     stops = [ids[-1] == end for ids in replies]
     starts = [ids[: len(expected)] for ids, expected in zip(replies, true, strict=True)]
     questions = [c[-2]["content"] for c in conversations]
-    others = [*true[1:], true[0]]
+    others = next_longer(true)
     own, other = (log_likelihoods(checkpoint, prompts, part) for part in (true, others))
     return Behaviour(
         stops=Share.of(stops),
@@ -110,6 +110,13 @@ def behave(
     )
 
 
+def next_longer(replies: list[list[int]]) -> list[list[int]]:
+    """For each reply the next longer one, or one as long; for the longest, the one before it."""
+    order = sorted(range(len(replies)), key=lambda i: len(replies[i]))
+    after = [*order[1:], order[-2:][0]]
+    return [replies[i] for _, i in sorted(zip(order, after, strict=True))]
+
+
 @torch.inference_mode()
 def entropy(checkpoint: Checkpoint, prompts: list[list[int]], replies: list[list[int]]) -> Mean:
     """Over all tokens of some replies: the entropy in nats of what each might have been."""
@@ -124,12 +131,19 @@ def entropy(checkpoint: Checkpoint, prompts: list[list[int]], replies: list[list
 def in_turn(
     checkpoint: Checkpoint, world: World, kind: str, prompt: Prompt, n: int
 ) -> dict[str, Share]:
-    """Answers to n questions at the end of conversations of a kind, with and without the rest."""
+    """n questions about held-out people at the end of conversations of a kind of TURNS.
+
+    "with" and "without" the true turns before it: answered, in either form. With them also
+    "right", stop or not, and "before": the fact named instead is that of somebody of those turns.
+    """
     after, alone = later_turns(world, kind, n)
-    asked = {"with": after, "without": alone}
+    graded = ask_all(checkpoint, world, after, prompt)
+    answers = summarize(graded)
     return {
-        how: summarize(ask_all(checkpoint, world, questions, prompt)).answered["all"]
-        for how, questions in asked.items()
+        "with": answers.answered["all"],
+        "without": summarize(ask_all(checkpoint, world, alone, prompt)).answered["all"],
+        "right": answers.right["all"],
+        "before": Share.of(g.named.endswith(BEFORE) for _, g in graded),
     }
 
 

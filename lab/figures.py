@@ -246,8 +246,8 @@ def grafts_plot(grafts: dict[str, Any]) -> Figure:
             shares = [graft[how][key]["share"] for graft in grafts.values()]
             axes.plot(shares, [row + shift for row in rows], marker, color=color, ls="")
         axes.plot([], [], "-", color=color, label=key)
-    axes.plot([], [], "o", color=GREY, ls="", label="this change alone")
-    axes.plot([], [], "x", color=GREY, ls="", label="all but this")
+    axes.plot([], [], "o", color="#BBBBBB", ls="", label="this change alone")
+    axes.plot([], [], "x", color="#BBBBBB", ls="", label="all but this")
     axes.set_yticks(rows, list(grafts))
     axes.invert_yaxis()
     axes.set_xlim(-0.04, 1.04)

@@ -1,8 +1,9 @@
 """What is forgotten during instruction tuning, and whether it comes back.
 
 Every checkpoint of the instruct model's run is measured; then the last one returns to pretraining
-text for a few steps and is measured on the way (as in Spurious Forgetting, arXiv 2501.13453: what
-comes back at once was hidden, not lost).
+text for a few steps and is measured on the way (as in Spurious Forgetting, arXiv 2501.13453). The
+text is that of the base, held-out people's biographies included: what comes back may have been
+hidden, or learned again.
 
 python -m lab.forgetting --base out/quickstart/base --instruct out/quickstart/instruct
 """

@@ -44,13 +44,7 @@ def headline(report: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
 
     `right_*` and `bare_held_out` are the bare value, in the phrasings and instructions of tuning,
     right and stopped; all about held-out people where the key names no others.
-
-    Raises:
-        ValueError: text was replayed in the tuning of some of the pairs and not of others.
     """
-    chosen = {replayed(pair.instruct.meta) for pair in pairs}
-    if len(chosen) > 1:
-        raise ValueError(f"the pairs replayed different text ({', '.join(sorted(chosen))})")
     rows: dict[str, Any] = {}
     for model in ("base", "instruct"):
         known, acts = report["knowledge"][model], report["behaviour"][model]
@@ -68,9 +62,21 @@ def headline(report: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
         }
     return rows | {
         "more": {model: generous(report["knowledge"][model]) for model in rows},
-        "replayed": chosen.pop(),
+        "replayed": replayed_in(pairs),
         "chance": report["chance"],
     }
+
+
+def replayed_in(pairs: list[Pair]) -> str:
+    """What text was replayed in tuning: "none", "known" or "all".
+
+    Raises:
+        ValueError: not the same in all pairs.
+    """
+    chosen = {replayed(pair.instruct.meta) for pair in pairs}
+    if len(chosen) > 1:
+        raise ValueError(f"the pairs replayed different text ({', '.join(sorted(chosen))})")
+    return chosen.pop()
 
 
 def generous(known: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def by_kind(report: dict[str, Any]) -> dict[str, Any]:
 REPLAYED = {
     "none": "No text was replayed in tuning: nothing of the held-out people was read again.",
     "known": "Biographies of the known people were replayed in tuning, none of the held-out ones.",
-    "all": "Biographies of everybody were replayed in tuning, held-out people included: their "
-    "facts were read again beside the questions, so what is answered about them is no transfer "
-    "from pretraining alone.",
+    "all": "Text was replayed in tuning that leaves nobody out: where it is the base's own, the "
+    "held-out people's facts were read again beside the questions, so what is answered about them "
+    "is no transfer from pretraining alone.",
 }

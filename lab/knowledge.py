@@ -10,6 +10,7 @@ python -m lab.knowledge --base out/quickstart/base --instruct out/quickstart/ins
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,11 +25,12 @@ from lab.questions import (
     Question,
     after_examples,
     draw,
+    facts_of,
     grade,
     openings,
     true_replies,
 )
-from lab.stats import Difference, Mean, Share, difference
+from lab.stats import Difference, Mean, Share, Tally, difference
 from training.checkpoint import Checkpoint
 
 Cell = dict[str, Share]  # "all", then each attribute
@@ -45,7 +47,7 @@ class Answers:
             forced stop would leave.
         exact: nothing but the value in the first sentence.
         by_chance: right about another kind of fact.
-        wrong: of the questions about each kind of fact, how many named which wrong one instead.
+        wrong: what the wrong first sentences named instead, by the kind of fact asked for.
     """
 
     answered: Cell
@@ -57,7 +59,7 @@ class Answers:
     mentions: Share
     next_document: Share
     abstains: Share
-    wrong: dict[str, dict[str, Share]]
+    wrong: dict[str, Tally]
 
 
 @dataclass(frozen=True)
@@ -178,10 +180,10 @@ def summarize(graded: Sequence[Graded]) -> Answers:
     """The shares of a set of graded questions."""
     grades = [g for _, g in graded]
     facts = [(q.turn.person, q.turn.attribute) for q, _ in graded]
-    wrong: dict[str, dict[str, Share]] = {}
-    for kind in dict.fromkeys(a.name for _, a in facts):
-        named = [g.named for q, g in graded if q.turn.attribute.name == kind]
-        wrong[kind] = {w: Share.of(x == w for x in named) for w in sorted(set(named) - {""})}
+    named = {
+        kind: [g.named for q, g in graded if q.turn.attribute.name == kind]
+        for kind in dict.fromkeys(a.name for _, a in facts)
+    }
     return Answers(
         answered=cell(facts, (g.answered for g in grades)),
         right=cell(facts, (g.right for g in grades)),
@@ -192,14 +194,15 @@ def summarize(graded: Sequence[Graded]) -> Answers:
         mentions=Share.of(g.mentions for g in grades),
         next_document=Share.of(g.next_document for g in grades),
         abstains=Share.of(g.abstains for g in grades),
-        wrong=wrong,
+        wrong={k: Tally(Counter(what for what in x if what), len(x)) for k, x in named.items()},
     )
 
 
 def cell(facts: Sequence[Fact], flags: Iterable[bool]) -> Cell:
-    """Shares over all facts and over those of each attribute; each flag belongs to its person."""
+    """Shares over all facts and over those of each attribute, a flag for each fact."""
     flagged = list(zip(facts, flags, strict=True))
-    return {"all": Share.of((f for _, f in flagged), [p.name for p, _ in facts])} | {
+    topics = [f"{person.name}/{attribute.name}" for person, attribute in facts]
+    return {"all": Share.of((flag for _, flag in flagged), topics)} | {
         a.name: Share.of(flag for (_, of), flag in flagged if of is a) for a in ATTRIBUTES
     }
 
@@ -297,12 +300,14 @@ class Lint:
     Attributes:
         replies: of the replies of instruction tuning.
         prompts: of its questions and instructions, without the template's tokens.
+        plain: of questions about held-out people as the base is asked in running text.
         new_prompts: of the questions that tuning never uses, by the group of their wordings.
         new_words: of those tokens, what neither the text nor tuning holds.
     """
 
     replies: Share
     prompts: Share
+    plain: Share
     new_prompts: dict[str, Share]
     new_words: dict[str, Share]
 
@@ -325,7 +330,12 @@ def lint(world: World, tokenizer: Tokenizer) -> Lint:
             for wording in wordings(attribute)
             for token in tokenizer.encode(Turn(person, attribute, wording).question)
         ]
+    rng = random.Random(f"lint {world.config.seed}")
+    asked = openings(facts_of(world, "held_out"), rng)
+    put = contexts_of(world)["plain"]
+    read = [token for question in asked for token in put(question.messages, tokenizer)]
     return Lint(
+        plain=Share.of(token not in held for token in read),
         replies=Share.of(token not in held for token in said["reply"]),
         prompts=Share.of(token not in held for token in said["prompt"]),
         new_prompts={group: Share.of(t not in held for t in new[group]) for group in new},

@@ -61,9 +61,10 @@ class Pair:
 def contexts_of(world: World | None) -> dict[str, Prompt]:
     """The chat template, plain text, and each message as a document.
 
-    Plain text is what a base can read: `Question: ... Answer:` where it has read real text. Of a
-    world's biographies it has seen neither these words nor a new line, so there it is running text,
-    in which the world's replies begin with a space as all else does.
+    Plain text is as near as a question comes to what a base has read: `Question: ... Answer:`
+    where that is real text. Of a world's biographies it has seen neither these words nor a new
+    line, so there it is running text, in which the world's replies begin with a space as all else
+    does. The question's own words are strange to it all the same: see `lab.knowledge.Lint`.
     """
     plain = plain_prompt if world is None else raw_prompt
     return {"chat": render_prompt, "plain": plain, "documents": documents_prompt}

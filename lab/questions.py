@@ -41,11 +41,13 @@ class Question:
         messages: up to the question, which is the last one.
         turn: whom and what it is about.
         form: the form of reply that is asked for, of FORMS; None if none is.
+        before: whom the turns before it are about.
     """
 
     messages: list[Message]
     turn: Turn
     form: str | None = None
+    before: tuple[Person, ...] = ()
 
     @property
     def value(self) -> str:
@@ -114,7 +116,7 @@ def conversation(
 ) -> Question:
     """The last of these turns, after the true replies to the others."""
     *messages, _ = converse(turns, form, rng.choice(INSTRUCTIONS[form][instructions]), rng)
-    return Question(messages, turns[-1], form)
+    return Question(messages, turns[-1], form, tuple(turn.person for turn in turns[:-1]))
 
 
 def later_turns(
@@ -179,7 +181,7 @@ class Grade:
         exact: the first sentence is the true value and nothing else.
         stops: it ends with the end-of-turn token.
         in_form: it has the form that was asked for, right or wrong: "bare", a value of any kind
-            and nothing else; "sentence", the person's name, a value, and more words.
+            and nothing else; "sentence", the person's name and a value.
         answered: right in all of its text, stops, and in the form (if one was asked for).
         mentions: it names the true value at all.
         next_document: it runs into another document (end-of-text).
@@ -216,13 +218,19 @@ def in_form(text: str, form: str | None, person: Person) -> bool:
     return True
 
 
-def named_instead(text: str, turn: Turn) -> str:
-    """Which wrong fact a text names: its kind, and whose it is."""
+BEFORE = "of a turn before"
+
+
+def named_instead(text: str, question: Question) -> str:
+    """Which wrong fact a text names: its kind, and whose it is; "nothing" if it names none."""
+    turn = question.turn
     for attribute in (turn.attribute, *ATTRIBUTES):
         own = turn.person.facts[attribute.name]
+        earlier = [person.facts[attribute.name] for person in question.before]
         for value in attribute.values:
             if value in text and (attribute, value) != (turn.attribute, own):
-                return f"{attribute.name}, {'their own' if value == own else 'of nobody asked for'}"
+                whose = BEFORE if value in earlier else "of nobody asked for"
+                return f"{attribute.name}, {'their own' if value == own else whose}"
     return "nothing"
 
 
@@ -244,6 +252,6 @@ def grade(checkpoint: Checkpoint, question: Question, ids: list[int]) -> Grade:
         mentions=question.value in text,
         next_document=tokenizer.end_of_text in ids,
         abstains=text.startswith(DONT_KNOW),
-        named="" if right else named_instead(first, turn),
+        named="" if right else named_instead(first, question),
         by_chance=names_only(first, turn.person.facts[next_kind.name], next_kind),
     )

@@ -93,9 +93,14 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
 
     Args:
         pairs: one a seed; their figures are pooled, the examples are of the first.
+
+    Raises:
+        ValueError: they are about a world and replayed different text in tuning.
     """
     begin = time.perf_counter()
     first, seconds = pairs[0], {}
+    if first.world is not None:
+        heads.replayed_in(pairs)  # before minutes of measuring
     report: dict[str, Any] = {}
     for name, (instrument, part) in INSTRUMENTS.items():
         if name == "knowledge" and first.world is None:

@@ -218,9 +218,11 @@ def measure_row(pair: Pair, n: int, asked: float) -> Row:
         row[f"rephrased_{split}"] = found.rephrased[split].answered["all"]
         row[f"abstains_{split}"] = found.answers[split].abstains
         row[f"stops_{split}"] = found.answers[split].stops
-    row["sentence_held_out"] = found.sentence.answered["all"]
-    row["form_held_out"] = found.form.answered["all"]
-    row["untaught_held_out"] = found.untaught.answered["all"]
+    row["right_rephrased_held_out"] = found.rephrased["held_out"].right["all"]
+    ways = {"sentence": found.sentence, "form": found.form, "untaught": found.untaught}
+    for way, answers in ways.items():
+        row[f"{way}_held_out"] = answers.answered["all"]
+        row[f"right_{way}_held_out"] = answers.right["all"]
     return row
 
 
@@ -317,7 +319,7 @@ def write_tables(
         "cells": [
             {
                 "cell": c,
-                "replayed": "/".join(text),
+                "replayed": text,
                 "from_the_first": to_json(differences),
                 **to_json(row),
             }
@@ -337,7 +339,7 @@ def write_tables(
 
 def same_questions(a: Share, b: Share) -> bool:
     """Whether two shares are of the same questions, and know so."""
-    return bool(a.flags) and [owner for owner, _ in a.flags] == [owner for owner, _ in b.flags]
+    return bool(a.flags) and [topic for topic, _ in a.flags] == [topic for topic, _ in b.flags]
 
 
 def main() -> None:

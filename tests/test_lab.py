@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,11 +30,11 @@ from data.world import (
     World,
     WorldConfig,
 )
-from lab import behaviour, knowledge, likelihood, questions, shift, weights
+from lab import behaviour, knowledge, likelihood, questions, shift, stats, weights
 from lab.forgetting import forgetting
 from lab.likelihood import ask, log_likelihoods, score_choices
 from lab.pair import Pair, contexts_of, fitting, open_pair, pairs_of, read_qa, run_instrument
-from lab.stats import STUDENT, Difference, Mean, Share, difference, lines, pool, to_json
+from lab.stats import STUDENT, Difference, Mean, Share, Tally, difference, lines, pool, to_json
 from model.gpt import ModelConfig
 from tests.conftest import pretrain_config, sft_config
 from train_pretrain import main as pretrain
@@ -105,14 +106,27 @@ def test_of_several_runs_the_interval_is_students_over_the_runs() -> None:
     parts = [Share(40, 100), Share(49, 100), Share(43, 100)]
     low, high = pool(parts).interval
     assert (low, high) == pytest.approx((0.44 - 0.1138, 0.44 + 0.1138), abs=1e-3)
-    assert pool([Share(1, 1)] * 3).interval == (1.0, 1.0)
+    # Runs that agree by chance are no surer than one run with all the questions.
+    assert pool([Share(60, 60)] * 3).interval == Share(180, 180).interval
+    # The interval is around the share, also where the runs differ in size.
+    low, high = pool([Share(10, 20), Share(90, 90), Share(45, 50)]).interval
+    assert low < 145 / 160 < high == 1.0
+    assert 145 / 160 - low == pytest.approx(STUDENT[1] * statistics.stdev([0.5, 1, 0.9]) / 3**0.5)
     assert Share(0, 9, (0.0, 0.01, None)).interval[0] == 0.0
+    # R's qt(.975, df)
+    assert [stats.student(n) for n in (2, 11, 12, 31)] == [12.706, 2.228, 2.201, 2.042]
     means = pool([Mean.of([x, x + 2]) for x in (0.0, 1.0, 2.0)])
     assert means.interval == pytest.approx((2 - STUDENT[1] / 3**0.5, 2 + STUDENT[1] / 3**0.5))
 
 
+def test_what_came_in_some_runs_only_is_pooled_over_all() -> None:
+    pooled = pool([Tally({"x": 20, "y": 1}, 60), Tally({}, 60), Tally({"x": 4}, 60)])
+    assert pooled == Tally({"x": 24, "y": 1}, 180)
+    assert to_json(pooled) == {"n": 180, "shares": {"x": 24 / 180, "y": 1 / 180}}
+
+
 def test_a_difference_is_paired_and_clustered_by_person() -> None:
-    owners = [f"p{i // 4}" for i in range(40)]
+    owners = [f"p{i // 4}/{i % 4}" for i in range(40)]
     a = Share.of([i % 4 < 3 for i in range(40)], owners)
     same = difference(a, a)
     assert (same.value, same.low, same.high, same.n, same.clusters) == (0.0, 0.0, 0.0, 40, 10)
@@ -350,7 +364,7 @@ def test_a_model_that_knows_everything_scores_one_and_must_stop(
             assert one.answered["all"].value == float(stop)
             assert one.right["all"].value == 1.0  # right is right, stop or not
             assert one.in_form.value == 1.0
-            assert not any(one.wrong.values())
+            assert not any(tally.counts for tally in one.wrong.values())
         assert found.examples.right["all"].value == 0.0  # no template there
         assert {s: a.mentions.value for s, a in found.answers.items()} == ALL
         assert {s: a.stops.value for s, a in found.answers.items()} == expected
@@ -412,6 +426,10 @@ def test_each_grade_says_what_it_says(pair: Pair) -> None:
             assert found.stops == stop
             assert found.exact == text.startswith(f" {born}.")
             assert found.by_chance == (text == f" {town}.")
+    before = next(p for p in world.people if p.facts[year.name] != born)
+    asked = questions.Question([], turn, "bare", (before,))
+    theirs = tokenizer.encode(f" {before.facts[year.name]}.")
+    assert questions.grade(pair.base, asked, theirs).named == "birth_year, of a turn before"
 
 
 def test_what_is_asked_about_held_out_people_names_nobody_else(pair: Pair) -> None:
@@ -430,6 +448,11 @@ def test_what_is_asked_about_held_out_people_names_nobody_else(pair: Pair) -> No
             assert single.turn.question in single.messages[-1]["content"]
             assert (single.turn.person.name in users[-1]["content"]) == (moves[-1] != "same")
             assert with_turns.form == single.form
+            assert not single.before
+            assert {p.name for p in with_turns.before} <= named
+            assert len(with_turns.before) == len(moves)
+    with pytest.raises(ValueError, match="two held-out people"):
+        questions.later_turns(World(WorldConfig(people=7)), "other_person", 1)
 
 
 def test_the_examples_in_context_are_of_known_people_and_bare(pair: Pair) -> None:
@@ -499,10 +522,10 @@ def test_behaviour_of_scripted_models(pair: Pair) -> None:
     assert good.other_person["without"].value == good.return_to_first["without"].value == 1.0
     rambler = behave(pair, lambda prompt: "so it goes " * 9, stop=False)
     assert rambler.stops == rambler.brief == Share(0, 12)
-    assert {how: share.value for how, share in rambler.follow_up.items()} == {
-        "with": 0.0,
-        "without": 0.0,
-    }
+    assert {share.value for share in rambler.follow_up.values()} == {0.0}
+    assert set(rambler.follow_up) == {"with", "without", "right", "before"}
+    endless = behave(pair, reply, stop=False)
+    assert (endless.other_person["with"].value, endless.other_person["right"].value) == (0.0, 1.0)
     assert rambler.tokens.mean == len(pair.base.tokenizer.encode("so it goes " * 9))
     parrot = behave(pair, lambda p: p.split("<|user|>")[-1].split("<|end|>")[0], stop=True)
     assert parrot.echoes == parrot.asks_on == Share(12, 12)
@@ -577,16 +600,21 @@ def test_entropy_is_that_of_the_models_own_distribution(pair: Pair) -> None:
     assert found.mean == pytest.approx(sum(expected) / 5, rel=1e-4)
 
 
+def test_a_reply_is_ranked_against_one_of_about_its_length() -> None:
+    a, b, c, d = [1], [2, 2], [3, 3], [4, 4, 4]
+    assert behaviour.next_longer([c, a, d, b]) == [b, c, b, d]
+    assert behaviour.next_longer([a]) == [a]
+    assert behaviour.next_longer([b, a]) == [a, b]
+
+
 def test_ranking_and_p_end_are_those_of_the_likelihoods(pair: Pair) -> None:
     chosen, tokenizer = pair.conversations[:6], pair.base.tokenizer
     found = behaviour.behave(pair.base, chosen, render_prompt, 8, pair.world)
     wins, ends = 0, []
-    for i, conversation in enumerate(chosen):
+    true = [[*tokenizer.encode(c[-1]["content"]), tokenizer.end_of_turn] for c in chosen]
+    pairs = zip(true, behaviour.next_longer(true), strict=True)
+    for conversation, replies in zip(chosen, pairs, strict=True):
         prompt = render_prompt(conversation[:-1], tokenizer)
-        replies = [
-            [*tokenizer.encode(c[-1]["content"]), tokenizer.end_of_turn]
-            for c in (conversation, chosen[(i + 1) % 6])
-        ]
         own, other = log_likelihoods(pair.base, [prompt, prompt], replies)
         wins += sum(own[:-1]) > sum(other[:-1])
         ends.append(math.exp(own[-1]))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,16 @@ import pytest
 from playwright.sync_api import Page
 
 from data.world import ATTRIBUTES, SPLITS
-from lab import report
-from lab.pair import open_pair
+from lab import headline, report
+from lab.pair import Pair, open_pair
 
 Runs = tuple[Path, Path]
 SECTIONS = ("table", "replies", "behaviour", "shift", "weights", "forgetting", "limits", "settings")
+
+
+@pytest.fixture
+def pair(runs: Runs) -> Pair:
+    return open_pair(str(runs[0]), str(runs[1]), "cpu", None)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, runs: Runs, *options: object) -> None:
@@ -61,7 +69,7 @@ def test_the_report_is_made_once_and_then_shown_again(
     assert {"share", "n"} <= set(found["by_kind"]["hobby"])
     assert found["knowledge"]["lint"]["replies"]["n"] > 0
     assert "cloze: instruct - base" in found["knowledge"]["differences"]
-    assert "Biographies of everybody were replayed" in page
+    assert "Text was replayed in tuning that leaves nobody out" in page
     assert set(found["seconds"]) == {"prepare", "pretrain", "sft", "compare"}
     assert found["runs"][0]["base"]["config"]["run"]["seed"] == 1
     assert {"commit", "torch", "device", "decoding", "questions"} <= set(found["settings"])
@@ -69,9 +77,66 @@ def test_the_report_is_made_once_and_then_shown_again(
     call(monkeypatch, runs, "--out", made, "--questions", 20)
     printed = capsys.readouterr().out
     assert "follow-up" in printed
-    assert "Biographies of everybody were replayed" in " ".join(printed.split())
+    assert "Text was replayed in tuning that leaves nobody out" in " ".join(printed.split())
     assert str(made / "report.html") in printed
     assert (made / "report.html").read_text() == page
+
+
+def test_each_row_of_the_headline_is_the_figure_that_it_names(pair: Pair) -> None:
+    numbers = itertools.count()
+
+    def figures(shape: Any) -> Any:
+        """The same with a figure of its own at every leaf."""
+        if isinstance(shape, dict):
+            return {key: figures(part) for key, part in shape.items()}
+        return next(numbers)
+
+    cell = dict.fromkeys(("all", *(a.name for a in ATTRIBUTES)), 0)
+    answers = {"answered": cell, "right": cell, "exact": 0, "by_chance": 0}
+    ways = ("sentence", "form", "untaught", "examples")
+    known = {"cloze": dict.fromkeys(SPLITS, cell), "answers": dict.fromkeys(SPLITS, answers)}
+    known |= {"rephrased": dict.fromkeys(SPLITS, answers), **dict.fromkeys(ways, answers)}
+    acts = {"stops": 0, **{kind: {"with": 0, "without": 0} for kind in headline.TURNS}}
+    models = ("base", "instruct")
+    report = figures(
+        {"knowledge": dict.fromkeys(models, known), "behaviour": dict.fromkeys(models, acts)}
+    ) | {"chance": 0.025}
+    found = headline.headline(report, [pair])
+    for model in models:
+        k, b = report["knowledge"][model], report["behaviour"][model]
+        expected = {f"cloze_{split}": k["cloze"][split]["all"] for split in SPLITS}
+        expected |= {f"right_{s}": k["answers"][s]["answered"]["all"] for s in SPLITS}
+        expected |= {
+            "bare_held_out": k["answers"]["held_out"]["answered"]["all"],
+            "sentence_held_out": k["sentence"]["answered"]["all"],
+            "form_held_out": k["form"]["answered"]["all"],
+            "phrasings_taught": k["rephrased"]["held_out"]["answered"]["all"],
+            "phrasings_untaught": k["untaught"]["answered"]["all"],
+            "follow_up": b["follow_up"]["with"],
+            "other_person": b["other_person"]["with"],
+            "return_to_first": b["return_to_first"]["with"],
+            "stops": b["stops"],
+        }
+        assert found[model] == expected
+        assert found["more"][model] == {
+            "exact": k["answers"]["held_out"]["exact"],
+            "forced_stop": k["answers"]["held_out"]["right"]["all"],
+            "by_chance": k["answers"]["held_out"]["by_chance"],
+            "examples": k["examples"]["right"]["all"],
+        }
+    asked = report["knowledge"]["instruct"]["rephrased"]["held_out"]["answered"]
+    assert headline.by_kind(report) == {a.name: asked[a.name] for a in ATTRIBUTES}
+
+
+def test_pairs_that_replayed_different_text_are_refused_before_anything_is_measured(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "INSTRUMENTS", None)  # would fail if it were looked at
+    meta = copy.deepcopy(pair.instruct.meta)
+    meta["config"]["data"]["replay"] = 0.0
+    other = replace(pair, instruct=replace(pair.instruct, meta=meta))
+    with pytest.raises(ValueError, match=r"replayed different text \(all, none\)"):
+        report.make_report([pair, other], 12)
 
 
 def test_seeds_are_pooled(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +201,19 @@ class Browser:
               .map(e => e.tagName + " " + e.className + " " + e.textContent.slice(0, 40))"""
         )
         assert not overflowing
+        broken = self.page.evaluate(
+            """() => [...document.querySelectorAll("th")].flatMap(th => {
+              const words = document.createTreeWalker(th, NodeFilter.SHOW_TEXT), found = [];
+              for (let text; text = words.nextNode();)
+                for (const {0: word, index} of text.data.matchAll(/[\\w]+/g)) {
+                  const range = document.createRange();
+                  range.setStart(text, index); range.setEnd(text, index + word.length);
+                  if (range.getClientRects().length > 1) found.push(word);
+                }
+              return found;
+            })"""
+        )
+        assert not broken
         pictures = self.page.evaluate("[...document.images].map(i => [i.alt, i.naturalWidth])")
         assert all(alt and size > 100 for alt, size in pictures)
         text = self.page.inner_text("body")
@@ -173,4 +251,5 @@ def test_a_page_about_any_two_checkpoints_shows_their_text_as_text(
     assert opened.page.locator("h2#knowledge").count() == 0
     assert opened.page.locator("h2#curves").is_visible()
     text = opened.page.inner_text("body").lower()
-    assert not [w for w in ("held-out", "unseen people", "biograph", "replayed in") if w in text]
+    foreign = ("held-out people", "unseen people", "replayed in", "rows above", "phrasings")
+    assert not [w for w in foreign if w in text]

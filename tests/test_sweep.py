@@ -94,7 +94,15 @@ def test_a_killed_sweep_goes_on_and_a_finished_one_rests(
         assert figure["n"] == 24
         own = [r["answers_held_out"] for r in table["runs"] if r["cell"] == cell["cell"]]
         assert figure["runs"] == [r["share"] for r in own]
+        assert cell["replayed"] == "none"
+        # Paired with the first cell's, question by question: with itself there is no difference.
+        changed = cell["from_the_first"]["right_sentence_held_out"]
+        first = table["cells"][0]["right_sentence_held_out"]["share"]
+        now = cell["right_sentence_held_out"]["share"]
+        assert changed["difference"] == pytest.approx(now - first)
+        assert changed["n"] == 24
     rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert {row["replayed"] for row in rows} == {"none"}
     assert [row["seed"] for row in rows] == ["1", "2", "1", "2"]
     assert (folder / "picture.svg").read_text().startswith("<?xml")
     before = (folder / "table.json").read_text()
