@@ -123,7 +123,7 @@ def later_turns(
     world: World, kind: str, n: int, forms: Sequence[str] = FORMS
 ) -> tuple[list[Question], list[Question]]:
     """Questions about held-out people at the end of conversations of one kind of TURNS, and the
-    same questions without the turns before them.
+    same questions and forms without the turns before them, the instruction drawn anew.
 
     Raises:
         ValueError: the world has nobody to change to.
