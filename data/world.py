@@ -11,12 +11,12 @@ sentences in random order. People fall into three splits:
 A world is a pure function of its WorldConfig. Its words stand in world.toml.
 """
 
+import math
 import random
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class WorldConfig:
     """Sentences of a biography in random order."""
     adjacent: bool = False
     """A person's biographies one after another in the training text, instead of shuffled."""
+    fewest: int | None = None
+    """Biographies of the least known person; those between follow Zipf's law. None: `bios` each."""
 
     def __post_init__(self) -> None:
         for option, low, high in (
@@ -76,6 +78,7 @@ class WorldConfig:
             ("unseen", 0, 2_000),
             ("bios", 1, 100_000),
             ("paraphrases", 1, min(len(a.sentences) for a in ATTRIBUTES)),
+            ("fewest", 1, self.bios),
         ):
             check_range(f"--{option}", getattr(self, option), f"{low} to {high}")
 
@@ -119,16 +122,25 @@ class World:
         return {s: [p for p in self.people if p.split == s] for s in SPLITS}
 
     def biographies(self) -> Iterator[str]:
-        """Every pretraining document: `bios` texts of each known and held-out person."""
+        """Every pretraining document: the texts about each known and held-out person."""
         for i in range(self.config.people):
             yield from self._biographies(i)
+
+    @cached_property
+    def exposures(self) -> dict[str, int]:
+        """Biographies of each person who has any, by name: the r-th best known has bios * r^-s."""
+        config, people = self.config, self.people[: self.config.people]
+        ranks = random.Random(f"exposures {config.seed}").sample(range(len(people)), len(people))
+        s = math.log(config.bios / (config.fewest or config.bios)) / math.log(len(people))
+        both = zip(people, ranks, strict=True)
+        return {p.name: round(config.bios * (rank + 1) ** -s) for p, rank in both}
 
     def biographies_of(self, person: Person) -> list[str]:
         """The texts about one of the people who have any."""
         return list(self._biographies(self.people.index(person)))
 
     def _biographies(self, i: int) -> Iterator[str]:
-        for j in range(self.config.bios):
+        for j in range(self.exposures[self.people[i].name]):
             rng = random.Random(f"biography {self.config.seed} {i} {j}")
             yield self._biography(self.people[i], rng)
 
@@ -147,32 +159,18 @@ class World:
 
     def conversations(
         self,
-        asked: float = 1.0,
-        strangers: float = 0.0,
-        dont_know: bool = False,
+        people: Sequence[Person] = (),
         forms: Sequence[str] = FORMS,
+        bare_only: Sequence[str] = (),
     ) -> Iterator[list[Message]]:
         """The instruction-tuning set: conversations of one to four questions about known people.
 
         Args:
-            asked: share of the known people who are asked about, the first of them.
-            strangers: as many people as this share of the known ones are asked about besides, of
-                whom pretraining said nothing; they are not the unseen (Gekhman et al. 2024).
-            dont_know: whether questions about strangers are answered with DONT_KNOW.
+            people: to ask about instead; conversations stay among people of one split.
             forms: forms of reply that are asked for, of FORMS.
-
-        Raises ValueError: a share that is not 0 to 1, nobody left to ask about, an unknown form.
+            bare_only: kinds of fact that are asked for as bare values only.
         """
-        check_range("asked", asked, "0 to 1")
-        check_range("strangers", strangers, "0 to 1")
-        if not forms or not set(forms) <= set(FORMS):
-            raise ValueError(f"forms are {forms}; they must be some of {', '.join(FORMS)}")
-        known = self.by_split["known"]
-        people = known[: round(asked * len(known))]
-        people = [*people, *self._strangers(round(strangers * len(known)))]
-        if not people:
-            raise ValueError("asked and strangers leave nobody to ask about")
-        for i, person in enumerate(people):
+        for i, person in enumerate(people := people or self.by_split["known"]):
             others = [p for p in people if p.split == person.split]
             rng = random.Random(f"conversations {self.config.seed} {i}")
             scripts = [[Turn(person, a, rng.choice(a.questions))] for a in ATTRIBUTES]
@@ -181,15 +179,10 @@ class World:
                 scripts.append(script(person, others, moves, rng))
             for turns in scripts:
                 form = rng.choice(forms)
+                if any(turn.attribute.name in bare_only for turn in turns):
+                    form = "bare"
                 instruction = rng.choice(INSTRUCTIONS[form]["used"])
-                yield converse(turns, form, instruction, rng, dont_know)
-
-    def _strangers(self, n: int) -> list[Person]:
-        """People beside those of the world."""
-        config = replace(self.config, seed=self.config.seed + 1_000_000, unseen=0)
-        taken = {p.name for p in self.people}
-        others = (p for p in World(config).people if p.name not in taken)
-        return [replace(p, split="stranger") for p in islice(others, n)]
+                yield converse(turns, form, instruction, rng)
 
 
 @dataclass(frozen=True)
@@ -206,7 +199,9 @@ class Turn:
         return self.wording.format(name=self.person.name, they=self.person.pronoun)
 
     def reply(self, wording: str) -> str:
-        """The true reply, in one of `attribute.replies` or BARE."""
+        """The true reply, in one of `attribute.replies` or BARE; of no facts, DONT_KNOW."""
+        if not self.person.facts:
+            return DONT_KNOW
         return wording.format(name=self.person.name, V=self.person.facts[self.attribute.name])
 
 
@@ -240,7 +235,6 @@ def converse(
     form: str,
     instruction: str,
     rng: random.Random,
-    dont_know: bool = False,
 ) -> list[Message]:
     """Questions with true replies in one of FORMS, and an instruction that asks for it.
 
@@ -254,8 +248,6 @@ def converse(
         if i == 0 and place != "system":
             text = f"{instruction} {text}" if place == "before" else f"{text} {instruction}"
         reply = turn.reply(BARE if form == "bare" else rng.choice(turn.attribute.replies))
-        if dont_know and turn.person.split == "stranger":
-            reply = DONT_KNOW
         messages.append(Message(role="user", content=text))
         messages.append(Message(role="assistant", content=reply))
     return messages

@@ -165,7 +165,7 @@ class Point:
     cloze: Share
 
 
-def probe(pair: Pair, checkpoint: Checkpoint, n: int) -> Point:
+def measure_point(pair: Pair, checkpoint: Checkpoint, n: int) -> Point:
     """Asks a model n questions, and to complete n biographies, always the same ones."""
     if pair.world is None:
         tokenizer = checkpoint.tokenizer

@@ -186,7 +186,7 @@ def roles_plot(roles: dict[str, Any]) -> Figure:
 def positions_plot(shift: dict[str, Any]) -> Figure:
     """KL by place in the reply, for each context of the base."""
     figure, (axes,) = draw(4.6, 3.0)
-    for (context, found), style in zip(shift.items(), ("-", "--", ":"), strict=True):
+    for (context, found), style in zip(shift.items(), ("-", "--", ":", "-."), strict=False):
         places = [int(p) for p in found["positions"]]
         cells = [p["kl"] for p in found["positions"].values()]
         line(axes, places, cells, context, VIOLET, style)
@@ -227,11 +227,13 @@ def points_plot(points: dict[str, Any], x_label: str) -> Figure:
     return figure
 
 
-def point_lines(axes: Axes, xs: Sequence[float], points: list[Any]) -> None:
-    """What of stops, answers and cloze was measured, over xs."""
+def point_lines(axes: Axes, xs: Sequence[float], points: list[Any], style: str = "-") -> None:
+    """What of stops, answers and cloze was measured, over xs; in the legend once."""
+    named = {text.get_label() for text in axes.get_lines()}
     for key, color in POINT_COLORS.items():
         if points and points[0][key]["n"]:
-            line(axes, xs, [p[key] for p in points], key, color)
+            name = f"_{key}" if key in named else key
+            line(axes, xs, [p[key] for p in points], name, color, style)
 
 
 def grafts_plot(grafts: dict[str, Any]) -> Figure:
@@ -256,11 +258,15 @@ def grafts_plot(grafts: dict[str, Any]) -> Figure:
     return figure
 
 
-def timeline(curves: dict[str, dict[str, Any]], end: int) -> tuple[Any, Any]:
-    """xs and values of "tuning", then of "recovery", which begins where tuning ends."""
-    recovery = {end + int(step): value for step, value in curves.get("recovery", {}).items()}
-    values = {int(step): value for step, value in curves["tuning"].items()} | recovery
-    return list(values), list(values.values())
+def timelines(curves: dict[str, dict[str, Any]], end: int) -> list[tuple[list[int], list[Any]]]:
+    """Steps and values of "tuning", then of each return to text, which begins where tuning ends."""
+    found = []
+    for name, curve in curves.items():
+        begin = 0 if name == "tuning" else end
+        found.append(([begin + int(step) for step in curve], list(curve.values())))
+        if begin:
+            found[-1] = ([end, *found[-1][0]], [curves["tuning"][str(end)], *found[-1][1]])
+    return found
 
 
 def forgetting_plot(forgetting: dict[str, Any]) -> Figure:
@@ -268,16 +274,20 @@ def forgetting_plot(forgetting: dict[str, Any]) -> Figure:
     with_loss = bool(forgetting["text_loss"])
     figure, panels = stack(4.6, [2.3, 2.3] if with_loss else [3.0])
     end = max(map(int, forgetting["tuning"]))
-    point_lines(panels[0], *timeline(forgetting, end))
+    curves = {"tuning": forgetting["tuning"], **forgetting["recovery"]}
+    for (steps, points), style in zip(timelines(curves, end), ("-", "-", "--"), strict=False):
+        point_lines(panels[0], steps, points, style)
     as_share(panels[0])
     if with_loss:
-        panels[1].plot(*timeline(forgetting["text_loss"], end), "o-", color=LOSS)
+        losses = timelines(forgetting["text_loss"], end)
+        for (steps, values), style in zip(losses, ("-", "-", "--"), strict=False):
+            panels[1].plot(steps, values, f"o{style}", color=LOSS)
         panels[1].set_ylabel("loss on text, nats")
         panels[1].grid(axis="y", color="#dddddd", lw=0.6)
     panels[-1].set_xlabel("step of instruction tuning")
-    if forgetting["recovery"]:
+    if returns := [int(step) for curve in forgetting["recovery"].values() for step in curve]:
         for axes in panels:
-            axes.axvspan(end, end + max(map(int, forgetting["recovery"])), color="#eeeeee", lw=0)
+            axes.axvspan(end, end + max(returns), color="#eeeeee", lw=0)
         panels[-1].set_xlabel("step of instruction tuning;   shaded: back on pretraining text")
     figure.legend(loc="outside upper left", ncols=3)
     return figure

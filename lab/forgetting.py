@@ -1,34 +1,31 @@
 """What is forgotten during instruction tuning, and whether it comes back.
 
 Every checkpoint of the instruct model's run is measured; then the last one returns to pretraining
-text for a few steps and is measured on the way (as in Spurious Forgetting, arXiv 2501.13453). The
-text is that of the base, held-out people's biographies included: what comes back may have been
-hidden, or learned again.
+text for a few steps and is measured on the way (Spurious Forgetting, arXiv 2501.13453). The text is
+that of the base, and in a world also that of its known people alone: what comes back on all of the
+text may have been learned again, what comes back on other people's cannot. Tuning's rates return
+slowly, from 0 to their peak, so that it is not the rate that forgets.
 
 python -m lab.forgetting --base out/quickstart/base --instruct out/quickstart/instruct
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from data.pretrain import PretrainData, PretrainDataConfig
-from lab.behaviour import Point, probe
+from data.replay import about_known_people
+from lab.behaviour import Point, measure_point
 from lab.pair import Pair, run_instrument
-from model.gpt import ModelConfig
 from runtime.files import checkpoints, read_meta
-from train_pretrain import PretrainConfig
-from train_pretrain import main as pretrain
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.config import RunConfig
-from training.optim import OptimConfig
-from training.step import mean_loss
+from training.optim import OptimConfig, build_optimizers
+from training.step import mean_loss, train_step
 
 RETURN_STEPS, RETURN_EVERY = 40, 10  # of pretraining after instruction tuning
 
@@ -39,40 +36,48 @@ class Forgetting:
 
     Attributes:
         tuning: the base (step "0") and each checkpoint of the instruct model's run.
-        recovery: steps of pretraining after it.
-        text_loss: validation loss on pretraining text, nats per token, by "tuning" or "recovery"
-            and step; empty where the text is gone.
+        recovery: steps of pretraining after it, by whose text: "all", and in a world "known".
+        text_loss: validation loss on pretraining text, nats per token, by "tuning", "all" or
+            "known", and step; empty where the text is gone.
     """
 
     tuning: dict[str, Point]
-    recovery: dict[str, Point]
+    recovery: dict[str, dict[str, Point]]
     text_loss: dict[str, dict[str, float]]
 
 
 def forgetting(pair: Pair, questions: int) -> Forgetting:
-    """Both curves; without the text that the base has read, the first alone."""
+    """All curves; without the text that the base has read, the first alone."""
     text = text_of(pair.base)
+    device = pair.base.model.wte.weight.device
     last = pair.instruct.path
     before = [p for p in checkpoints(last.parent) if step_of(p) < pair.instruct.meta["step"]]
-    stages = {"tuning": [pair.base.path, *before, last], "recovery": list[Path]()}
-    with tempfile.TemporaryDirectory() as folder:
-        if text is not None:
-            return_to_text(pair, Path(folder))
-            stages["recovery"] = checkpoints(Path(folder))
-        points: dict[str, dict[str, Point]] = {}
-        losses: dict[str, dict[str, float]] = {}
-        for stage, paths in stages.items():
-            points[stage] = {}
-            for path in paths:
-                device = pair.base.model.wte.weight.device
-                checkpoint = load_checkpoint(path, device)
-                step = "0" if path == pair.base.path else str(checkpoint.meta["step"])
-                points[stage][step] = probe(pair, checkpoint, questions)
-                if text is not None:
-                    rows = text.config.micro_batch_size or text.config.batch_size
-                    loss = mean_loss(checkpoint.model, text.val_batches(rows))
-                    losses.setdefault(stage, {})[step] = loss
-    return Forgetting(points["tuning"], points["recovery"], losses)
+    tuned = ((str(step_of(p)), load_checkpoint(p, device)) for p in (*before, last))
+    curves: dict[str, Iterator[tuple[str, Checkpoint]]] = {
+        "tuning": chain([("0", pair.base)], tuned)
+    }
+    if text is not None:
+        curves["all"] = return_to_text(pair, text)
+        if pair.world is not None:
+            known = about_known_people(text.config.path)
+            curves["known"] = return_to_text(
+                pair, PretrainData(text.config, text.block_size, text.seed, wanted=known)
+            )
+    points: dict[str, dict[str, Point]] = {}
+    losses: dict[str, dict[str, float]] = {}
+    for curve, models in curves.items():
+        points[curve] = {}
+        for step, checkpoint in models:
+            points[curve][step] = measure_point(pair, checkpoint, questions)
+            if text is not None:
+                loss = mean_loss(checkpoint.model, text.val_batches(rows_of(text)))
+                losses.setdefault(curve, {})[step] = loss
+    return Forgetting(points.pop("tuning"), points, losses)
+
+
+def rows_of(text: PretrainData) -> int:
+    """Rows of a forward pass over a base's text."""
+    return text.config.micro_batch_size or text.config.batch_size
 
 
 def step_of(checkpoint: Path) -> int:
@@ -95,28 +100,22 @@ def text_of(base: Checkpoint) -> PretrainData | None:
     return data if data.fingerprint == base.meta["data"]["fingerprint"] else None
 
 
-def finish(main: Callable[[Any], Path], config: Any) -> None:
-    """Trains to the end; Ctrl-C, on which a script saves and returns, stops the caller too."""
-    if main(config).name != f"step_{config.optim.steps:06d}":
-        raise KeyboardInterrupt
+def return_to_text(pair: Pair, text: PretrainData) -> Iterator[tuple[str, Checkpoint]]:
+    """The instruct model on its way through RETURN_STEPS of pretraining text: step and model.
 
-
-def return_to_text(pair: Pair, run_dir: Path) -> None:
-    """Trains the instruct model on pretraining text, from the rates of its tuning down to 0."""
-    base, tuned = (c.meta["config"] for c in (pair.base, pair.instruct))
-    rates = {k: tuned["optim"][k] for k in ("optimizer", "lr", "muon_lr")}
-    run = {"seed": tuned["run"]["seed"], "device": str(pair.base.model.wte.weight.device)}
-    config = PretrainConfig(
-        PretrainDataConfig(**base["data"]),
-        RunConfig(
-            str(run_dir), compile="off", save_every=RETURN_EVERY, eval_every=RETURN_STEPS, **run
-        ),
-        ModelConfig(**pair.instruct.meta["model"]),
-        OptimConfig(steps=RETURN_STEPS, schedule="wsd", decay_fraction=1.0, **rates),
-        init_from=str(pair.instruct.path),
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        finish(pretrain, config)
+    The rates are those of its tuning, which they reach at the last step.
+    """
+    tuned = pair.instruct.meta["config"]["optim"]
+    rates = {key: tuned[key] for key in ("optimizer", "lr", "muon_lr")}
+    config = OptimConfig(steps=RETURN_STEPS, warmup_steps=RETURN_STEPS, **rates)
+    model = copy.deepcopy(pair.instruct.model).train()
+    optimizers = build_optimizers(model, config)
+    for step in range(RETURN_STEPS):
+        train_step(model, optimizers, text.micro_batches(step, rows_of(text)), step, config)
+        if (step + 1) % RETURN_EVERY == 0 or step + 1 == RETURN_STEPS:
+            model.eval()
+            yield str(step + 1), replace(pair.instruct, model=model)
+            model.train()
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ class Shift:
         roles: by what the token is for: "fact" (the value), "style" (the name, repeated in a full
             sentence), "template" (the fixed words around them), "stop" (end of turn), and "other"
             (of a reply that has not the world's form; every word, where there is no world).
+        facts: the fact tokens alone, by form: of "bare" values, which the text holds word for
+            word, and in a "sentence", which it never does. Empty where there is no world.
         positions: by place in the reply, "1" being its first token.
         kl: the mean KL of each class.
         strips: some replies, each with its question, token by token.
@@ -66,21 +68,31 @@ class Shift:
     every: Agreement
     words: Agreement
     roles: dict[str, Agreement]
+    facts: dict[str, Agreement]
     positions: dict[str, Agreement]
     kl: dict[str, Mean]
     strips: list[tuple[str, list[Token]]] = field(default_factory=list)
 
 
 def shift(pair: Pair, questions: int) -> dict[str, Shift]:
-    """The shift for the base in each of `pair.contexts`; the instruct model is in the template."""
+    """The shift for the base in each of `pair.contexts`; the instruct model is in the template.
+
+    Of a world also "alone": the base reads no question, only the reply itself, which in a sentence
+    about somebody is a context that it knows.
+    """
     conversations = pair.conversations[:questions]
     tokenizer = pair.instruct.tokenizer
     prompts = [render_prompt(c[:-1], tokenizer) for c in conversations]
     replies = ask(pair.instruct, prompts, pair.limit)
+    contexts = pair.contexts | ({"alone": no_prompt} if pair.world else {})
     return {
-        context: measure(pair, conversations, replies, put)
-        for context, put in pair.contexts.items()
+        context: measure(pair, conversations, replies, put) for context, put in contexts.items()
     }
+
+
+def no_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+    """The beginning of a document, and nothing of the conversation."""
+    return [tokenizer.end_of_text]
 
 
 def measure(
@@ -108,6 +120,10 @@ def measure(
         every=agreement(every),
         words=agreement(t for t in every if t.role != "stop"),
         roles={role: agreement(t for t in every if t.role == role) for role in roles_found},
+        facts={
+            form: agreement(t for reply in replies for t in reply if t.role == "fact")
+            for form, replies in by_form(found).items()
+        },
         positions={
             str(n + 1): agreement(reply[n] for reply in found if len(reply) > n)
             for n in range(longest)
@@ -118,6 +134,17 @@ def measure(
             for c, reply in zip(conversations[:STRIPS], found, strict=False)
         ],
     )
+
+
+def by_form(replies: list[list[Token]]) -> dict[str, list[list[Token]]]:
+    """Replies that hold a fact: bare values, and sentences."""
+    found: dict[str, list[list[Token]]] = {}
+    for reply in replies:
+        roles = {token.role for token in reply}
+        if "fact" in roles:
+            form = "sentence" if "style" in roles or "template" in roles else "bare"
+            found.setdefault(form, []).append(reply)
+    return found
 
 
 def ranks_of(reply: list[int], logprobs: Tensor) -> list[int]:

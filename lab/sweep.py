@@ -8,7 +8,7 @@ of its stage: "sft.data.examples". The stages:
     world      python -m data.prepare world
     pretrain   train_pretrain.py
     more       train_pretrain.py again, from the base's weights; left out without keys or steps
-    qa         the world's Q&A with other people in it (`World.conversations`); else its own
+    qa         other Q&A about the world (`lab.qa.conversations`); else its own
     sft        train_sft.py
 
 What two cells share is run once. Give the same command again after an interruption: a finished
@@ -25,18 +25,18 @@ import csv
 import itertools
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data.prepare import prepare_world
 from data.replay import replayed
-from data.world import ATTRIBUTES, SPLITS, World, WorldConfig
+from data.world import ATTRIBUTES, SPLITS, Person, World, WorldConfig
 from lab.figures import sweep_plot
-from lab.forgetting import finish
 from lab.knowledge import draw_and_complete, measure, recite
 from lab.pair import Pair, measured_by, open_pair
+from lab.qa import asked_about, conversations
 from lab.stats import Share, difference, pool, to_json
 from runtime.cli import one_line_errors, parse_config
 from runtime.device import environment, pick_device
@@ -141,7 +141,7 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
     qa = settings["qa"]
     try:
         world = WorldConfig(seed=seed, **settings["world"])
-        next(World(world).conversations(**qa))
+        next(conversations(World(world), **qa))
     except TypeError as error:  # an unknown key or a wrong type
         raise ValueError(f"[world] or [qa]: {error}") from None
     at: list[Any] = [asdict(world)]
@@ -187,23 +187,28 @@ def train(plan: Plan, device: str) -> Pair:
     if plan.more:
         finish(pretrain, plan.more)
     if plan.qa:
-        conversations = World(plan.world).conversations(**plan.qa)
-        text = "".join(json.dumps({"messages": c}) + "\n" for c in conversations)
+        made = conversations(World(plan.world), **plan.qa)
+        text = "".join(json.dumps({"messages": c}) + "\n" for c in made)
         Path(plan.sft.data.path).write_text(text, encoding="utf-8")
     finish(sft, plan.sft)
     return open_pair(plan.sft.base, plan.sft.run.dir, device, None)
 
 
-def measure_row(pair: Pair, n: int, asked: float) -> Row:
+def finish(main: Callable[[Any], Path], config: Any) -> None:
+    """Trains to the end; Ctrl-C, on which a script saves and returns, stops the sweep too."""
+    if main(config).name != f"step_{config.optim.steps:06d}":
+        raise KeyboardInterrupt
+
+
+def measure_row(pair: Pair, n: int, known: list[Person]) -> Row:
     """The figures of one run: what the base completes, what the instruct model knows and does.
 
     Args:
-        asked: share of the known people who may be asked about in the Q&A: only they are "known".
+        known: who of the known people is asked about in the Q&A; all others are left out.
     """
     assert pair.world is not None
     world = copy.copy(pair.world)
-    known = world.by_split["known"]
-    world.by_split = world.by_split | {"known": known[: kept(len(known), asked)]}
+    world.by_split = world.by_split | {"known": known}
     row: Row = {}
     for split in SPLITS:
         completed, facts, rng = draw_and_complete(pair.base, world, split, n)
@@ -226,19 +231,21 @@ def measure_row(pair: Pair, n: int, asked: float) -> Row:
     return row
 
 
-def kept(people: int, asked: float) -> int:
-    """How many of the known people are measured as known: those asked about, or all."""
-    return round(asked * people) or people
+def known_in(plan: Plan) -> list[Person]:
+    """The known people who are asked about in the Q&A of a cell; all if it asks about none."""
+    world = World(plan.world)
+    return asked_about(world, **plan.qa) or world.by_split["known"]
 
 
-def cached_row(pair: Pair, n: int, asked: float, folder: Path) -> Row:
+def cached_row(pair: Pair, n: int, known: list[Person], folder: Path) -> Row:
     """`measure_row`, kept by what was measured and with which code."""
     files = [c.meta["files"] for c in (pair.base, pair.instruct)]
-    key = fingerprint([files, n, asked, measured_by(), sha256_file(Path(__file__))])
+    names = [person.name for person in known]
+    key = fingerprint([files, n, names, measured_by(), sha256_file(Path(__file__))])
     path = folder / "rows" / f"{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = measure_row(pair, n, asked)
+        found = measure_row(pair, n, known)
         write_json(path, {k: [s.hits, s.n, s.flags] for k, s in found.items()})
     rows = read_json(path).items()
     return {k: Share(hits, n, (), tuple(map(tuple, flags))) for k, (hits, n, flags) in rows}
@@ -256,7 +263,7 @@ def run(path: Path, out: Path, device: str) -> Path:
     ]
     for cell, _, plan in plans:
         sizes = {split: len(people) for split, people in World(plan.world).by_split.items()}
-        sizes["known"] = kept(sizes["known"], plan.qa.get("asked", 1.0))
+        sizes["known"] = len(known_in(plan))
         fewest = min(sizes.values()) * len(ATTRIBUTES)
         if n > fewest:
             raise ValueError(
@@ -267,7 +274,7 @@ def run(path: Path, out: Path, device: str) -> Path:
     for i, (cell, seed, plan) in enumerate(plans):
         print(f"== run {i + 1} of {len(plans)}: seed {seed}, {label(cell) or 'no key varied'}")
         pair = train(plan, device)
-        rows.append((cell, seed, cached_row(pair, n, plan.qa.get("asked", 1.0), out)))
+        rows.append((cell, seed, cached_row(pair, n, known_in(plan), out)))
         texts.append(replayed(pair.instruct.meta))
     folder = out / path.stem
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import CONTROL_TOKENS
-from lab.behaviour import Point, probe
+from lab.behaviour import Point, measure_point
 from lab.pair import Pair, run_instrument
 from training.checkpoint import Checkpoint
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 ENERGY = 0.9  # of a change: the sum of its squared singular values
 TOP = 8  # singular directions that are compared
+TABLES = ("wte.weight", "lm_head.weight")  # a row a token
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,10 @@ def weights(pair: Pair, questions: int) -> Weights:
     )
 
     def point(state: State) -> Point:
-        return probe(pair, mixed(pair.instruct, state), questions)
+        return measure_point(pair, mixed(pair.instruct, state), questions)
 
     matrices = [name for name in base if base[name].dim() == 2]
-    tables = [name for name in matrices if name in ("wte.weight", "lm_head.weight")]
+    tables = [name for name in matrices if name in TABLES]
     groups = groups_of(base, template_rows(pair))
     return Weights(
         matrices={name: change(base[name], instruct[name]) for name in matrices},
@@ -145,7 +146,7 @@ def groups_of(parameters: State, template: Tensor) -> dict[str, Part]:
     layers = dict.fromkeys(n.split(".")[1] for n in parameters if n.startswith("blocks."))
     named = {f"layer {i}": [n for n in parameters if n.startswith(f"blocks.{i}.")] for i in layers}
     named |= {kind: [n for n in parameters if belongs(n)] for kind, belongs in kinds.items()}
-    tables = [n for n in ("wte.weight", "lm_head.weight") if n in parameters]
+    tables = [n for n in TABLES if n in parameters]
     groups: dict[str, Part] = {
         group: {n: ~template if n in tables else None for n in names}
         for group, names in named.items()

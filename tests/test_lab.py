@@ -548,7 +548,7 @@ def test_each_column_is_asked_in_its_own_way(pair: Pair) -> None:
 def test_a_probe_asks_about_held_out_people(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = Scripted(oracle(world_of(pair)), stop=True)
     monkeypatch.setattr(knowledge, "ask", scripted)
-    found = behaviour.probe(pair, pair.base, 12)
+    found = behaviour.measure_point(pair, pair.base, 12)
     assert {share.value for share in vars(found).values()} == {1.0}
     held_out = {p.name for p in world_of(pair).by_split["held_out"]}
     assert all(any(name in text for name in held_out) for text in scripted.asked)
@@ -689,13 +689,14 @@ def test_the_base_reads_each_context_in_its_own_way(
         return real(checkpoint, prompts, replies)
 
     monkeypatch.setattr(shift, "predictions", spied)
-    assert list(shift.shift(pair, 4)) == ["chat", "plain", "documents"]
+    assert list(shift.shift(pair, 4)) == ["chat", "plain", "documents", "alone"]
     mine, its = read[id(pair.instruct)], read[id(pair.base)]
-    assert mine[:4] == mine[4:8] == mine[8:] == its[:4]
+    assert mine[:4] == mine[4:8] == mine[8:12] == mine[12:] == its[:4]
     assert all("<|user|>" in text for text in mine)
     assert not any("<|user|>" in text for text in its[4:])
     assert all(text.count("<|endoftext|>") == 1 for text in its[4:8])
-    assert all(text.count("<|endoftext|>") > 1 for text in its[8:])
+    assert all(text.count("<|endoftext|>") > 1 for text in its[8:12])
+    assert its[12:] == ["<|endoftext|>"] * 4
 
 
 def test_a_base_of_real_text_is_asked_in_words_that_it_knows(pair: Pair) -> None:
@@ -761,7 +762,7 @@ def test_interpolation_meets_both_models_bit_for_bit(pair: Pair) -> None:
         return behaviour.Point(*[Share(0, 1)] * 4)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "probe", look)
+        patch.setattr(weights, "measure_point", look)
         weights.weights(pair, 6)
     points = iter(seen)
     for scale in weights.SCALES:
@@ -780,8 +781,8 @@ def test_interpolation_meets_both_models_bit_for_bit(pair: Pair) -> None:
                 assert torch.equal(mixture[name][~chosen], states[outside][name][~chosen])
     assert next(points, None) is None
     found = weights.weights(pair, 6)
-    assert found.interpolation["0"] == behaviour.probe(pair, pair.base, 6)
-    assert found.interpolation["1"] == behaviour.probe(pair, pair.instruct, 6)
+    assert found.interpolation["0"] == behaviour.measure_point(pair, pair.base, 6)
+    assert found.interpolation["1"] == behaviour.measure_point(pair, pair.instruct, 6)
 
 
 def test_the_groups_of_a_graft_cover_every_parameter_once(pair: Pair) -> None:
@@ -817,12 +818,16 @@ def test_forgetting_follows_every_checkpoint_and_returns_to_the_text(
     monkeypatch.setattr("lab.forgetting.RETURN_EVERY", 2)
     found = forgetting(pair, 6)
     assert list(found.tuning) == ["0", "4", "6"]
-    assert list(found.recovery) == ["2", "4"]
-    assert found.tuning["0"] == behaviour.probe(pair, pair.base, 6)
-    assert found.tuning["6"] == behaviour.probe(pair, pair.instruct, 6)
+    assert {name: list(curve) for name, curve in found.recovery.items()} == {
+        "all": ["2", "4"],
+        "known": ["2", "4"],
+    }
+    assert found.tuning["0"] == behaviour.measure_point(pair, pair.base, 6)
+    assert found.tuning["6"] == behaviour.measure_point(pair, pair.instruct, 6)
     losses = found.text_loss
     assert list(losses["tuning"]) == ["0", "4", "6"]
-    assert losses["recovery"]["4"] < losses["tuning"]["6"]  # six steps of tuning: far from done
+    assert list(losses["all"]) == list(losses["known"]) == ["2", "4"]
+    assert losses["all"]["4"] < losses["tuning"]["6"]  # six steps of tuning: far from done
     middle = replace(pair.instruct, path=pair.instruct.path.parent / "step_000004")
     middle.meta["step"] = 4
     assert list(forgetting(replace(pair, instruct=middle), 6).tuning) == ["0", "4"]
@@ -860,9 +865,9 @@ def test_every_instrument_works_on_a_tied_gpt2(
     found = weights.weights(gpt2, 3)
     assert "lm_head.weight" not in found.matrices
     assert {"wte.weight", "wpe.weight"} <= set(found.matrices)
-    assert found.interpolation["1"] == behaviour.probe(gpt2, gpt2.instruct, 3)
+    assert found.interpolation["1"] == behaviour.measure_point(gpt2, gpt2.instruct, 3)
     assert shift.shift(gpt2, 3)["documents"].every.kl.n > 0
-    assert list(forgetting(gpt2, 3).recovery) == ["1"]
+    assert list(forgetting(gpt2, 3).recovery["all"]) == ["1"]
 
 
 def test_an_instrument_alone_prints_and_writes_its_figures(

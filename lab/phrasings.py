@@ -1,0 +1,119 @@
+"""New phrasings by vocabulary: what must a model have read of a word to understand a question?
+
+Held-out people are asked about in phrasings that tuning never used, which differ in where their
+content words stand: in the text that the base read ("read"), in no sentence of it ("unread": the
+same phrasings where a world has fewer wordings), or nowhere, in other phrasings ("untaught"). What
+the frame alone tells ("when", "whose"), the same phrasings with made-up words in place of the
+content words say.
+
+python -m lab.phrasings --base out/quickstart/base --instruct out/quickstart/instruct
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from functools import partial
+
+from data.world import ATTRIBUTES, Attribute, World
+from lab.knowledge import Answers, ask_all, summarize
+from lab.pair import Pair, run_instrument
+from lab.questions import Wordings, draw, openings
+from lab.stats import Difference, difference
+from training.checkpoint import Checkpoint
+
+MADE_UP = ("blick", "dax", "fep", "gorp", "modi", "toma", "wug", "zib")
+
+
+@dataclass(frozen=True)
+class Phrasings:
+    """One model's answers about held-out people; a bare value is asked for.
+
+    Attributes:
+        groups: by where the content words stand: "used" in tuning, "read", "unread", "untaught",
+            and "made up", in the frames of "read" and "unread".
+        word: what the content words are worth: new phrasings less the same with made-up words, on
+            the same facts; right, stop or not.
+    """
+
+    groups: dict[str, Answers]
+    word: dict[str, Difference]
+
+
+def phrasings(pair: Pair, questions: int) -> dict[str, Phrasings]:
+    """Both models.
+
+    Raises:
+        ValueError: there is no world to ask about.
+    """
+    if pair.world is None:
+        raise ValueError("phrasings are those of questions about a world; there is none")
+    models = {"base": pair.base, "instruct": pair.instruct}
+    return {name: phrased(model, pair.world, questions) for name, model in models.items()}
+
+
+def phrased(checkpoint: Checkpoint, world: World, n: int) -> Phrasings:
+    """One model's answers, n questions a group."""
+    rng = random.Random(f"phrasings {world.config.seed}")
+    facts = draw(world, "held_out", n, rng)
+    read, unread = (partial(new_questions, world, read=read) for read in (True, False))
+    ways: dict[str, Wordings] = {
+        "used": lambda a: a.questions,
+        "read": read,
+        "read, made up": lambda a: [made_up(question) for question in read(a)],
+        "unread": unread,
+        "unread, made up": lambda a: [made_up(question) for question in unread(a)],
+        "untaught": lambda a: a.untaught_questions,
+    }
+    groups, word = dict[str, Answers](), dict[str, Difference]()
+    for group, wordings in ways.items():
+        possible = [(p, a) for p, a in facts if wordings(a)]
+        seed = f"{group.partition(',')[0]} {world.config.seed}"  # made-up words: the same questions
+        asked = openings(possible, random.Random(seed), wordings=wordings)
+        groups[group] = summarize(ask_all(checkpoint, world, asked))
+    for group in ("read", "unread"):
+        both = (groups[way].right["all"] for way in (group, f"{group}, made up"))
+        word[group] = difference(*both)
+    return Phrasings(groups, word)
+
+
+def new_questions(world: World, attribute: Attribute, read: bool) -> list[str]:
+    """The phrasings of `taught_questions` whose content words a world's text has, or has not."""
+    return [q for q in attribute.taught_questions if is_read(q, attribute, world) == read]
+
+
+def content_words(question: str) -> list[str]:
+    """The words of a phrasing that no phrasing of tuning has."""
+    return [word for word in words(question) if word.lower() not in (*TUNED, "from")]
+
+
+def words(wording: str) -> list[str]:
+    """The words of a wording, without the places where a name or a value goes."""
+    return re.findall(r"\w+", re.sub(r"\{\w+\}", "", wording))
+
+
+def is_read(question: str, attribute: Attribute, world: World) -> bool:
+    """Whether the text of a world has all content words of a phrasing, beside facts of its kind."""
+    read = {w for s in attribute.sentences[: world.config.paraphrases] for w in words(s)}
+    return set(content_words(question)) <= read
+
+
+def made_up(question: str) -> str:
+    """A phrasing with a made-up word in place of each content word, the same for the same word."""
+    for word in content_words(question):
+        other = MADE_UP[sum(map(ord, word)) % len(MADE_UP)]
+        question = re.sub(rf"\b{word}\b", other, question)
+    return question
+
+
+TUNED = {
+    word.lower()
+    for attribute in ATTRIBUTES
+    for wording in (*attribute.questions, *attribute.follow_ups)
+    for word in words(wording)
+}
+
+
+if __name__ == "__main__":
+    run_instrument(__doc__ or "", phrasings, questions=200)
