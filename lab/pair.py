@@ -239,9 +239,9 @@ def measured_by() -> str:
         for folder in ("data", "model", "runtime", "training", "lab")
         for f in (*(root / folder).rglob("*.py"), *(root / folder).glob("*.toml"))
     ]
-    files += [root / "sample.py", root / "train_pretrain.py"]
-    drawn = ("harness.py", "plot.py", "figures.py", "report.py", "sweep.py", "web.py")
-    return fingerprint(sorted(sha256_file(f) for f in files if f.name not in drawn))
+    files += [root / "sample.py"]
+    drawn = ("harness", "plot", "figures", "report", "sweep", "tables", "findings", "web")
+    return fingerprint(sorted(sha256_file(f) for f in files if f.stem not in drawn))
 
 
 def run_instrument(about: str, instrument: Callable[[Pair, int], Any], questions: int) -> None:

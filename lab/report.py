@@ -23,12 +23,17 @@ from rich.table import Table
 from data.world import ATTRIBUTES, SPLITS, Turn, World
 from lab import headline as heads
 from lab.behaviour import behaviour
+from lab.bits import bits
 from lab.figures import report_plots, templates
-from lab.forgetting import forgetting
+from lab.forgetting import forgetting, text_of
 from lab.knowledge import knowledge
 from lab.pair import Pair, measured_by, open_pair, pair_arguments, pairs_of, provenance
+from lab.phrasings import phrasings
+from lab.positions import positions
+from lab.probe import probes
 from lab.shift import shift
 from lab.stats import kind_of, pool, to_json
+from lab.trace import trace
 from lab.weights import weights
 from model.generate import Sampling
 from runtime.cli import one_line_errors
@@ -51,9 +56,15 @@ INSTRUMENTS: dict[str, tuple[Any, int]] = {
     "knowledge": (knowledge, 1),
     "behaviour": (behaviour, 3),
     "shift": (shift, 3),
+    "phrasings": (phrasings, 3),
     "weights": (weights, 5),
+    "bits": (bits, 6),
+    "positions": (positions, 7),
+    "probes": (probes, 3),
+    "trace": (trace, 3),
     "forgetting": (forgetting, 3),
 }
+OF_A_WORLD = ("knowledge", "phrasings", "positions", "probes")  # what knows the truth, and names
 SPLIT_NAMES = dict(zip(SPLITS, ("known", "held-out", "unseen"), strict=True))
 
 
@@ -103,7 +114,9 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
         heads.replayed_in(pairs)  # before minutes of measuring
     report: dict[str, Any] = {}
     for name, (instrument, part) in INSTRUMENTS.items():
-        if name == "knowledge" and first.world is None:
+        if (name in OF_A_WORLD and first.world is None) or (
+            name == "trace" and not has_text(pairs)
+        ):
             report[name] = None
             continue
         start = time.perf_counter()
@@ -135,7 +148,7 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
     }
     device = first.base.model.wte.weight.device
     report["settings"] = {
-        "questions": {n: max(1, questions // part) for n, (_, part) in INSTRUMENTS.items()},
+        "questions": {n: max(1, questions // INSTRUMENTS[n][1]) for n in seconds},
         "decoding": "greedy",
         "parameters": first.base.model.n_params(),
         "seconds": seconds,
@@ -144,6 +157,11 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
     report["runs"] = [provenance(pair) for pair in pairs]
     report["world"] = None if first.world is None else asdict(first.world.config)
     return report
+
+
+def has_text(pairs: list[Pair]) -> bool:
+    """Whether the text that each base was trained on is still there."""
+    return all(text_of(pair.base) is not None for pair in pairs)
 
 
 def curve(checkpoint: Checkpoint) -> list[dict[str, float]]:

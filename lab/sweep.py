@@ -11,6 +11,9 @@ of its stage: "sft.data.examples". The stages:
     qa         other Q&A about the world (`lab.qa.conversations`); else its own
     sft        train_sft.py
 
+Every run is measured in the same way (`measure_row`); `[instruments]` adds others by name, each
+with its number of questions, and `[[tables]]` says which Markdown tables to make (`lab.tables`).
+
 What two cells share is run once. Give the same command again after an interruption: a finished
 run is not run again, and a killed one goes on.
 
@@ -24,29 +27,64 @@ import copy
 import csv
 import itertools
 import json
+import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data.prepare import prepare_world
 from data.replay import replayed
 from data.world import ATTRIBUTES, SPLITS, Person, World, WorldConfig
+from lab.behaviour import behaviour
+from lab.bits import bits
+from lab.exposures import exposures
 from lab.figures import sweep_plot
-from lab.knowledge import draw_and_complete, measure, recite
+from lab.forgetting import forgetting
+from lab.forms import forms
+from lab.knowledge import draw_and_complete, knowledge, measure, recite
 from lab.pair import Pair, measured_by, open_pair
+from lab.phrasings import phrasings
+from lab.positions import positions
+from lab.probe import probes
 from lab.qa import asked_about, conversations
+from lab.shift import shift
 from lab.stats import Share, difference, pool, to_json
+from lab.tables import markdown
+from lab.trace import trace
+from lab.weights import weights
 from runtime.cli import one_line_errors, parse_config
 from runtime.device import environment, pick_device
-from runtime.files import fingerprint, read_json, sha256_file, write_json
+from runtime.files import (
+    fingerprint,
+    read_json,
+    read_meta,
+    resolve_checkpoint,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from train_sft import SFTConfig
 from train_sft import main as sft
 from training.config import MAY_CHANGE
 
+INSTRUMENTS: dict[str, Callable[[Pair, int], Any]] = {
+    "knowledge": knowledge,
+    "behaviour": behaviour,
+    "shift": shift,
+    "weights": weights,
+    "bits": bits,
+    "positions": positions,
+    "probes": probes,
+    "trace": trace,
+    "forgetting": forgetting,
+    "phrasings": phrasings,
+    "forms": forms,
+    "exposures": exposures,
+}
 STAGES = ("world", "pretrain", "more", "qa", "sft")
 OWN = ("seed", "run.seed", "run.dir", "data.path", "base", "init_from")  # set by the sweep itself
 T = TypeVar("T")
@@ -68,10 +106,11 @@ def read_sweep(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from None
     defaults: dict[str, Any] = {"about": "", "seeds": [1], "questions": 200}
     spec = defaults | spec
-    known = {"about", "seeds", "questions", "grid", "cells", *STAGES}
+    own = ("about", "seeds", "labels", "questions", "grid", "cells", "instruments", "tables")
+    known = {*own, *STAGES}
     if unknown := sorted(set(spec) - known):
         raise ValueError(f"{path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    for name in ("grid", *STAGES):
+    for name in ("grid", "instruments", *STAGES):
         if not isinstance(spec.get(name, {}), dict):
             raise ValueError(f"{path}: {name} = {spec[name]}; it is a table: [{name}]")
     cells = spec.get("cells", [{}])
@@ -87,6 +126,19 @@ def read_sweep(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: a seed or a cell stands there twice; it would count twice")
     if type(n) is not int or n < 1:
         raise ValueError(f"{path}: questions = {n}; it must be 1 or more")
+    if "labels" in spec and len(spec["labels"]) != len(cells_of(spec)):
+        raise ValueError(
+            f"{path}: there are {len(spec['labels'])} labels of {len(cells_of(spec))} cells"
+        )
+    for name, asked in spec.get("instruments", {}).items():
+        if name not in INSTRUMENTS or type(asked) is not int or asked < 1:
+            known_ones = ", ".join(INSTRUMENTS)
+            raise ValueError(
+                f"{path}: {name} = {asked}; [instruments] are questions each of {known_ones}"
+            )
+    for wanted in spec.get("tables", []):
+        if not isinstance(wanted, dict) or not isinstance(wanted.get("columns", {}), dict):
+            raise ValueError(f"{path}: tables are [[tables]], columns of theirs {{label = path}}")
     fixed = [f"{stage}.{key}" for stage in STAGES for key in spec.get(stage, {})]
     for key in (*fixed, *(key for cell in cells_of(spec) for key in cell)):
         stage, _, name = key.partition(".")
@@ -269,17 +321,74 @@ def run(path: Path, out: Path, device: str) -> Path:
             raise ValueError(
                 f"{path}: questions = {n}, but {label(cell)} has {fewest} facts a split"
             )
-    rows: list[tuple[dict[str, Any], int, Row]] = []
-    texts: list[str] = []
+    folder = out / path.stem
+    runs, files = list[Measured](), list[Any]()
     for i, (cell, seed, plan) in enumerate(plans):
         print(f"== run {i + 1} of {len(plans)}: seed {seed}, {label(cell) or 'no key varied'}")
         pair = train(plan, device)
-        rows.append((cell, seed, cached_row(pair, n, known_in(plan), out)))
-        texts.append(replayed(pair.instruct.meta))
-    folder = out / path.stem
+        runs.append(Measured(cell, seed, plan, replayed(pair.instruct.meta)))
+        files.append([c.meta["files"] for c in (pair.base, pair.instruct)])
+    asked = {key: value for key, value in spec.items() if key not in ("about", "labels", "tables")}
+    made_from = fingerprint([asked, files, device, measured_by(), sha256_file(Path(__file__))])
+    if (table := made_before(folder / "table.json", made_from)) is not None:
+        write_tables(folder, table | {"about": spec["about"], "spec": spec})
+        return folder
+    print(f"== measuring {len(runs)} runs")
+    begin = time.perf_counter()
+    measured = [measured_run(r, spec, out, device) for r in runs]
+    seconds = {"training": seconds_of(runs), "measuring": round(time.perf_counter() - begin)}
     folder.mkdir(parents=True, exist_ok=True)
-    write_tables(folder, spec, cells, rows, texts, device)
+    about = {"made_from": made_from, "environment": environment(pick_device(device))}
+    about["seconds"] = seconds
+    write_tables(folder, table_of(spec, cells, measured) | about)
     return folder
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell at one seed.
+
+    Attributes:
+        replayed: what text was replayed in tuning.
+        found: results of `[instruments]`, by name.
+    """
+
+    cell: dict[str, Any]
+    seed: int
+    plan: Plan | None
+    replayed: str
+    row: Row = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def measured_run(run: Measured, spec: dict[str, Any], out: Path, device: str) -> Measured:
+    """A run with all its figures."""
+    assert run.plan is not None
+    pair = open_pair(run.plan.sft.base, run.plan.sft.run.dir, device, None)
+    row = cached_row(pair, spec["questions"], known_in(run.plan), out)
+    asked = spec.get("instruments", {}).items()
+    found = {name: INSTRUMENTS[name](pair, n) for name, n in asked}
+    return replace(run, row=row, found=found)
+
+
+def seconds_of(runs: list[Measured]) -> dict[str, float]:
+    """How long each training behind some runs took, by the name of its folder."""
+    found = dict[str, float]()
+    for plan in (run.plan for run in runs if run.plan is not None):
+        for config in (plan.pretrain, plan.more, plan.sft):
+            if config is not None:
+                metrics = read_meta(resolve_checkpoint(config.run.dir))["metrics"]
+                found[Path(config.run.dir).name] = round(metrics.get("seconds", 0.0), 1)
+    return found
+
+
+def made_before(path: Path, made_from: str) -> dict[str, Any] | None:
+    """A table that is there already, from the same runs by the same code; None if there is none."""
+    try:
+        table: dict[str, Any] = read_json(path)
+        return table if table["made_from"] == made_from else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def label(cell: dict[str, Any]) -> str:
@@ -287,61 +396,58 @@ def label(cell: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in cell.items())
 
 
-def write_tables(
-    folder: Path,
-    spec: dict[str, Any],
-    cells: list[dict[str, Any]],
-    rows: list[tuple[dict[str, Any], int, Row]],
-    texts: list[str],
-    device: str,
-) -> None:
-    """One row a run, and the seeds of a cell pooled; as JSON, CSV and a picture.
+def table_of(
+    spec: dict[str, Any], cells: list[dict[str, Any]], runs: list[Measured]
+) -> dict[str, Any]:
+    """One row a run, and the seeds of a cell pooled.
 
     Each cell also brings its paired differences from the first one, where both were asked the same.
-
-    Args:
-        texts: what each run replayed in tuning.
     """
-    of_cell = [[row for c, _, row in rows if c == cell] for cell in cells]
-    replays = [
-        "/".join(sorted({x for x, r in zip(texts, rows, strict=True) if r[0] == c})) for c in cells
-    ]
-    pooled = [pool(found) for found in of_cell]
-    against = [
-        {
-            key: pool([difference(a[key], b[key]) for a, b in zip(found, of_cell[0], strict=True)])
-            for key in found[0]
-            if all(same_questions(a[key], b[key]) for a, b in zip(found, of_cell[0], strict=True))
+    of_cell = [[run for run in runs if run.cell == cell] for cell in cells]
+    first = [run.row for run in of_cell[0]]
+    pooled = []
+    for cell, found in zip(cells, of_cell, strict=True):
+        rows = [run.row for run in found]
+        differences = {
+            key: pool([difference(a[key], b[key]) for a, b in zip(rows, first, strict=True)])
+            for key in rows[0]
+            if all(same_questions(a[key], b[key]) for a, b in zip(rows, first, strict=True))
         }
-        for found in of_cell
-    ]
-    table = {
+        pooled.append(
+            {
+                "cell": cell,
+                "replayed": "/".join(sorted({run.replayed for run in found})),
+                "from_the_first": to_json(differences),
+                **to_json(pool(rows)),
+                **to_json(pool([run.found for run in found])),
+            }
+        )
+    return {
         "about": spec["about"],
         "spec": spec,
-        "environment": environment(pick_device(device)),
         "runs": [
-            {"cell": c, "seed": seed, "replayed": text, **to_json(row)}
-            for (c, seed, row), text in zip(rows, texts, strict=True)
+            {"cell": r.cell, "seed": r.seed, "replayed": r.replayed, **to_json(r.row)} for r in runs
         ],
-        "cells": [
-            {
-                "cell": c,
-                "replayed": text,
-                "from_the_first": to_json(differences),
-                **to_json(row),
-            }
-            for c, text, differences, row in zip(cells, replays, against, pooled, strict=True)
-        ],
+        "cells": pooled,
     }
-    write_json(folder / "table.json", table)
-    keys = list(dict.fromkeys(key for cell in cells for key in cell))
+
+
+def write_tables(folder: Path, table: dict[str, Any]) -> None:
+    """A table as JSON, CSV, Markdown and a picture."""
+    write_text(folder / "tables.md", "\n\n".join(markdown(table)) + "\n")
+    keys = list(dict.fromkeys(key for cell in table["cells"] for key in cell["cell"]))
+    figures = [key for key in table["runs"][0] if key not in ("cell", "seed", "replayed")]
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
-        writer.writerow([*keys, "seed", "replayed", *rows[0][2]])
-        for (cell, seed, row), text in zip(rows, texts, strict=True):
-            shares = ["" if s.value is None else f"{s.value:.4f}" for s in row.values()]
-            writer.writerow([*(cell.get(k, "") for k in keys), seed, text, *shares])
+        writer.writerow([*keys, "seed", "replayed", *figures])
+        for run in table["runs"]:
+            shares = (run[key]["share"] for key in figures)
+            texts = ["" if share is None else f"{share:.4f}" for share in shares]
+            writer.writerow(
+                [*(run["cell"].get(k, "") for k in keys), run["seed"], run["replayed"], *texts]
+            )
     (folder / "picture.svg").write_text(sweep_plot(table), encoding="utf-8")
+    write_json(folder / "table.json", table)  # last: without it, all is made again
 
 
 def same_questions(a: Share, b: Share) -> bool:

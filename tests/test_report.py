@@ -18,7 +18,10 @@ from lab import headline, report
 from lab.pair import Pair, open_pair
 
 Runs = tuple[Path, Path]
-SECTIONS = ("table", "replies", "behaviour", "shift", "weights", "forgetting", "limits", "settings")
+SECTIONS = (
+    *("table", "replies", "behaviour", "shift", "weights", "bits", "trace", "forgetting"),
+    *("limits", "settings"),
+)
 
 
 @pytest.fixture

@@ -1,0 +1,91 @@
+"""All of docs/findings.md by one command: every sweep, and its tables put into the page.
+
+    <!-- table replay 2 -->    what stands between these two lines is the second table that
+    <!-- end -->               configs/sweeps/replay.toml asks for
+
+Each sweep's table.json and picture go to docs/findings beside it. Give the command again after an
+interruption, or with the names of some sweeps to run those alone. Sweeps share their runs, so
+several at once would train the same thing twice.
+
+python -m lab.findings --out out/sweeps
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lab import sweep
+from lab.tables import markdown
+from runtime.cli import one_line_errors
+from runtime.files import read_json, write_text
+
+ROOT = Path(__file__).parents[1]
+PLACE = re.compile(r"(<!-- table (\w+) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(page: str, tables: dict[str, list[str]]) -> str:
+    """A page with the tables of some sweeps put where it names them; others stay as they are.
+
+    Raises:
+        ValueError: it names a table that its sweep does not make.
+    """
+
+    def put(match: re.Match[str]) -> str:
+        begin, name, number, end = match.groups()
+        if name not in tables:
+            return match[0]
+        if not 0 < int(number) <= len(tables[name]):
+            raise ValueError(f"table {name} {number}: the sweep makes {len(tables[name])}")
+        return f"{begin}{tables[name][int(number) - 1]}\n{end}"
+
+    return PLACE.sub(put, page)
+
+
+def hours(tables: list[dict[str, Any]]) -> float:
+    """What some sweeps took: each of their runs once, and all the measuring."""
+    training: dict[str, float] = {}
+    for table in tables:
+        training |= table["seconds"]["training"]
+    measuring = sum(table["seconds"]["measuring"] for table in tables)
+    return (sum(training.values()) + measuring) / 3600
+
+
+def run(names: list[str], out: Path, page: Path, device: str) -> None:
+    """Runs sweeps by name, in their order, and writes the page after each one."""
+    done = []
+    for name in names:
+        print(f"==== {name}")
+        folder = sweep.run(ROOT / "configs" / "sweeps" / f"{name}.toml", out, device)
+        table = read_json(folder / "table.json")
+        kept = page.with_suffix("")
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "table.json", kept / f"{name}.json")
+        shutil.copy(folder / "picture.svg", kept / f"{name}.svg")
+        write_text(page, fill(page.read_text(encoding="utf-8"), {name: markdown(table)}))
+        done.append(table)
+        print(f"hours so far, one process: {hours(done):.1f}")
+
+
+def main() -> None:
+    """Runs one command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = sorted(path.stem for path in (ROOT / "configs" / "sweeps").glob("*.toml"))
+    p.add_argument("names", nargs="*", metavar="NAME", help=f"sweeps: {', '.join(known)}")
+    p.add_argument("--out", type=Path, required=True, help="folder of all sweeps: they share runs")
+    p.add_argument("--page", type=Path, default=ROOT / "docs" / "findings.md", help="what to fill")
+    p.add_argument("--device", default="auto", help="for measuring: auto (default), cpu, cuda, ...")
+    with one_line_errors():
+        a = p.parse_args()
+        if unknown := sorted(set(a.names) - set(known)):
+            raise ValueError(f"no sweep is called {unknown[0]}; there are {', '.join(known)}")
+        run(a.names or known, a.out, a.page, a.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""A sweep's figures as Markdown tables, as its TOML file asks for them.
+
+A `[[tables]]` entry is one of three kinds. A path is dotted, through table.json's cells.
+
+    columns         a row for each cell of the sweep: {label = path}, and after these STANDARD
+    of, columns     a table a cell, a row for each entry of what `of` names: {label = path in it}
+    rows, columns   a table a cell: {label = path with a {}}, {label = what goes there}
+
+The sweep's `labels` name the cells, in their order; without them they are named by their keys.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lab.stats import kind_of
+
+# Held-out people are asked about in the chat template where no others are named.
+STANDARD = {
+    "replayed": "replayed",
+    "bare value, known people": "answers_known",
+    "bare value": "answers_held_out",
+    "stop or not": "right_held_out",
+    "stops": "stops_held_out",
+    "difference from the first row": "from_the_first.answers_held_out",
+    "in a sentence": "sentence_held_out",
+    "new phrasings": "rephrased_held_out",
+    "cloze after": "cloze_held_out",
+    "unseen people": "answers_unseen",
+}
+
+
+def markdown(table: dict[str, Any]) -> list[str]:
+    """The tables that a sweep's spec asks for, in its order.
+
+    Raises:
+        ValueError: a path that leads nowhere.
+    """
+    spec, cells = table["spec"], table["cells"]
+    names = spec.get("labels") or [name_of(cell["cell"]) for cell in cells]
+    return [made(dict(zip(names, cells, strict=True)), wanted) for wanted in spec.get("tables", [])]
+
+
+def made(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> str:
+    """One entry of `[[tables]]`; of several cells, with each one's name above its table."""
+    columns = wanted.get("columns", {})
+    if "of" not in wanted and "rows" not in wanted:
+        columns = columns | STANDARD
+        rows = [
+            [name, *(figure(at(cell, path)) for path in columns.values())]
+            for name, cell in cells.items()
+        ]
+        return grid(list(columns), rows)
+    parts = []
+    for name, cell in cells.items():
+        if "of" in wanted:
+            rows = [
+                [key, *(figure(at(entry, path)) for path in columns.values())]
+                for key, entry in at(cell, wanted["of"]).items()
+            ]
+        else:
+            rows = [
+                [label, *(figure(at(cell, path.format(c))) for c in columns.values())]
+                for label, path in wanted["rows"].items()
+            ]
+        title = f"{name}:\n\n" if len(cells) > 1 else ""
+        parts.append(title + grid(list(columns), rows))
+    return "\n\n".join(parts)
+
+
+def at(value: Any, path: str) -> Any:
+    """What a dotted path leads to; an empty one to the value itself.
+
+    Raises:
+        ValueError: it leads nowhere.
+    """
+    for key in path.split(".") if path else []:
+        # A key may have a dot of its own ("0.25"), written as ":".
+        key = key.replace(":", ".")
+        if not isinstance(value, dict) or key not in value:
+            raise ValueError(f"[[tables]]: {path} leads nowhere at {key!r}")
+        value = value[key]
+    return value
+
+
+def figure(value: Any) -> str:
+    """A figure with that of each run, a difference with its interval; text as it is."""
+    kind = kind_of(value)
+    if not kind:
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if value[kind] is None:
+        return "-"
+    text = number(value[kind])
+    if kind == "difference" and value["low"] is not None:
+        return f"{text} [{number(value['low'])}, {number(value['high'])}]"
+    runs = [number(run) for run in value.get("runs", []) if run is not None]
+    return f"{text} ({', '.join(runs)})" if runs and kind != "difference" else text
+
+
+def number(value: float) -> str:
+    """Two decimals, without a zero before them."""
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}".replace("-0.00", "0.00"))
+
+
+def name_of(cell: dict[str, Any]) -> str:
+    """A cell by its keys."""
+    return ", ".join(f"`{key}` {value}" for key, value in cell.items())
+
+
+def grid(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column has no heading."""
+    lines = [["", *columns], ["---"] * (len(columns) + 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("|  |", "| |")

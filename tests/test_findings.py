@@ -1,0 +1,129 @@
+"""lab.tables and lab.findings: figures become tables, which stand where the page names them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab import findings, sweep
+from lab.stats import Difference, Mean, Share, to_json
+from lab.tables import STANDARD, at, figure, markdown, number
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "findings.md"
+SHARE = to_json(Share(3, 4, (0.5, None, 1.0)))
+
+
+def table(**spec: Any) -> dict[str, Any]:
+    standard = {path.partition(".")[0]: SHARE for path in STANDARD.values()}
+    own = {"from_the_first": {"answers_held_out": to_json(Difference(-0.25, -0.5, 0.0, 8, 4))}}
+    parts = {"a": {"0.25": {"x": SHARE}, "1": {"x": 0.125}}, "two": {"p": SHARE, "q": "none"}}
+    cells = [{"cell": {"k": k}, **standard, **own, "replayed": "none", "n": parts} for k in (1, 2)]
+    return {"cells": cells, "spec": spec}
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (SHARE, ".75 (.50, 1.00)"),
+        (to_json(Share(0, 0)), "-"),
+        (to_json(Share(1, 8)), ".12"),
+        (to_json(Mean.of([1.0, 2.0])), "1.50"),
+        (to_json(Difference(-0.004, -0.5, 0.25, 8, 4, (0.0, -0.008))), ".00 [-.50, .25]"),
+        (12345.678, "1.23e+04"),
+        ("none", "none"),
+    ],
+)
+def test_a_figure_brings_its_runs_or_its_interval(value: Any, text: str) -> None:
+    assert figure(value) == text
+
+
+def test_numbers_have_two_decimals_and_no_zero_before_them() -> None:
+    assert [number(x) for x in (0.0, -0.001, 0.999, 1.0, -0.126, 10.5)] == [
+        ".00", ".00", "1.00", "1.00", "-.13", "10.50"
+    ]  # fmt: skip
+
+
+def test_each_kind_of_table_has_the_rows_that_it_names() -> None:
+    (plain,) = markdown(table(labels=["first", "second"], tables=[{"columns": {"own": "n.two.p"}}]))
+    head, _, first, second = rows_of(plain)
+    assert head == ["own", *STANDARD]
+    assert (first[0], second[0]) == ("first", "second")
+    assert first[1:] == [
+        ".75 (.50, 1.00)", "none", *[".75 (.50, 1.00)"] * 4, "-.25 [-.50, .00]",
+        *[".75 (.50, 1.00)"] * 4,
+    ]  # fmt: skip
+    (entries,) = markdown(table(tables=[{"of": "n.a", "columns": {"x": "x"}}]))
+    assert rows_of(entries)[2:4] == [["0.25", ".75 (.50, 1.00)"], ["1", "0.125"]]
+    assert entries.count("`k` 1:") == entries.count("`k` 2:") == 1  # a table for each cell
+    (crossed,) = markdown(
+        table(tables=[{"rows": {"r": "n.two.{}"}, "columns": {"P": "p", "Q": "q"}}])
+    )
+    assert rows_of(crossed)[:3] == [["P", "Q"], ["---"] * 3, ["r", ".75 (.50, 1.00)", "none"]]
+    assert at(table()["cells"][0], "n.a.0:25.x") == SHARE
+
+
+def test_a_path_that_leads_nowhere_is_named() -> None:
+    with pytest.raises(ValueError, match=r"n\.b leads nowhere at 'b'"):
+        markdown(table(tables=[{"columns": {"x": "n.b"}}]))
+
+
+def test_a_page_is_filled_where_it_names_tables_and_nowhere_else() -> None:
+    page = "a\n<!-- table x 2 -->\nold\n<!-- end -->\nb\n<!-- table y 1 -->\nkept\n<!-- end -->\n"
+    filled = findings.fill(page, {"x": ["one", "two"]})
+    assert filled == page.replace("old", "two")
+    assert findings.fill(filled, {"x": ["one", "two"]}) == filled
+    with pytest.raises(ValueError, match="table x 2: the sweep makes 1"):
+        findings.fill(page, {"x": ["one"]})
+
+
+def test_a_run_that_sweeps_share_counts_once() -> None:
+    def took(**training: float) -> dict[str, Any]:
+        return {"seconds": {"training": training, "measuring": 100}}
+
+    assert findings.hours([took(a=1000, b=500), took(a=1000)]) == 1700 / 3600
+
+
+def test_a_sweep_is_run_and_its_tables_put_into_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pretend(path: Path, out: Path, device: str) -> Path:
+        folder = out / path.stem
+        folder.mkdir(parents=True)
+        whole = table(tables=[{"columns": {}}]) | {"seconds": {"training": {}, "measuring": 0}}
+        (folder / "table.json").write_text(json.dumps(whole))
+        (folder / "picture.svg").write_text("<svg/>")
+        return folder
+
+    monkeypatch.setattr(sweep, "run", pretend)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table rates 1 -->\n<!-- end -->\n")
+    findings.run(["rates"], tmp_path / "out", page, "cpu")
+    assert "| `k` 1 | none | .75 (.50, 1.00) |" in page.read_text()
+    assert (tmp_path / "page" / "rates.svg").read_text() == "<svg/>"
+    assert json.loads((tmp_path / "page" / "rates.json").read_text())["cells"]
+
+
+def test_every_table_of_the_page_is_that_of_the_figures_beside_it() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    tables = {
+        path.stem: markdown(json.loads(path.read_text(encoding="utf-8")))
+        for path in PAGE.with_suffix("").glob("*.json")
+    }
+    assert findings.fill(page, tables) == page
+    assert {match[2] for match in findings.PLACE.finditer(page)} <= set(tables)
+
+
+def test_the_figures_beside_the_page_are_those_that_today_s_sweeps_ask_for() -> None:
+    for path in PAGE.with_suffix("").glob("*.json"):
+        spec = json.loads(path.read_text(encoding="utf-8"))["spec"]
+        assert spec == sweep.read_sweep(ROOT / "configs" / "sweeps" / f"{path.stem}.toml")
+        assert re.fullmatch(r"[a-z_]+", path.stem)
