@@ -1,11 +1,11 @@
-# make quickstart | test | lint | bench | clean. Each makes .venv from the pinned requirements if needed.
+# make quickstart | test | lint | findings | bench | clean. Each makes .venv from the pinned requirements if needed.
 PYTHON ?= python3
 BIN := .venv/bin
 # SEED=n: the same with another world and other first weights, in a folder of its own.
 QUICK := out/quickstart$(if $(SEED),-$(SEED))
 OTHER = $(if $(SEED),--run.seed=$(SEED) --data.path=$(QUICK)/data)
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint findings bench clean
 .DELETE_ON_ERROR:
 
 .venv/runtime: requirements.txt
@@ -33,6 +33,11 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Everything that docs/findings.md reports, from nothing (its head says in how many hours). It goes on
+# where it was interrupted. SWEEPS="rates order" runs these alone.
+findings: .venv/runtime
+	$(BIN)/python -m lab.findings --out out/sweeps $(SWEEPS)
 
 # PEERS="--nanogpt DIR --nanochat DIR" measures beside them; docs/speed.md has the benches one by one.
 bench: .venv/dev

@@ -54,17 +54,9 @@ from lab.stats import Share, difference, pool, to_json
 from lab.tables import markdown
 from lab.trace import trace
 from lab.weights import weights
+from runtime import files
 from runtime.cli import one_line_errors, parse_config
 from runtime.device import environment, pick_device
-from runtime.files import (
-    fingerprint,
-    read_json,
-    read_meta,
-    resolve_checkpoint,
-    sha256_file,
-    write_json,
-    write_text,
-)
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from train_sft import SFTConfig
@@ -197,14 +189,14 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
     except TypeError as error:  # an unknown key or a wrong type
         raise ValueError(f"[world] or [qa]: {error}") from None
     at: list[Any] = [asdict(world)]
-    data = folder / "runs" / f"world-{fingerprint(at)}"
+    data = folder / "runs" / f"world-{files.fingerprint(at)}"
 
     def resolve(config_class: type[T], stage: str, given: dict[str, Any]) -> T:
         """A stage's config, and its place by what it and the stages before it are."""
         given = given | {"run.seed": seed, "run.dir": "to be named"}
         config: Any = parse_config(config_class, options(given))
         at.extend([stage, sorted(f for f in leaves(asdict(config)) if f[0] not in MAY_CHANGE)])
-        place = folder / "runs" / f"{stage}-{fingerprint(at)}"
+        place = folder / "runs" / f"{stage}-{files.fingerprint(at)}"
         resolved: T = replace(config, run=replace(config.run, dir=str(place)))
         return resolved
 
@@ -218,7 +210,7 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
     questions = data
     if qa:
         at.append(sorted(qa.items()))
-        questions = folder / "runs" / f"qa-{fingerprint(at)}.jsonl"
+        questions = folder / "runs" / f"qa-{files.fingerprint(at)}.jsonl"
     tuning = settings["sft"] | {"base": base.run.dir, "data.path": str(questions)}
     return Plan(world, data, pretrain, more, qa, resolve(SFTConfig, "sft", tuning))
 
@@ -291,15 +283,15 @@ def known_in(plan: Plan) -> list[Person]:
 
 def cached_row(pair: Pair, n: int, known: list[Person], folder: Path) -> Row:
     """`measure_row`, kept by what was measured and with which code."""
-    files = [c.meta["files"] for c in (pair.base, pair.instruct)]
+    of = [c.meta["files"] for c in (pair.base, pair.instruct)]
     names = [person.name for person in known]
-    key = fingerprint([files, n, names, measured_by(), sha256_file(Path(__file__))])
+    key = files.fingerprint([of, n, names, measured_by(), files.sha256_file(Path(__file__))])
     path = folder / "rows" / f"{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         found = measure_row(pair, n, known)
-        write_json(path, {k: [s.hits, s.n, s.flags] for k, s in found.items()})
-    rows = read_json(path).items()
+        files.write_json(path, {k: [s.hits, s.n, s.flags] for k, s in found.items()})
+    rows = files.read_json(path).items()
     return {k: Share(hits, n, (), tuple(map(tuple, flags))) for k, (hits, n, flags) in rows}
 
 
@@ -322,14 +314,16 @@ def run(path: Path, out: Path, device: str) -> Path:
                 f"{path}: questions = {n}, but {label(cell)} has {fewest} facts a split"
             )
     folder = out / path.stem
-    runs, files = list[Measured](), list[Any]()
+    runs, made_of = list[Measured](), list[Any]()
     for i, (cell, seed, plan) in enumerate(plans):
         print(f"== run {i + 1} of {len(plans)}: seed {seed}, {label(cell) or 'no key varied'}")
         pair = train(plan, device)
         runs.append(Measured(cell, seed, plan, replayed(pair.instruct.meta)))
-        files.append([c.meta["files"] for c in (pair.base, pair.instruct)])
+        made_of.append([c.meta["files"] for c in (pair.base, pair.instruct)])
     asked = {key: value for key, value in spec.items() if key not in ("about", "labels", "tables")}
-    made_from = fingerprint([asked, files, device, measured_by(), sha256_file(Path(__file__))])
+    made_from = files.fingerprint(
+        [asked, made_of, device, measured_by(), files.sha256_file(Path(__file__))]
+    )
     if (table := made_before(folder / "table.json", made_from)) is not None:
         write_tables(folder, table | {"about": spec["about"], "spec": spec})
         return folder
@@ -377,7 +371,7 @@ def seconds_of(runs: list[Measured]) -> dict[str, float]:
     for plan in (run.plan for run in runs if run.plan is not None):
         for config in (plan.pretrain, plan.more, plan.sft):
             if config is not None:
-                metrics = read_meta(resolve_checkpoint(config.run.dir))["metrics"]
+                metrics = files.read_meta(files.resolve_checkpoint(config.run.dir))["metrics"]
                 found[Path(config.run.dir).name] = round(metrics.get("seconds", 0.0), 1)
     return found
 
@@ -385,7 +379,7 @@ def seconds_of(runs: list[Measured]) -> dict[str, float]:
 def made_before(path: Path, made_from: str) -> dict[str, Any] | None:
     """A table that is there already, from the same runs by the same code; None if there is none."""
     try:
-        table: dict[str, Any] = read_json(path)
+        table: dict[str, Any] = files.read_json(path)
         return table if table["made_from"] == made_from else None
     except (ValueError, TypeError, KeyError):
         return None
@@ -434,7 +428,7 @@ def table_of(
 
 def write_tables(folder: Path, table: dict[str, Any]) -> None:
     """A table as JSON, CSV, Markdown and a picture."""
-    write_text(folder / "tables.md", "\n\n".join(markdown(table)) + "\n")
+    files.write_text(folder / "tables.md", "\n\n".join(markdown(table)) + "\n")
     keys = list(dict.fromkeys(key for cell in table["cells"] for key in cell["cell"]))
     figures = [key for key in table["runs"][0] if key not in ("cell", "seed", "replayed")]
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as f:
@@ -447,7 +441,7 @@ def write_tables(folder: Path, table: dict[str, Any]) -> None:
                 [*(run["cell"].get(k, "") for k in keys), run["seed"], run["replayed"], *texts]
             )
     (folder / "picture.svg").write_text(sweep_plot(table), encoding="utf-8")
-    write_json(folder / "table.json", table)  # last: without it, all is made again
+    files.write_json(folder / "table.json", table)  # last: without it, all is made again
 
 
 def same_questions(a: Share, b: Share) -> bool:
