@@ -1,10 +1,10 @@
 """New phrasings by vocabulary: what must a model have read of a word to understand a question?
 
-Held-out people are asked about in phrasings that tuning never used, which differ in where their
-content words stand: in the text that the base read ("read"), in no sentence of it ("unread": the
-same phrasings where a world has fewer wordings), or nowhere, in other phrasings ("untaught"). What
-the frame alone tells ("when", "whose"), the same phrasings with made-up words in place of the
-content words say.
+Held-out people are asked about in phrasings that tuning never used. The content words of some stand
+in the first 8 wordings of a fact in the text ("early"), of others only in the last 4 ("late"), so a
+world of 8 wordings teaches the first alone, with the same questions in tuning; of yet others they
+stand nowhere ("untaught"). What the frame of a question tells without them ("when", "whose"), the
+same phrasings with made-up words say.
 
 python -m lab.phrasings --base out/quickstart/base --instruct out/quickstart/instruct
 """
@@ -23,6 +23,7 @@ from lab.questions import Wordings, draw, openings
 from lab.stats import Difference, difference
 from training.checkpoint import Checkpoint
 
+EARLY = 8  # wordings a fact
 MADE_UP = ("blick", "dax", "fep", "gorp", "modi", "toma", "wug", "zib")
 
 
@@ -31,8 +32,7 @@ class Phrasings:
     """One model's answers about held-out people; a bare value is asked for.
 
     Attributes:
-        groups: by where the content words stand: "used" in tuning, "read", "unread", "untaught",
-            and "made up", in the frames of "read" and "unread".
+        groups: "used" in tuning, "early", "late", "untaught", and the first two "made up".
         word: what the content words are worth: new phrasings less the same with made-up words, on
             the same facts; right, stop or not.
     """
@@ -57,13 +57,13 @@ def phrased(checkpoint: Checkpoint, world: World, n: int) -> Phrasings:
     """One model's answers, n questions a group."""
     rng = random.Random(f"phrasings {world.config.seed}")
     facts = draw(world, "held_out", n, rng)
-    read, unread = (partial(new_questions, world, read=read) for read in (True, False))
+    early, late = (partial(new_questions, early=early) for early in (True, False))
     ways: dict[str, Wordings] = {
         "used": lambda a: a.questions,
-        "read": read,
-        "read, made up": lambda a: [made_up(question) for question in read(a)],
-        "unread": unread,
-        "unread, made up": lambda a: [made_up(question) for question in unread(a)],
+        "early": early,
+        "early, made up": lambda a: [made_up(question) for question in early(a)],
+        "late": late,
+        "late, made up": lambda a: [made_up(question) for question in late(a)],
         "untaught": lambda a: a.untaught_questions,
     }
     groups, word = dict[str, Answers](), dict[str, Difference]()
@@ -72,15 +72,21 @@ def phrased(checkpoint: Checkpoint, world: World, n: int) -> Phrasings:
         seed = f"{group.partition(',')[0]} {world.config.seed}"  # made-up words: the same questions
         asked = openings(possible, random.Random(seed), wordings=wordings)
         groups[group] = summarize(ask_all(checkpoint, world, asked))
-    for group in ("read", "unread"):
+    for group in ("early", "late"):
         both = (groups[way].right["all"] for way in (group, f"{group}, made up"))
         word[group] = difference(*both)
     return Phrasings(groups, word)
 
 
-def new_questions(world: World, attribute: Attribute, read: bool) -> list[str]:
-    """The phrasings of `taught_questions` whose content words a world's text has, or has not."""
-    return [q for q in attribute.taught_questions if is_read(q, attribute, world) == read]
+def new_questions(attribute: Attribute, early: bool) -> list[str]:
+    """The phrasings of `taught_questions` whose content words stand early in the text, or late."""
+    return [q for q in attribute.taught_questions if is_early(q, attribute) == early]
+
+
+def is_early(question: str, attribute: Attribute) -> bool:
+    """Whether the first EARLY wordings of a fact have all content words of a phrasing."""
+    read = {word for sentence in attribute.sentences[:EARLY] for word in words(sentence)}
+    return set(content_words(question)) <= read
 
 
 def content_words(question: str) -> list[str]:
@@ -91,12 +97,6 @@ def content_words(question: str) -> list[str]:
 def words(wording: str) -> list[str]:
     """The words of a wording, without the places where a name or a value goes."""
     return re.findall(r"\w+", re.sub(r"\{\w+\}", "", wording))
-
-
-def is_read(question: str, attribute: Attribute, world: World) -> bool:
-    """Whether the text of a world has all content words of a phrasing, beside facts of its kind."""
-    read = {w for s in attribute.sentences[: world.config.paraphrases] for w in words(s)}
-    return set(content_words(question)) <= read
 
 
 def made_up(question: str) -> str:

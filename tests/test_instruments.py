@@ -30,7 +30,6 @@ from training.step import train_step
 
 Runs = tuple[Path, Path]
 FC = "blocks.0.mlp.fc.weight"
-EIGHT, TWELVE = World(WorldConfig(paraphrases=8)), World(WorldConfig(paraphrases=12))
 
 
 @pytest.fixture
@@ -268,27 +267,24 @@ def test_two_models_that_are_one_answer_alike_wherever_they_compute(pair: Pair) 
     assert all(cell == every[0] for cell in every)
 
 
-@pytest.mark.parametrize("name", ["pair", "gpt2"])
-def test_nowhere_and_everywhere_are_the_models_themselves(
-    name: str, request: pytest.FixtureRequest
-) -> None:
-    both: Pair = request.getfixturevalue(name)
+@pytest.fixture(params=["modern", "gpt2"])
+def either(request: pytest.FixtureRequest, pair: Pair, gpt2: Pair) -> Pair:
+    return pair if request.param == "modern" else gpt2
+
+
+def test_nowhere_and_everywhere_are_the_models_themselves(either: Pair) -> None:
     rng = random.Random(1)
-    asked = openings(draw(world_of(both), "held_out", 8, rng), rng)
-    prompts = [render_prompt(q.messages, both.base.tokenizer) for q in asked]
-    for tuned, model in ((False, both.base), (True, both.instruct)):
+    asked = openings(draw(world_of(either), "held_out", 8, rng), rng)
+    prompts = [render_prompt(q.messages, either.base.tokenizer) for q in asked]
+    for tuned, model in ((False, either.base), (True, either.instruct)):
         marked = [[tuned] * len(p) for p in prompts]
-        found = positions.continue_greedily(both, prompts, marked, tuned, 6)
+        found = positions.continue_greedily(either, prompts, marked, tuned, 6)
         assert found == ask(model, prompts, 6)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["pair", "gpt2"])
-def test_a_token_computes_with_the_weights_of_its_place(
-    name: str, request: pytest.FixtureRequest
-) -> None:
-    both: Pair = request.getfixturevalue(name)
-    base, instruct = both.base.model, both.instruct.model
+def test_a_token_computes_with_the_weights_of_its_place(either: Pair) -> None:
+    base, instruct = either.base.model, either.instruct.model
     idx = torch.tensor([[5, 6, 7, 8]])
     alone = {m: m.hidden(idx) for m in (base, instruct)}
     with positions.mixing(base, instruct, torch.tensor([[True, True, False, False]])):
@@ -359,14 +355,22 @@ def test_a_trace_needs_the_text(pair: Pair) -> None:
 # ---- phrasings -------------------------------------------------------------------------------
 
 
-def test_a_text_of_fewer_wordings_has_not_read_every_word() -> None:
+def test_a_text_of_eight_wordings_lacks_the_late_words_and_no_early_one() -> None:
+    texts = {n: World(WorldConfig(people=200, bios=5, paraphrases=n)) for n in (8, 12)}
+    read = {
+        n: {w for b in world.biographies() for w in phrasings.words(b)}
+        for n, world in texts.items()
+    }
     for attribute in ATTRIBUTES:
-        assert phrasings.new_questions(TWELVE, attribute, read=False) == []
-        both = [phrasings.new_questions(EIGHT, attribute, read) for read in (True, False)]
+        both = [phrasings.new_questions(attribute, early) for early in (True, False)]
         assert sorted(both[0] + both[1]) == sorted(attribute.taught_questions)
         assert both[1]
-    text = {w for b in (next(EIGHT.biographies()),) for w in phrasings.words(b)}
-    assert "vocation" not in text
+        for questions, n, all_read in (
+            (both[0], 8, True),
+            (both[1], 8, False),
+            (both[1], 12, True),
+        ):
+            assert all((set(phrasings.content_words(q)) <= read[n]) == all_read for q in questions)
 
 
 def test_made_up_words_take_the_place_of_content_words_and_stand_nowhere() -> None:
@@ -398,14 +402,14 @@ def test_groups_of_phrasings_ask_about_the_same_facts(
 
     monkeypatch.setattr(phrasings, "ask_all", spied)
     found = phrasings.phrased(pair.base, world_of(pair), 12)
-    used, read, made_up = asked[:3]
-    for questions in (used, read, made_up):
-        assert [probe.topic(q) for q in questions] == [probe.topic(q) for q in used]
-    assert [phrasings.made_up(q.turn.wording) for q in read] == [q.turn.wording for q in made_up]
-    assert found.word["read"].value == 1.0
-    assert found.groups["read"].right["all"].value == 1.0
-    assert found.groups["read, made up"].right["all"].value == 0.0
-    assert found.groups["unread"].right["all"].n == 0
+    for real, other in ((asked[1], asked[2]), (asked[3], asked[4])):
+        assert [probe.topic(q) for q in real] == [probe.topic(q) for q in other]
+        assert [phrasings.made_up(q.turn.wording) for q in real] == [q.turn.wording for q in other]
+    assert [probe.topic(q) for q in asked[0]] == [probe.topic(q) for q in asked[5]]
+    for group in ("early", "late"):
+        assert found.word[group].value == 1.0
+        assert found.groups[group].right["all"].value == 1.0
+        assert found.groups[f"{group}, made up"].right["all"].value == 0.0
 
 
 def right_if(flag: bool, in_form: bool = True) -> Grade:
