@@ -59,7 +59,7 @@ class Shift:
             sentence), "template" (the fixed words around them), "stop" (end of turn), and "other"
             (of a reply that has not the world's form; every word, where there is no world).
         facts: the fact tokens alone, by form: of "bare" values, which the text holds word for
-            word, and in a "sentence", which it never does. Empty where there is no world.
+            word, and in a "sentence", which it never does.
         positions: by place in the reply, "1" being its first token.
         kl: the mean KL of each class.
         strips: some replies, each with its question, token by token.
@@ -137,13 +137,12 @@ def measure(
 
 
 def by_form(replies: list[list[Token]]) -> dict[str, list[list[Token]]]:
-    """Replies that hold a fact: bare values, and sentences."""
-    found: dict[str, list[list[Token]]] = {}
+    """Replies that hold a fact: bare values, and sentences, which name the person."""
+    found: dict[str, list[list[Token]]] = {"bare": [], "sentence": []}
     for reply in replies:
         roles = {token.role for token in reply}
         if "fact" in roles:
-            form = "sentence" if "style" in roles or "template" in roles else "bare"
-            found.setdefault(form, []).append(reply)
+            found["sentence" if "style" in roles else "bare"].append(reply)
     return found
 
 

@@ -428,6 +428,7 @@ def table_of(
 
 def write_tables(folder: Path, table: dict[str, Any]) -> None:
     """A table as JSON, CSV, Markdown and a picture."""
+    files.write_json(folder / "table.json", table)  # first: a mistake below costs no measuring
     files.write_text(folder / "tables.md", "\n\n".join(markdown(table)) + "\n")
     keys = list(dict.fromkeys(key for cell in table["cells"] for key in cell["cell"]))
     figures = [key for key in table["runs"][0] if key not in ("cell", "seed", "replayed")]
@@ -441,7 +442,6 @@ def write_tables(folder: Path, table: dict[str, Any]) -> None:
                 [*(run["cell"].get(k, "") for k in keys), run["seed"], run["replayed"], *texts]
             )
     (folder / "picture.svg").write_text(sweep_plot(table), encoding="utf-8")
-    files.write_json(folder / "table.json", table)  # last: without it, all is made again
 
 
 def same_questions(a: Share, b: Share) -> bool:

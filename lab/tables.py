@@ -70,7 +70,7 @@ def made(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> str:
 
 
 def at(value: Any, path: str) -> Any:
-    """What a dotted path leads to; an empty one to the value itself.
+    """What a dotted path leads to, "-1" being the last entry; an empty one to the value itself.
 
     Raises:
         ValueError: it leads nowhere.
@@ -78,9 +78,9 @@ def at(value: Any, path: str) -> Any:
     for key in path.split(".") if path else []:
         # A key may have a dot of its own ("0.25"), written as ":".
         key = key.replace(":", ".")
-        if not isinstance(value, dict) or key not in value:
+        if not isinstance(value, dict) or (key != "-1" and key not in value) or not value:
             raise ValueError(f"[[tables]]: {path} leads nowhere at {key!r}")
-        value = value[key]
+        value = list(value.values())[-1] if key == "-1" else value[key]
     return value
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from lab import findings, sweep
-from lab.stats import Difference, Mean, Share, to_json
+from lab.pair import open_pair
+from lab.stats import Difference, Mean, Share, difference, to_json
 from lab.tables import STANDARD, at, figure, markdown, number
 
 ROOT = Path(__file__).parents[1]
+SWEEPS = ROOT / "configs" / "sweeps"
 PAGE = ROOT / "docs" / "findings.md"
 SHARE = to_json(Share(3, 4, (0.5, None, 1.0)))
 
@@ -76,6 +78,29 @@ def test_a_path_that_leads_nowhere_is_named() -> None:
         markdown(table(tables=[{"columns": {"x": "n.b"}}]))
 
 
+@pytest.fixture(scope="module")
+def cell(runs: tuple[Path, Path]) -> dict[str, Any]:
+    """All that a sweep can measure, of a tiny pair."""
+    pair = open_pair(str(runs[0]), str(runs[1]), "cpu", None)
+    assert pair.world is not None
+    row = sweep.measure_row(pair, 5, pair.world.by_split["known"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lab.forgetting.RETURN_STEPS", 2)
+        found = {name: instrument(pair, 5) for name, instrument in sweep.INSTRUMENTS.items()}
+    differences = {key: difference(share, share) for key, share in row.items() if share.flags}
+    whole = {"from_the_first": differences, **row, **found}
+    return {"cell": {}, "replayed": "none", **to_json(whole)}
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_table_can_be_made(path: Path, cell: dict[str, Any]) -> None:
+    spec = sweep.read_sweep(path)
+    cells = [cell | {"cell": of} for of in sweep.cells_of(spec)]
+    made = markdown({"cells": cells, "spec": spec})
+    assert len(made) == len(spec["tables"])
+    assert all(len(rows_of(text)) > 2 for text in made)
+
+
 def test_a_page_is_filled_where_it_names_tables_and_nowhere_else() -> None:
     page = "a\n<!-- table x 2 -->\nold\n<!-- end -->\nb\n<!-- table y 1 -->\nkept\n<!-- end -->\n"
     filled = findings.fill(page, {"x": ["one", "two"]})
@@ -125,5 +150,5 @@ def test_every_table_of_the_page_is_that_of_the_figures_beside_it() -> None:
 def test_the_figures_beside_the_page_are_those_that_today_s_sweeps_ask_for() -> None:
     for path in PAGE.with_suffix("").glob("*.json"):
         spec = json.loads(path.read_text(encoding="utf-8"))["spec"]
-        assert spec == sweep.read_sweep(ROOT / "configs" / "sweeps" / f"{path.stem}.toml")
+        assert spec == sweep.read_sweep(SWEEPS / f"{path.stem}.toml")
         assert re.fullmatch(r"[a-z_]+", path.stem)
