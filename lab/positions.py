@@ -112,10 +112,11 @@ def continue_greedily(
     device, replies = model.wte.weight.device, list[list[int]]()
     for i in range(0, len(prompts), ROWS):
         rows = [list(prompt) for prompt in prompts[i : i + ROWS]]
+        places = marked[i : i + ROWS]
         begins, ended = [len(row) for row in rows], [False] * len(rows)
         for _ in range(limit):
             width = max(map(len, rows))
-            marks = [m + [after] * (width - len(m)) for m in marked[i : i + ROWS]]
+            marks = [place + [after] * (width - len(place)) for place in places]
             padded = [row + [0] * (width - len(row)) for row in rows]
             tuned = torch.tensor(marks, device=device)
             with mixing(model, pair.instruct.model, tuned):

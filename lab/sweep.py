@@ -66,7 +66,7 @@ from training.config import MAY_CHANGE
 INSTRUMENTS: dict[str, Callable[[Pair, int], Any]] = {
     "knowledge": knowledge,
     "behaviour": behaviour,
-    "shift": shift,
+    "shift": lambda pair, n: {k: replace(s, strips=[]) for k, s in shift(pair, n).items()},
     "weights": weights,
     "bits": bits,
     "positions": positions,

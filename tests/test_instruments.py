@@ -258,6 +258,30 @@ def test_a_planted_change_of_one_rank_is_whole_at_that_rank(pair: Pair) -> None:
     torch.testing.assert_close(seen[1], expected, atol=1e-4, rtol=1e-4)  # rank 1
 
 
+@pytest.mark.parametrize("token", [5, None])
+def test_all_rows_of_a_table_are_cut_but_those_of_the_template(
+    pair: Pair, token: int | None
+) -> None:
+    row = pair.base.tokenizer.end_of_turn if token is None else token
+    plant = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+
+    def change(model: GPT) -> None:
+        model.wte.weight[[row, 9]] += plant  # of rank 2
+
+    seen = list[Tensor]()
+
+    def look(pair: Pair, checkpoint: Any, n: int) -> Any:
+        seen.append(checkpoint.model.wte.weight[[row, 9]] - pair.base.model.wte.weight[[row, 9]])
+        return measure_point(pair, pair.base, n)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(bits, "measure_point", look)
+        bits.bits(changed(pair, change), 2)
+    torch.testing.assert_close(seen[0], plant)
+    whole = torch.allclose(seen[1], plant, atol=1e-4)  # rank 1
+    assert whole == (token is None)  # then one of the two rows stays as it is, and one is left
+
+
 # ---- positions -------------------------------------------------------------------------------
 
 
@@ -276,10 +300,19 @@ def test_nowhere_and_everywhere_are_the_models_themselves(either: Pair) -> None:
     rng = random.Random(1)
     asked = openings(draw(world_of(either), "held_out", 8, rng), rng)
     prompts = [render_prompt(q.messages, either.base.tokenizer) for q in asked]
+    prompts = [*prompts[:4], *[prompts[4]] * positions.ROWS, *prompts[4:]]  # more than one batch
     for tuned, model in ((False, either.base), (True, either.instruct)):
         marked = [[tuned] * len(p) for p in prompts]
         found = positions.continue_greedily(either, prompts, marked, tuned, 6)
         assert found == ask(model, prompts, 6)
+    base, instruct = (ask(model, prompts, 6) for model in (either.base, either.instruct))
+    marked = [[i > positions.ROWS] * len(p) for i, p in enumerate(prompts)]  # row by row
+    found = [r[:1] for r in positions.continue_greedily(either, prompts, marked, True, 1)]
+    # The first token comes from the prompt alone.
+    expected = [
+        b if i <= positions.ROWS else t for i, (b, t) in enumerate(zip(base, instruct, strict=True))
+    ]
+    assert found == [reply[:1] for reply in expected]
 
 
 @torch.no_grad()

@@ -678,6 +678,21 @@ def test_roles_follow_the_generator(pair: Pair) -> None:
     assert set(shift.roles_of(other, tokenizer)) == {"other", "stop"}
 
 
+def test_facts_are_told_apart_by_the_form_of_their_reply(pair: Pair) -> None:
+    tokenizer, world = pair.base.tokenizer, world_of(pair)
+    replies = list[list[shift.Token]]()
+    for attribute in ATTRIBUTES:
+        for wording in (BARE, *attribute.replies):
+            ids = tokenizer.encode(Turn(world.people[0], attribute, "").reply(wording))
+            roles = shift.roles_of(ids, tokenizer)
+            replies.append([shift.Token(str(wording == BARE), 1, 0.0, role) for role in roles])
+    found = shift.by_form(replies)
+    assert len(found["bare"]) == len(ATTRIBUTES)
+    assert {token.text for reply in found["bare"] for token in reply} == {"True"}
+    assert {token.text for reply in found["sentence"] for token in reply} == {"False"}
+    assert len(found["sentence"]) == sum(len(a.replies) for a in ATTRIBUTES)
+
+
 def test_the_base_reads_each_context_in_its_own_way(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
