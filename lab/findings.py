@@ -13,6 +13,7 @@ python -m lab.findings --out out/sweeps
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from pathlib import Path
@@ -45,6 +46,15 @@ def fill(page: str, tables: dict[str, list[str]]) -> str:
     return PLACE.sub(put, page)
 
 
+def shortened(value: Any) -> Any:
+    """JSON with four digits a number."""
+    if isinstance(value, dict):
+        return {key: shortened(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [shortened(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def hours(tables: list[dict[str, Any]]) -> float:
     """What some sweeps took: each of their runs once, and all the measuring."""
     training: dict[str, float] = {}
@@ -60,10 +70,10 @@ def run(names: list[str], out: Path, page: Path, device: str) -> None:
     for name in names:
         print(f"==== {name}")
         folder = sweep.run(ROOT / "configs" / "sweeps" / f"{name}.toml", out, device)
-        table = read_json(folder / "table.json")
+        table = shortened(read_json(folder / "table.json"))
         kept = page.with_suffix("")
         kept.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "table.json", kept / f"{name}.json")
+        write_text(kept / f"{name}.json", json.dumps(table, separators=(",", ":")) + "\n")
         shutil.copy(folder / "picture.svg", kept / f"{name}.svg")
         write_text(page, fill(page.read_text(encoding="utf-8"), {name: markdown(table)}))
         done.append(table)

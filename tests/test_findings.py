@@ -110,6 +110,12 @@ def test_a_page_is_filled_where_it_names_tables_and_nowhere_else() -> None:
         findings.fill(page, {"x": ["one"]})
 
 
+def test_four_digits_are_kept() -> None:
+    assert findings.shortened({"a": [1.23456, 0.00015, 2, "x", True, None]}) == {
+        "a": [1.235, 0.00015, 2, "x", True, None]
+    }
+
+
 def test_a_run_that_sweeps_share_counts_once() -> None:
     def took(**training: float) -> dict[str, Any]:
         return {"seconds": {"training": training, "measuring": 100}}
