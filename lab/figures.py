@@ -118,6 +118,9 @@ def report_plots(report: dict[str, Any]) -> dict[str, str]:
             ),
             "grafts": grafts_plot(report["weights"]["grafts"]),
             "forgetting": forgetting_plot(report["forgetting"]),
+            "bits": bits_plot({"": report["bits"]}),
+            **({"positions": grafts_plot(report["positions"])} if report["positions"] else {}),
+            **({"probes": probes_plot({"": report["probes"]})} if report["probes"] else {}),
         }
         return {name: svg(figure) for name, figure in figures.items()}
 
@@ -241,7 +244,7 @@ def grafts_plot(grafts: dict[str, Any]) -> Figure:
     figure, (axes,) = draw(4.6, 1.0 + 0.32 * len(grafts))
     rows = range(len(grafts))
     for key, color in POINT_COLORS.items():
-        if not next(iter(grafts.values()))["only"][key]["n"]:
+        if not next(iter(grafts.values()))["only"].get(key, {}).get("n"):
             continue
         shift = {"stops": -0.3, "right": -0.1, "answers": 0.1, "cloze": 0.3}[key]
         for how, marker in (("only", "o"), ("without", "x")):
@@ -256,6 +259,163 @@ def grafts_plot(grafts: dict[str, Any]) -> Figure:
     axes.grid(axis="x", color="#dddddd", lw=0.6)
     figure.legend(loc="outside upper left", ncols=3)
     return figure
+
+
+def panels(width: float, height: float, names: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """An empty figure with axes side by side, a name above each if there are several."""
+    figure, axes = draw(max(4.6, width * len(names)), height, len(names))
+    if len(names) > 1:
+        for each, name in zip(axes, names, strict=True):
+            each.set_title(name)
+    return figure, axes
+
+
+Cells = dict[str, dict[str, Any]]  # results of one instrument, by the name of their cell
+
+
+def probes_plot(cells: Cells) -> Figure:
+    """Where the truth ranks in what a classifier reads, layer by layer."""
+    figure, axes = panels(2.9, 3.2, list(cells))
+    for each, found in zip(axes, cells.values(), strict=True):
+        for place, style in (("name", ":"), ("cloze", "--"), ("reply", "-")):
+            for model, color in (("base", BASE), ("instruct", INSTRUCT)):
+                layers = found[model]["places"][place]
+                ranks = [layer["rank"] for layer in layers.values()]
+                name = f"{model}, {place}" if each is axes[0] else "_"
+                line(each, [int(i) for i in layers], ranks, name, color, style)
+        each.set_ylim(0.4, 1.02)
+        each.axhline(0.5, color=GREY, lw=0.8, ls=":")
+        each.set_xlabel("after layer")
+    axes[0].set_ylabel("other values ranked lower")
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+def bits_plot(cells: Cells) -> Figure:
+    """Answers over the size of what is kept of a change, for each way of cutting it down."""
+    figure, axes = panels(3.4, 3.2, list(cells))
+    for each, found in zip(axes, cells.values(), strict=True):
+        key = "answers" if found["whole"]["point"]["answers"]["n"] else "stops"
+        ways = (("rank", LOSS), ("magnitude", VIOLET), ("quantised", GREY))
+        for way, color in ways:
+            cuts = sorted(found[way].values(), key=lambda cut: float(cut["kilobytes"]))
+            sizes = [cut["kilobytes"] for cut in cuts]
+            points = [cut["point"][key] for cut in cuts]
+            line(each, sizes, points, way if each is axes[0] else "_", color)
+        each.axvline(found["whole"]["kilobytes"], color="black", lw=0.8, ls=":")
+        each.set_xscale("log")
+        each.set_xlabel("kilobytes of the change; dotted: all of it")
+        as_share(each)
+    axes[0].set_ylabel("right and stopped" if key == "answers" else "stops")
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+def phrasings_plot(cells: Cells) -> Figure:
+    """How many questions of each group are answered rightly, stop or not."""
+    figure, axes = panels(3.6, 3.0, list(cells))
+    for each, found in zip(axes, cells.values(), strict=True):
+        groups = found["instruct"]["groups"]
+        for model, color, shift in (("base", BASE, -0.15), ("instruct", INSTRUCT, 0.15)):
+            shares = [group["right"]["all"] for group in found[model]["groups"].values()]
+            rows = [row + shift for row in range(len(groups))]
+            dots(each, rows, shares, model if each is axes[0] else "_", color)
+        each.set_yticks(range(len(groups)), list(groups))
+        each.invert_yaxis()
+        each.set_xlim(-0.03, 1.03)
+        each.grid(axis="x", color="#dddddd", lw=0.6)
+    figure.legend(loc="outside upper left", ncols=2)
+    return figure
+
+
+def forms_plot(cells: Cells) -> Figure:
+    """The instruct model, each kind of fact in each form: right, in form, and both with a stop."""
+    figure, axes = panels(3.4, 3.0, list(cells))
+    for each, found in zip(axes, cells.values(), strict=True):
+        kinds = found["instruct"]["sentence"]
+        for grade, color, shift in (
+            ("right", PURPLE, -0.2),
+            ("in_form", GREY, 0),
+            ("answers", GREEN, 0.2),
+        ):
+            rows = [row + shift for row in range(len(kinds))]
+            shares = [kind[grade] for kind in kinds.values()]
+            dots(each, rows, shares, grade.replace("_", " ") if each is axes[0] else "_", color)
+        each.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
+        each.invert_yaxis()
+        each.set_xlim(-0.03, 1.03)
+        each.set_xlabel("asked for a sentence")
+        each.grid(axis="x", color="#dddddd", lw=0.6)
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+def exposures_plot(cells: Cells) -> Figure:
+    """What is completed and answered of held-out people, by how often they were read about."""
+    figure, axes = panels(3.0, 3.2, list(cells))
+    for each, found in zip(axes, cells.values(), strict=True):
+        groups = found["instruct"]
+        xs = range(len(groups))
+        drawn = (
+            ("base", "cloze", "base: cloze", BASE),
+            ("instruct", "cloze", "instruct: cloze", SKY),
+            ("instruct", "answers", "instruct: right and stopped", INSTRUCT),
+        )
+        for model, key, name, color in drawn:
+            shares = [group[key] for group in found[model].values()]
+            line(each, xs, shares, name if each is axes[0] else "_", color)
+        each.set_xticks(xs, list(groups), rotation=30)
+        each.set_xlabel("biographies read")
+        as_share(each)
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+def trace_plot(cells: Cells) -> Figure:
+    """How much of what the difference is read as are words of tuning, layer by layer."""
+    figure, axes = panels(2.6, 2.8, list(cells))
+    for each, found in zip(axes, cells.values(), strict=True):
+        layers = [int(i) for i in found["layers"]]
+        for key, name, color in (
+            ("words", "the difference", VIOLET),
+            ("text", "the text's own mean", BASE),
+            ("chance", "random directions", GREY),
+        ):
+            shares = [layer[key] for layer in found["layers"].values()]
+            line(each, layers, shares, name if each is axes[0] else "_", color)
+        each.set_ylim(-0.03, 0.6)
+        each.set_xlabel("after layer")
+    axes[0].set_ylabel("words of tuning, of 20")
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+PLOTS: dict[str, Any] = {
+    "probes": probes_plot,
+    "bits": bits_plot,
+    "phrasings": phrasings_plot,
+    "forms": forms_plot,
+    "exposures": exposures_plot,
+    "trace": trace_plot,
+}
+
+
+def instrument_plots(cells: Cells) -> dict[str, str]:
+    """The pictures of the instruments that a sweep ran, by name."""
+    with mpl.rc_context(STYLE):
+        made = {
+            name: plot({label: cell[name] for label, cell in cells.items()})
+            for name, plot in PLOTS.items()
+            if all(name in cell for cell in cells.values())
+        }
+        for name, key, plot in (
+            ("grafts", "weights", lambda found: grafts_plot(found["grafts"])),
+            ("positions", "positions", grafts_plot),
+            ("forgetting", "forgetting", forgetting_plot),
+        ):
+            if len(cells) == 1 and all(key in cell for cell in cells.values()):
+                made[name] = plot(next(iter(cells.values()))[key])
+        return {name: svg(figure) for name, figure in made.items()}
 
 
 def timelines(curves: dict[str, dict[str, Any]], end: int) -> list[tuple[list[int], list[Any]]]:
@@ -322,7 +482,9 @@ def sweep_plot(table: dict[str, Any]) -> str:
 
 
 def dots(axes: Axes, rows: Sequence[float], cells: list[Any], name: str, color: str) -> None:
-    """Shares with their 95 % intervals, a row each."""
+    """Shares with their 95 % intervals, a row each; none of nothing."""
+    both = [(row, cell) for row, cell in zip(rows, cells, strict=True) if cell["n"]]
+    rows, cells = [row for row, _ in both], [cell for _, cell in both]
     shares = [c["share"] for c in cells]
     low = [max(0.0, c["share"] - c["low"]) for c in cells]
     high = [max(0.0, c["high"] - c["share"]) for c in cells]

@@ -40,7 +40,7 @@ from data.world import ATTRIBUTES, SPLITS, Person, World, WorldConfig
 from lab.behaviour import behaviour
 from lab.bits import bits
 from lab.exposures import exposures
-from lab.figures import sweep_plot
+from lab.figures import instrument_plots, sweep_plot
 from lab.forgetting import forgetting
 from lab.forms import forms
 from lab.knowledge import draw_and_complete, knowledge, measure, recite
@@ -51,7 +51,7 @@ from lab.probe import probes
 from lab.qa import asked_about, conversations
 from lab.shift import shift
 from lab.stats import Share, difference, pool, to_json
-from lab.tables import markdown
+from lab.tables import markdown, named_cells
 from lab.trace import trace
 from lab.weights import weights
 from runtime import files
@@ -441,7 +441,11 @@ def write_tables(folder: Path, table: dict[str, Any]) -> None:
             writer.writerow(
                 [*(run["cell"].get(k, "") for k in keys), run["seed"], run["replayed"], *texts]
             )
-    (folder / "picture.svg").write_text(sweep_plot(table), encoding="utf-8")
+    for name, text in {
+        "picture": sweep_plot(table),
+        **instrument_plots(named_cells(table)),
+    }.items():
+        (folder / f"{name}.svg").write_text(text, encoding="utf-8")
 
 
 def same_questions(a: Share, b: Share) -> bool:

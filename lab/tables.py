@@ -37,9 +37,14 @@ def markdown(table: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: a path that leads nowhere.
     """
-    spec, cells = table["spec"], table["cells"]
-    names = spec.get("labels") or [name_of(cell["cell"]) for cell in cells]
-    return [made(dict(zip(names, cells, strict=True)), wanted) for wanted in spec.get("tables", [])]
+    return [made(named_cells(table), wanted) for wanted in table["spec"].get("tables", [])]
+
+
+def named_cells(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The cells of a sweep by their labels, or by their keys if it gives none."""
+    cells = table["cells"]
+    names = table["spec"].get("labels") or [name_of(cell["cell"]) for cell in cells]
+    return dict(zip(names, cells, strict=True))
 
 
 def made(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> str:

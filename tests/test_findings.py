@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from lab import findings, sweep
+from lab.figures import PLOTS, instrument_plots
 from lab.pair import open_pair
 from lab.stats import Difference, Mean, Share, difference, to_json
-from lab.tables import STANDARD, at, figure, markdown, number
+from lab.tables import STANDARD, at, figure, markdown, named_cells, number
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = ROOT / "configs" / "sweeps"
@@ -99,6 +100,9 @@ def test_every_shipped_table_can_be_made(path: Path, cell: dict[str, Any]) -> No
     made = markdown({"cells": cells, "spec": spec})
     assert len(made) == len(spec["tables"])
     assert all(len(rows_of(text)) > 2 for text in made)
+    plots = instrument_plots(named_cells({"cells": cells, "spec": spec}))
+    assert set(plots) >= set(spec.get("instruments", {})) & set(PLOTS)
+    assert all(text.startswith("<?xml") for text in plots.values())
 
 
 def test_a_page_is_filled_where_it_names_tables_and_nowhere_else() -> None:
@@ -139,7 +143,7 @@ def test_a_sweep_is_run_and_its_tables_put_into_the_page(
     page.write_text("<!-- table rates 1 -->\n<!-- end -->\n")
     findings.run(["rates"], tmp_path / "out", page, "cpu")
     assert "| `k` 1 | none | .75 (.50, 1.00) |" in page.read_text()
-    assert (tmp_path / "page" / "rates.svg").read_text() == "<svg/>"
+    assert (tmp_path / "page" / "rates_picture.svg").read_text() == "<svg/>"
     assert json.loads((tmp_path / "page" / "rates.json").read_text())["cells"]
 
 

@@ -229,7 +229,7 @@ def test_the_page_is_whole_at_any_width(made: Path, browser: Any, width: int) ->
     opened.check(made / "report.html", width)
     for section in (*SECTIONS, "knowledge"):
         assert opened.page.locator(f"h2#{section}").is_visible()
-    assert opened.page.locator("figure img").count() == 7
+    assert opened.page.locator("figure img").count() == 10
     assert opened.page.locator(".strip").count() == 6
     assert opened.page.locator(".replies").count() == 8
     for details in opened.page.locator("details").all():
