@@ -37,7 +37,8 @@ class Readout:
 
     Attributes:
         first: the true value scores highest of all 40.
-        rank: the share of the other values that score lower, 1 at best, a half by chance.
+        rank: the share of the other values that score lower (of those that tie, half), 1 at best, a
+            half by chance.
         shuffled: `first`, fitted on the known people's values in another order.
     """
 
@@ -57,8 +58,10 @@ class Probed:
             "reply": the last token of that prompt, where the reply begins. The model itself reads
             values at "cloze", and after tuning at "reply": what the classifier finds there says
             how much it can find.
-        answered: of the held-out facts that are read first at the best layer of a place, and of
-            those that are not ("read", "unread"): how many are answered rightly, stop or not.
+        answered: how many of some held-out facts are answered rightly, stop or not: of those that
+            are read first at the best layer of a place, of those that are not ("read", "unread"),
+            and, since both may just say what is frequent, of those that the classifier of shuffled
+            values reads first ("shuffled").
     """
 
     places: dict[str, dict[str, Readout]]
@@ -89,9 +92,11 @@ def probed(checkpoint: Checkpoint, world: World, n: int) -> Probed:
         layers = [ranks_of(stream, asked) for stream in streams_at(place, checkpoint, world, asked)]
         readouts[place] = {str(i): layer.readout for i, layer in enumerate(layers)}
         best = max(layers, key=lambda layer: layer.readout.rank.mean)
-        groups: dict[str, list[bool]] = {"read": [], "unread": []}
+        groups: dict[str, list[bool]] = {"read": [], "unread": [], "shuffled": []}
         for question, grade in graded:
             groups["read" if best.first[topic(question)] else "unread"].append(grade.right)
+            if best.shuffled[topic(question)]:
+                groups["shuffled"].append(grade.right)
         answered[place] = {group: Share.of(flags) for group, flags in groups.items()}
     return Probed(readouts, answered)
 
@@ -126,16 +131,17 @@ def streams_at(place: str, checkpoint: Checkpoint, world: World, asked: list[Que
 
 @dataclass(frozen=True)
 class Ranks:
-    """A readout, and of each held-out fact whether it was read first."""
+    """A readout, and which held-out facts it reads first, fitted on the values or shuffled ones."""
 
     readout: Readout
     first: dict[str, bool]
+    shuffled: dict[str, bool]
 
 
 def ranks_of(stream: Tensor, asked: list[Question]) -> Ranks:
     """Fits a classifier for each kind of fact on known people and tests it on held-out ones."""
-    first: dict[str, bool] = {}
-    ranks, shuffled = list[float](), list[bool]()
+    first, shuffled = dict[str, bool](), dict[str, bool]()
+    ranks = list[float]()
     for attribute in ATTRIBUTES:
         values = {value: i for i, value in enumerate(attribute.values)}
         parts: dict[str, list[int]] = {"known": [], "held_out": []}
@@ -149,9 +155,11 @@ def ranks_of(stream: Tensor, asked: list[Question]) -> Ranks:
         others = classify(train[0], train[1][order], len(values), stream[parts["held_out"]])
         for i, true, row, chance in zip(parts["held_out"], test, scores, others, strict=True):
             first[topic(asked[i])] = int(row.argmax()) == true
-            ranks.append(float((row < row[true]).sum()) / (len(values) - 1))
-            shuffled.append(int(chance.argmax()) == true)
-    return Ranks(Readout(Share.of(first.values()), Mean.of(ranks), Share.of(shuffled)), first)
+            shuffled[topic(asked[i])] = int(chance.argmax()) == true
+            lower, ties = int((row < row[true]).sum()), int((row == row[true]).sum()) - 1
+            ranks.append((lower + ties / 2) / (len(values) - 1))
+    true_share, chance_share = (Share.of(flags.values()) for flags in (first, shuffled))
+    return Ranks(Readout(true_share, Mean.of(ranks), chance_share), first, shuffled)
 
 
 def classify(inputs: Tensor, classes: Tensor, n: int, test: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ A `[[tables]]` entry is one of three kinds. A path is dotted, through table.json
 
     columns         a row for each cell of the sweep: {label = path}, and after these STANDARD
     of, columns     a table a cell, a row for each entry of what `of` names: {label = path in it}
-    rows, columns   a table a cell: {label = path with a {}}, {label = what goes there}
+    rows, columns   a table a cell: {label = path with a {}}, {label = what goes there}; or, for
+                    the keys of what it leads to, columns_of = path
 
 The sweep's `labels` name the cells, in their order; without them they are named by their keys.
 """
@@ -65,6 +66,8 @@ def made(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> str:
                 for key, entry in at(cell, wanted["of"]).items()
             ]
         else:
+            if "columns_of" in wanted:
+                columns = {key: key.replace(".", ":") for key in at(cell, wanted["columns_of"])}
             rows = [
                 [label, *(figure(at(cell, path.format(c))) for c in columns.values())]
                 for label, path in wanted["rows"].items()

@@ -71,6 +71,8 @@ def test_each_kind_of_table_has_the_rows_that_it_names() -> None:
         table(tables=[{"rows": {"r": "n.two.{}"}, "columns": {"P": "p", "Q": "q"}}])
     )
     assert rows_of(crossed)[:3] == [["P", "Q"], ["---"] * 3, ["r", ".75 (.50, 1.00)", "none"]]
+    (across,) = markdown(table(tables=[{"rows": {"r": "n.a.{}.x"}, "columns_of": "n.a"}]))
+    assert rows_of(across)[:3] == [["0.25", "1"], ["---"] * 3, ["r", ".75 (.50, 1.00)", "0.125"]]
     assert at(table()["cells"][0], "n.a.0:25.x") == SHARE
 
 

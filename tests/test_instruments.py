@@ -158,6 +158,8 @@ def test_a_readout_is_tested_on_held_out_people_alone() -> None:
     assert (found.readout.first.value or 0) > 0.9
     assert found.readout.rank.mean > 0.97
     assert (found.readout.shuffled.value or 0) < 0.12
+    nothing = probe.ranks_of(torch.zeros(len(values), 4).double(), asked)
+    assert nothing.readout.rank.mean == pytest.approx(0.5, abs=0.08)  # what ties counts half
     # Written for known people only: nothing of it is left for the others.
     noise = torch.randn(len(values), 48, generator=torch.Generator().manual_seed(4)).double()
     held_out = torch.tensor([q.turn.person.split == "held_out" for q in asked])
@@ -175,6 +177,7 @@ def test_probes_of_one_model_agree_with_themselves(pair: Pair) -> None:
         assert list(found["base"].places[place]) == [str(i) for i in range(layers + 1)]
         groups = found["base"].answered[place]
         assert groups["read"].n + groups["unread"].n == 10
+        assert groups["shuffled"].n <= 10
 
 
 # ---- bits ------------------------------------------------------------------------------------
