@@ -413,8 +413,9 @@ def instrument_plots(cells: Cells) -> dict[str, str]:
             ("positions", "positions", grafts_plot),
             ("forgetting", "forgetting", forgetting_plot),
         ):
-            if len(cells) == 1 and all(key in cell for cell in cells.values()):
-                made[name] = plot(next(iter(cells.values()))[key])
+            for i, cell in enumerate(cells.values(), 1):
+                if key in cell:
+                    made[name if len(cells) == 1 else f"{name}_{i}"] = plot(cell[key])
         return {name: svg(figure) for name, figure in made.items()}
 
 
