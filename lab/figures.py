@@ -119,7 +119,7 @@ def report_plots(report: dict[str, Any]) -> dict[str, str]:
             "grafts": grafts_plot(report["weights"]["grafts"]),
             "forgetting": forgetting_plot(report["forgetting"]),
             "bits": bits_plot({"": report["bits"]}),
-            **({"positions": grafts_plot(report["positions"])} if report["positions"] else {}),
+            **({"positions": positions_plot(report["positions"])} if report["positions"] else {}),
             **({"probes": probes_plot({"": report["probes"]})} if report["probes"] else {}),
         }
         return {name: svg(figure) for name, figure in figures.items()}
@@ -239,7 +239,14 @@ def point_lines(axes: Axes, xs: Sequence[float], points: list[Any], style: str =
             line(axes, xs, [p[key] for p in points], name, color, style)
 
 
-def grafts_plot(grafts: dict[str, Any]) -> Figure:
+def positions_plot(positions: dict[str, Any]) -> Figure:
+    """For each group of tokens: tuned weights there alone, and everywhere but there."""
+    return grafts_plot(positions, "tuned there alone", "tuned everywhere but there")
+
+
+def grafts_plot(
+    grafts: dict[str, Any], only: str = "this change alone", without: str = "all but this"
+) -> Figure:
     """For each group of parameters: its change alone, and all changes but its own."""
     figure, (axes,) = draw(4.6, 1.0 + 0.32 * len(grafts))
     rows = range(len(grafts))
@@ -251,8 +258,8 @@ def grafts_plot(grafts: dict[str, Any]) -> Figure:
             shares = [graft[how][key]["share"] for graft in grafts.values()]
             axes.plot(shares, [row + shift for row in rows], marker, color=color, ls="")
         axes.plot([], [], "-", color=color, label=key)
-    axes.plot([], [], "o", color="#BBBBBB", ls="", label="this change alone")
-    axes.plot([], [], "x", color="#BBBBBB", ls="", label="all but this")
+    axes.plot([], [], "o", color="#BBBBBB", ls="", label=only)
+    axes.plot([], [], "x", color="#BBBBBB", ls="", label=without)
     axes.set_yticks(rows, list(grafts))
     axes.invert_yaxis()
     axes.set_xlim(-0.04, 1.04)
@@ -384,9 +391,10 @@ def trace_plot(cells: Cells) -> Figure:
             shares = [layer[key] for layer in found["layers"].values()]
             line(each, layers, shares, name if each is axes[0] else "_", color)
         each.set_ylim(-0.03, 0.6)
+        each.set_xticks(layers)
         each.set_xlabel("after layer")
     axes[0].set_ylabel("words of tuning, of 20")
-    figure.legend(loc="outside upper left", ncols=3)
+    figure.legend(loc="outside upper left", ncols=2)
     return figure
 
 
@@ -410,7 +418,7 @@ def instrument_plots(cells: Cells) -> dict[str, str]:
         }
         for name, key, plot in (
             ("grafts", "weights", lambda found: grafts_plot(found["grafts"])),
-            ("positions", "positions", grafts_plot),
+            ("positions", "positions", positions_plot),
             ("forgetting", "forgetting", forgetting_plot),
         ):
             for i, cell in enumerate(cells.values(), 1):
