@@ -119,7 +119,7 @@ def report_plots(report: dict[str, Any]) -> dict[str, str]:
             "grafts": grafts_plot(report["weights"]["grafts"]),
             "forgetting": forgetting_plot(report["forgetting"]),
             "bits": bits_plot({"": report["bits"]}),
-            **({"positions": positions_plot(report["positions"])} if report["positions"] else {}),
+            **({"positions": places_plot(report["positions"])} if report["positions"] else {}),
             **({"probes": probes_plot({"": report["probes"]})} if report["probes"] else {}),
         }
         return {name: svg(figure) for name, figure in figures.items()}
@@ -239,7 +239,7 @@ def point_lines(axes: Axes, xs: Sequence[float], points: list[Any], style: str =
             line(axes, xs, [p[key] for p in points], name, color, style)
 
 
-def positions_plot(positions: dict[str, Any]) -> Figure:
+def places_plot(positions: dict[str, Any]) -> Figure:
     """For each group of tokens: tuned weights there alone, and everywhere but there."""
     return grafts_plot(positions, "tuned there alone", "tuned everywhere but there")
 
@@ -418,7 +418,7 @@ def instrument_plots(cells: Cells) -> dict[str, str]:
         }
         for name, key, plot in (
             ("grafts", "weights", lambda found: grafts_plot(found["grafts"])),
-            ("positions", "positions", positions_plot),
+            ("positions", "positions", places_plot),
             ("forgetting", "forgetting", forgetting_plot),
         ):
             for i, cell in enumerate(cells.values(), 1):
