@@ -264,7 +264,7 @@ def grafts_plot(
     axes.invert_yaxis()
     axes.set_xlim(-0.04, 1.04)
     axes.grid(axis="x", color="#dddddd", lw=0.6)
-    figure.legend(loc="outside upper left", ncols=3)
+    figure.legend(loc="outside upper left", ncols=2)
     return figure
 
 
@@ -481,7 +481,8 @@ def sweep_plot(table: dict[str, Any]) -> str:
             for i, (key, (name, color)) in enumerate(lines.items()):
                 rows = [row + 0.12 * (i - (len(lines) - 1) / 2) for row in range(len(cells))]
                 dots(axes, rows, [c[key] for c in cells], name, color)
-            names = ["\n".join(f"{k} = {v}" for k, v in c["cell"].items()) for c in cells]
+            keys = ["\n".join(f"{k} = {v}" for k, v in c["cell"].items()) for c in cells]
+            names = table.get("spec", {}).get("labels", keys)
             axes.set_yticks(range(len(cells)), names)
             axes.invert_yaxis()
             axes.set_xlim(-0.03, 1.03)
