@@ -3,9 +3,9 @@
     <!-- table replay 2 -->    what stands between these two lines is the second table that
     <!-- end -->               configs/sweeps/replay.toml asks for
 
-Each sweep's table.json and pictures go to docs/findings beside it. Give the command again after an
-interruption, or with the names of some sweeps to run those alone. Sweeps share their runs, so
-several at once would train the same thing twice.
+Each sweep's table.json goes to docs/findings beside it, with the pictures that the page shows. Give
+the command again after an interruption, or with the names of some sweeps to run those alone. Sweeps
+share their runs, so several at once would train the same thing twice.
 
 python -m lab.findings --out out/sweeps
 """
@@ -74,9 +74,11 @@ def run(names: list[str], out: Path, page: Path, device: str) -> None:
         kept = page.with_suffix("")
         kept.mkdir(parents=True, exist_ok=True)
         write_text(kept / f"{name}.json", json.dumps(table, separators=(",", ":")) + "\n")
+        text = fill(page.read_text(encoding="utf-8"), {name: markdown(table)})
         for picture in folder.glob("*.svg"):
-            shutil.copy(picture, kept / f"{name}_{picture.name}")
-        write_text(page, fill(page.read_text(encoding="utf-8"), {name: markdown(table)}))
+            if f"/{name}_{picture.name})" in text:
+                shutil.copy(picture, kept / f"{name}_{picture.name}")
+        write_text(page, text)
         done.append(table)
         print(f"hours so far, one process: {hours(done):.1f}")
 

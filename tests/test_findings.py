@@ -138,15 +138,22 @@ def test_a_sweep_is_run_and_its_tables_put_into_the_page(
         whole = table(tables=[{"columns": {}}]) | {"seconds": {"training": {}, "measuring": 0}}
         (folder / "table.json").write_text(json.dumps(whole))
         (folder / "picture.svg").write_text("<svg/>")
+        (folder / "other.svg").write_text("<svg/>")
         return folder
 
     monkeypatch.setattr(sweep, "run", pretend)
     page = tmp_path / "page.md"
-    page.write_text("<!-- table rates 1 -->\n<!-- end -->\n")
+    page.write_text("<!-- table rates 1 -->\n<!-- end -->\n![](page/rates_picture.svg)\n")
     findings.run(["rates"], tmp_path / "out", page, "cpu")
     assert "| `k` 1 | none | .75 (.50, 1.00) |" in page.read_text()
     assert (tmp_path / "page" / "rates_picture.svg").read_text() == "<svg/>"
+    assert not (tmp_path / "page" / "rates_other.svg").exists()  # the page does not show it
     assert json.loads((tmp_path / "page" / "rates.json").read_text())["cells"]
+
+
+def test_every_picture_of_the_page_is_there_and_no_other() -> None:
+    shown = set(re.findall(r"\]\(findings/(\w+\.svg)\)", PAGE.read_text(encoding="utf-8")))
+    assert shown == {path.name for path in PAGE.with_suffix("").glob("*.svg")}
 
 
 def test_every_table_of_the_page_is_that_of_the_figures_beside_it() -> None:
