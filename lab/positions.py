@@ -71,7 +71,7 @@ def positions(pair: Pair, questions: int) -> dict[str, dict[str, Grafted]]:
 
     def grafted(tuned: Collection[str]) -> Grafted:
         marked = [[place in tuned for place in row] for row in places]
-        limit = 2 * (longest + 1)
+        limit = min(2 * (longest + 1), pair.base.model.config.block_size - max(map(len, prompts)))
         replies = continue_greedily(pair, prompts, marked, "last" in tuned, limit)
         return graded(pair, asked, replies)
 

@@ -25,7 +25,7 @@ from lab import headline as heads
 from lab.behaviour import behaviour
 from lab.bits import bits
 from lab.figures import report_plots, templates
-from lab.forgetting import forgetting, text_of
+from lab.forgetting import forgetting
 from lab.knowledge import knowledge
 from lab.pair import Pair, measured_by, open_pair, pair_arguments, pairs_of, provenance
 from lab.phrasings import phrasings
@@ -33,7 +33,7 @@ from lab.positions import positions
 from lab.probe import probes
 from lab.shift import shift
 from lab.stats import kind_of, pool, to_json
-from lab.trace import trace
+from lab.trace import trace, traceable
 from lab.weights import weights
 from model.generate import Sampling
 from runtime.cli import one_line_errors
@@ -114,9 +114,8 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
         heads.replayed_in(pairs)  # before minutes of measuring
     report: dict[str, Any] = {}
     for name, (instrument, part) in INSTRUMENTS.items():
-        if (name in OF_A_WORLD and first.world is None) or (
-            name == "trace" and not has_text(pairs)
-        ):
+        skipped = name in OF_A_WORLD and first.world is None
+        if skipped or (name == "trace" and not all(map(traceable, pairs))):
             report[name] = None
             continue
         start = time.perf_counter()
@@ -157,11 +156,6 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
     report["runs"] = [provenance(pair) for pair in pairs]
     report["world"] = None if first.world is None else asdict(first.world.config)
     return report
-
-
-def has_text(pairs: list[Pair]) -> bool:
-    """Whether the text that each base was trained on is still there."""
-    return all(text_of(pair.base) is not None for pair in pairs)
 
 
 def curve(checkpoint: Checkpoint) -> list[dict[str, float]]:

@@ -131,6 +131,15 @@ def trace(pair: Pair, questions: int) -> Trace:
     return Trace(vocabulary, layers, steered, tokens)
 
 
+def traceable(pair: Pair) -> bool:
+    """Whether the text of the base and the Q&A of tuning are still there."""
+    try:
+        qa_of(pair.instruct)
+    except (ValueError, TypeError):  # gone, or an imported model that names none
+        return False
+    return text_of(pair.base) is not None
+
+
 def words_of_tuning(tuning: list[int], text: list[int]) -> set[int]:
     """Tokens at least FREQUENT times as frequent in tuning as in the text; one that the text lacks
     counts as if it stood there once."""

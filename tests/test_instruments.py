@@ -381,11 +381,17 @@ def test_words_of_tuning_are_much_more_frequent_there() -> None:
     assert trace.words_of_tuning(tuning, text) == {1, 3}  # 2 is as frequent, 4 is not in tuning
 
 
-def test_a_trace_needs_the_text(pair: Pair) -> None:
+def test_a_trace_needs_the_text_and_the_questions(pair: Pair) -> None:
+    assert trace.traceable(pair)
+    meta = copy.deepcopy(pair.instruct.meta)
+    for path in ("gone", None):
+        meta["config"]["data"]["path"] = path
+        assert not trace.traceable(replace(pair, instruct=replace(pair.instruct, meta=meta)))
     meta = copy.deepcopy(pair.base.meta)
     meta["config"]["data"]["path"] = "gone"
     with pytest.raises(ValueError, match="no longer there"):
         trace.trace(replace(pair, base=replace(pair.base, meta=meta)), 4)
+    assert not trace.traceable(replace(pair, base=replace(pair.base, meta=meta)))
 
 
 # ---- phrasings -------------------------------------------------------------------------------
