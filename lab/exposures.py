@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from data.world import World
 from lab.knowledge import ask_all, complete, summarize
-from lab.pair import Pair, run_instrument
+from lab.pair import Pair, of_both, run_instrument
 from lab.questions import Fact, facts_of, openings
 from lab.stats import Share
 from training.checkpoint import Checkpoint
@@ -46,10 +46,7 @@ def exposures(pair: Pair, questions: int) -> dict[str, dict[str, Known]]:
     Raises:
         ValueError: there is no world to ask about.
     """
-    if pair.world is None:
-        raise ValueError("exposures are counted in a world; there is none")
-    models = {"base": pair.base, "instruct": pair.instruct}
-    return {name: by_exposure(model, pair.world, questions) for name, model in models.items()}
+    return of_both(pair, by_exposure, questions)
 
 
 def by_exposure(checkpoint: Checkpoint, world: World, n: int) -> dict[str, Known]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from data.world import ATTRIBUTES, FORMS, World
 from lab.knowledge import ask_all
-from lab.pair import Pair, run_instrument
+from lab.pair import Pair, of_both, run_instrument
 from lab.questions import draw, openings
 from lab.stats import Share
 from training.checkpoint import Checkpoint
@@ -40,10 +40,7 @@ def forms(pair: Pair, questions: int) -> dict[str, dict[str, dict[str, Formed]]]
     Raises:
         ValueError: there is no world to ask about.
     """
-    if pair.world is None:
-        raise ValueError("forms are those of replies about a world; there is none")
-    models = {"base": pair.base, "instruct": pair.instruct}
-    return {name: formed(model, pair.world, questions) for name, model in models.items()}
+    return of_both(pair, formed, questions)
 
 
 def formed(checkpoint: Checkpoint, world: World, n: int) -> dict[str, dict[str, Formed]]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data.chat import (
     Message,
@@ -32,6 +32,8 @@ from runtime.device import environment
 from runtime.files import fingerprint, sha256_file, write_json
 from training.checkpoint import Checkpoint, identity, load_pair
 from training.run import PREPARED_QA
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,21 @@ def read_qa(path: Path) -> list[list[Message]]:
     open_prepared(str(path), "qa")
     tokenizer = Tokenizer.load(path)
     return [parse(ids.tolist(), tokenizer) for ids, _ in load_examples(path, "val")]
+
+
+def of_both(pair: Pair, measure: Callable[[Checkpoint, World, int], T], n: int) -> dict[str, T]:
+    """The same measurement of both models about their world, on n questions.
+
+    Raises:
+        ValueError: there is no world to ask about.
+    """
+    if pair.world is None:
+        raise ValueError(
+            "this is asked about a world: of checkpoints that were trained on one made by "
+            "`python -m data.prepare world`, and without --qa"
+        )
+    models = {"base": pair.base, "instruct": pair.instruct}
+    return {name: measure(checkpoint, pair.world, n) for name, checkpoint in models.items()}
 
 
 # ---- command line --------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from functools import partial
 
 from data.world import ATTRIBUTES, Attribute, World
 from lab.knowledge import Answers, ask_all, summarize
-from lab.pair import Pair, run_instrument
+from lab.pair import Pair, of_both, run_instrument
 from lab.questions import Wordings, draw, openings
 from lab.stats import Difference, difference
 from training.checkpoint import Checkpoint
@@ -47,10 +47,7 @@ def phrasings(pair: Pair, questions: int) -> dict[str, Phrasings]:
     Raises:
         ValueError: there is no world to ask about.
     """
-    if pair.world is None:
-        raise ValueError("phrasings are those of questions about a world; there is none")
-    models = {"base": pair.base, "instruct": pair.instruct}
-    return {name: phrased(model, pair.world, questions) for name, model in models.items()}
+    return of_both(pair, phrased, questions)
 
 
 def phrased(checkpoint: Checkpoint, world: World, n: int) -> Phrasings:

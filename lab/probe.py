@@ -21,7 +21,7 @@ from torch import Tensor
 from data.chat import render_prompt
 from data.world import ATTRIBUTES, World
 from lab.knowledge import ask_all, cloze_prompts
-from lab.pair import Pair, run_instrument
+from lab.pair import Pair, of_both, run_instrument
 from lab.questions import Question, facts_of, openings
 from lab.residual import name_tokens, read
 from lab.stats import Mean, Share
@@ -74,10 +74,7 @@ def probes(pair: Pair, questions: int) -> dict[str, Probed]:
     Raises:
         ValueError: there is no world, so nobody knows the values.
     """
-    if pair.world is None:
-        raise ValueError("probes are fitted on facts: they need checkpoints trained on a world")
-    models = {"base": pair.base, "instruct": pair.instruct}
-    return {name: probed(model, pair.world, questions) for name, model in models.items()}
+    return of_both(pair, probed, questions)
 
 
 def probed(checkpoint: Checkpoint, world: World, n: int) -> Probed:
