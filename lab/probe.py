@@ -81,6 +81,8 @@ def probed(checkpoint: Checkpoint, world: World, n: int) -> Probed:
     """One model's readouts."""
     rng = random.Random(f"probes {world.config.seed}")
     asked = openings(facts_of(world, "known") + facts_of(world, "held_out"), rng)
+    room = checkpoint.model.config.block_size
+    asked = [q for q in asked if len(render_prompt(q.messages, checkpoint.tokenizer)) <= room]
     held_out = [q for q in asked if q.turn.person.split == "held_out"]
     readouts: dict[str, dict[str, Readout]] = {}
     answered: dict[str, dict[str, Share]] = {}

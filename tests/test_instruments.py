@@ -180,6 +180,25 @@ def test_probes_of_one_model_agree_with_themselves(pair: Pair) -> None:
         assert groups["shuffled"].n <= 10
 
 
+def test_a_question_that_does_not_fit_into_the_context_is_not_probed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+
+    def count(place: str, checkpoint: Any, world: World, questions: list[Any]) -> list[Tensor]:
+        asked.append(len(questions))
+        return []
+
+    monkeypatch.setattr(probe, "streams_at", count)
+    config = pair.base.model.config
+    for room in (config.block_size, 30):
+        object.__setattr__(config, "block_size", room)
+        with pytest.raises(ValueError, match="max"):  # nothing was read
+            probe.probed(pair.base, world_of(pair), 2)
+    everything, short = asked
+    assert 0 < short < everything == 5 * 40
+
+
 # ---- bits ------------------------------------------------------------------------------------
 
 
