@@ -119,7 +119,7 @@ def report_plots(report: dict[str, Any]) -> dict[str, str]:
             "grafts": grafts_plot(report["weights"]["grafts"]),
             "forgetting": forgetting_plot(report["forgetting"]),
             "bits": bits_plot({"": report["bits"]}),
-            **({"positions": places_plot(report["positions"])} if report["positions"] else {}),
+            **({"places": places_plot(report["positions"])} if report["positions"] else {}),
             **({"probes": probes_plot({"": report["probes"]})} if report["probes"] else {}),
         }
         return {name: svg(figure) for name, figure in figures.items()}

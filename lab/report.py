@@ -24,8 +24,10 @@ from data.world import ATTRIBUTES, SPLITS, Turn, World
 from lab import headline as heads
 from lab.behaviour import behaviour
 from lab.bits import bits
+from lab.exposures import exposures
 from lab.figures import report_plots, templates
 from lab.forgetting import forgetting
+from lab.forms import forms
 from lab.knowledge import knowledge
 from lab.pair import Pair, measured_by, open_pair, pair_arguments, pairs_of, provenance
 from lab.phrasings import phrasings
@@ -57,6 +59,8 @@ INSTRUMENTS: dict[str, tuple[Any, int]] = {
     "behaviour": (behaviour, 3),
     "shift": (shift, 3),
     "phrasings": (phrasings, 3),
+    "forms": (forms, 3),
+    "exposures": (exposures, 3),
     "weights": (weights, 5),
     "bits": (bits, 6),
     "positions": (positions, 7),
@@ -64,7 +68,8 @@ INSTRUMENTS: dict[str, tuple[Any, int]] = {
     "trace": (trace, 3),
     "forgetting": (forgetting, 3),
 }
-OF_A_WORLD = ("knowledge", "phrasings", "positions", "probes")  # what knows the truth, and names
+# What knows the truth, and names.
+OF_A_WORLD = ("knowledge", "phrasings", "forms", "exposures", "positions", "probes")
 SPLIT_NAMES = dict(zip(SPLITS, ("known", "held-out", "unseen"), strict=True))
 
 
@@ -114,8 +119,7 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
         heads.replayed_in(pairs)  # before minutes of measuring
     report: dict[str, Any] = {}
     for name, (instrument, part) in INSTRUMENTS.items():
-        skipped = name in OF_A_WORLD and first.world is None
-        if skipped or (name == "trace" and not all(map(traceable, pairs))):
+        if not fits(name, pairs):
             report[name] = None
             continue
         start = time.perf_counter()
@@ -156,6 +160,16 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
     report["runs"] = [provenance(pair) for pair in pairs]
     report["world"] = None if first.world is None else asdict(first.world.config)
     return report
+
+
+def fits(name: str, pairs: list[Pair]) -> bool:
+    """Whether an instrument has something to say of some pairs."""
+    world = pairs[0].world
+    if name == "trace":
+        return all(map(traceable, pairs))
+    if name == "exposures":  # where everybody was read about as often, there is one group
+        return world is not None and world.config.fewest is not None
+    return world is not None or name not in OF_A_WORLD
 
 
 def curve(checkpoint: Checkpoint) -> list[dict[str, float]]:

@@ -15,13 +15,16 @@ from playwright.sync_api import Page
 
 from data.world import ATTRIBUTES, SPLITS
 from lab import headline, report
+from lab.exposures import exposures
 from lab.pair import Pair, open_pair
+from lab.stats import pool, to_json
 
 Runs = tuple[Path, Path]
 SECTIONS = (
     *("table", "replies", "behaviour", "shift", "weights", "bits", "trace", "forgetting"),
     *("limits", "settings"),
 )
+OF_A_WORLD = ("knowledge", "phrasings", "forms", "positions", "probes")
 
 
 @pytest.fixture
@@ -176,6 +179,24 @@ def test_a_number_of_questions_that_cannot_be_is_refused(
     assert not (tmp_path / "report.json").exists()
 
 
+def test_salience_is_reported_where_people_were_read_about_unequally_often(
+    made: Path, pair: Pair, tmp_path: Path
+) -> None:
+    assert pair.world is not None
+    assert not report.fits("exposures", [pair])
+    uneven = copy.copy(pair.world)
+    uneven.config = replace(uneven.config, fewest=1)
+    assert report.fits("exposures", [replace(pair, world=uneven)])
+    found = json.loads((made / "report.json").read_text())
+    assert found["exposures"] is None
+    path = tmp_path / "report.html"
+    report.write_page(found, path)
+    assert 'id="exposures"' not in path.read_text()
+    found["exposures"] = to_json(pool([exposures(pair, 10)]))
+    report.write_page(found, path)
+    assert 'id="exposures"' in path.read_text()
+
+
 # ---- in a browser ----------------------------------------------------------------------------
 
 
@@ -227,9 +248,10 @@ class Browser:
 def test_the_page_is_whole_at_any_width(made: Path, browser: Any, width: int) -> None:
     opened = Browser(browser.new_page())
     opened.check(made / "report.html", width)
-    for section in (*SECTIONS, "knowledge"):
+    for section in (*SECTIONS, *OF_A_WORLD):
         assert opened.page.locator(f"h2#{section}").is_visible()
-    assert opened.page.locator("figure img").count() == 10
+    shown = opened.page.evaluate("[...document.querySelectorAll('figure img')].map(i => i.src)")
+    assert len(shown) == len(set(shown)) == 10
     assert opened.page.locator(".strip").count() == 6
     assert opened.page.locator(".replies").count() == 8
     for details in opened.page.locator("details").all():
@@ -251,7 +273,8 @@ def test_a_page_about_any_two_checkpoints_shows_their_text_as_text(
     assert attack in opened.page.inner_text(".replies >> nth=0")
     for section in SECTIONS:
         assert opened.page.locator(f"h2#{section}").is_visible()
-    assert opened.page.locator("h2#knowledge").count() == 0
+    for section in OF_A_WORLD:
+        assert opened.page.locator(f"h2#{section}").count() == 0
     assert opened.page.locator("h2#curves").is_visible()
     text = opened.page.inner_text("body").lower()
     foreign = ("held-out people", "unseen people", "replayed in", "rows above", "phrasings")
