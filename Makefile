@@ -37,7 +37,7 @@ lint: .venv/dev
 # Everything that docs/findings.md reports, from nothing (its head says in how many hours). It goes on
 # where it was interrupted. SWEEPS="rates order" runs these alone.
 findings: .venv/runtime
-	$(BIN)/python -m lab.findings --out out/sweeps $(SWEEPS)
+	$(BIN)/python -m lab.findings $(SWEEPS)
 
 # PEERS="--nanogpt DIR --nanochat DIR" measures beside them; docs/speed.md has the benches one by one.
 bench: .venv/dev

@@ -7,7 +7,7 @@ Each sweep's table.json goes to docs/findings beside it, with the pictures that 
 the command again after an interruption, or with the names of some sweeps to run those alone. Sweeps
 share their runs, so several at once would train the same thing twice.
 
-python -m lab.findings --out out/sweeps
+python -m lab.findings
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main() -> None:
     )
     known = sorted(path.stem for path in (ROOT / "configs" / "sweeps").glob("*.toml"))
     p.add_argument("names", nargs="*", metavar="NAME", help=f"sweeps: {', '.join(known)}")
-    p.add_argument("--out", type=Path, required=True, help="folder of all sweeps: they share runs")
+    sweep.out_argument(p)
     p.add_argument("--page", type=Path, default=ROOT / "docs" / "findings.md", help="what to fill")
     p.add_argument("--device", default="auto", help="for measuring: auto (default), cpu, cuda, ...")
     with one_line_errors():

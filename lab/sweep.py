@@ -17,7 +17,7 @@ with its number of questions, and `[[tables]]` says which Markdown tables to mak
 What two cells share is run once. Give the same command again after an interruption: a finished
 run is not run again, and a killed one goes on.
 
-python -m lab.sweep configs/sweeps/examples.toml --out out/sweeps
+python -m lab.sweep configs/sweeps/examples.toml
 """
 
 from __future__ import annotations
@@ -453,13 +453,21 @@ def same_questions(a: Share, b: Share) -> bool:
     return bool(a.flags) and [topic for topic, _ in a.flags] == [topic for topic, _ in b.flags]
 
 
+def out_argument(p: argparse.ArgumentParser) -> None:
+    """The option --out."""
+    default = Path("out/sweeps")
+    p.add_argument(
+        "--out", type=Path, default=default, help=f"folder of all sweeps (default {default})"
+    )
+
+
 def main() -> None:
     """Runs one command line."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("sweep", type=Path, help="the TOML file")
-    p.add_argument("--out", type=Path, required=True, help="folder of all sweeps: they share runs")
+    out_argument(p)
     p.add_argument("--device", default="auto", help="for measuring: auto (default), cpu, cuda, ...")
     with one_line_errors():
         a = p.parse_args()
