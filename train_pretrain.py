@@ -48,7 +48,7 @@ def evaluate(run: Run, model: GPT, data: PretrainData, step: int) -> dict[str, f
 
 
 def main(config: PretrainConfig) -> Path:
-    """Trains to config.optim.steps; Ctrl-C saves and stops. Returns the newest checkpoint."""
+    """Trains to config.optim.steps; Ctrl-C saves and exits. Returns the newest checkpoint."""
     run = Run("base", config)
     data = PretrainData(config.data, config.model.block_size, config.run.seed, config.verify)
     origin = {"data": {"fingerprint": data.fingerprint}}

@@ -80,7 +80,7 @@ def evaluate(
 
 
 def main(config: SFTConfig) -> Path:
-    """Trains to config.optim.steps; Ctrl-C saves and stops. Returns the newest checkpoint."""
+    """Trains to config.optim.steps; Ctrl-C saves and exits. Returns the newest checkpoint."""
     run = Run("instruct", config)
     base = load_checkpoint(config.base)
     if base.meta["kind"] != "base":

@@ -227,21 +227,15 @@ def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def train(plan: Plan, device: str) -> Pair:
     """Runs what is not yet there, and loads the last base and the instruct model."""
     prepare_world(plan.world, plan.data, "bpe:2048", 0.02)
-    finish(pretrain, plan.pretrain)
+    pretrain(plan.pretrain)
     if plan.more:
-        finish(pretrain, plan.more)
+        pretrain(plan.more)
     if plan.qa:
         made = conversations(World(plan.world), **plan.qa)
         text = "".join(json.dumps({"messages": c}) + "\n" for c in made)
         Path(plan.sft.data.path).write_text(text, encoding="utf-8")
-    finish(sft, plan.sft)
+    sft(plan.sft)
     return open_pair(plan.sft.base, plan.sft.run.dir, device, None)
-
-
-def finish(main: Callable[[Any], Path], config: Any) -> None:
-    """Trains to the end; Ctrl-C, on which a script saves and returns, stops the sweep too."""
-    if main(config).name != f"step_{config.optim.steps:06d}":
-        raise KeyboardInterrupt
 
 
 def measure_row(pair: Pair, n: int, known: list[Person]) -> Row:

@@ -89,8 +89,9 @@ def run_cli(config_class: type[T], main: Callable[[T], object], about: str) -> N
             main(parse_config(config_class, about=about))
     except BaseException as error:
         if world_size() > 1:
-            if not isinstance(error, SystemExit):
-                traceback.print_exc()
+            if isinstance(error, SystemExit) and isinstance(error.code, int):
+                exit_now(error.code)
+            traceback.print_exc()
             exit_now(1)
         raise
     finish_processes()

@@ -106,19 +106,24 @@ def compile_model(model: GPT, mode: Literal["auto", "on", "off"]) -> None:
 
 
 class StopOnSignal:
-    """A context in which the first Ctrl-C or SIGTERM only sets `requested`; a second one kills."""
+    """A context in which the first Ctrl-C, SIGTERM or SIGHUP only sets `number`, its own; a second
+    one kills. A SIGHUP that nohup has told to be ignored is.
+    """
 
-    requested = False
+    number = 0
 
     def __enter__(self) -> Self:
-        self._previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
+        self._previous = {s: signal.signal(s, self._stop) for s in signals}
         return self
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         # Each of several processes gets it twice: from the terminal, and from torchrun.
-        if self.requested or world_size() == 1:
+        if self.number or world_size() == 1:
             self.__exit__()
-        self.requested = True
+        self.number = number
         # Not by print, which fails if the signal came in the middle of another print.
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: saving and stopping; once more to stop at once\n".encode())

@@ -80,7 +80,7 @@ def test_killed_at_a_random_step_and_resumed_is_bit_identical(
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole"), f"killed after step {step}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("script", [train_pretrain, train_sft])
 def test_a_signal_saves_and_the_same_command_goes_on(
     script: Any,
@@ -89,6 +89,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     runs: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def config(out: Path) -> Any:
         if script is train_pretrain:
@@ -103,8 +104,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         return real(*args)
 
     monkeypatch.setattr(script, "train_step", interrupted)
-    stopped = script.main(config(tmp_path / "run"))
-    assert stopped.name == "step_000005"
+    with pytest.raises(SystemExit, match=str(128 + number)):  # so that what follows && is not run
+        script.main(config(tmp_path / "run"))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "stopped at step 5 of 9; the same command goes on"
     monkeypatch.setattr(script, "train_step", real)
     assert script.main(config(tmp_path / "run")).name == "step_000009"
     script.main(config(tmp_path / "whole"))

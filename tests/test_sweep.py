@@ -150,7 +150,7 @@ def test_ctrl_c_in_a_run_saves_it_and_stops_the_sweep(
 
     monkeypatch.setattr(script, "train_step", interrupted)
     spec = write(tmp_path, SPEC + GRID)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         sweep.run(spec, tmp_path / "out", "cpu")
     assert (counts[0].steps, counts[1].steps) == (2, 0)
     assert len(list((tmp_path / "out").rglob("step_000002"))) == 1

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -30,8 +31,9 @@ PREPARED_QA = "prepared_qa"  # in an SFT run: what was made of a Q&A file
 class Run:
     """All of a run that is not training itself; it never computes a loss. The scripts ask it in
     their loop whether to save, to evaluate and to stop. As a context it is the run's time of
-    training: the log is open, and Ctrl-C and SIGTERM ask to stop. Raises ValueError: the folder
-    holds something else, or a run with another config.
+    training: the log is open, and Ctrl-C, SIGTERM and SIGHUP ask to stop. Raises ValueError: the
+    folder holds something else, or a run with another config. Raises SystemExit: at the end of a
+    time that was ended by a signal, with the exit code that a shell expects of it.
     """
 
     def __init__(self, kind: Literal["base", "instruct"], config: Any) -> None:
@@ -105,11 +107,15 @@ class Run:
     def __exit__(self, *exception: Any) -> None:
         gc.unfreeze()
         self._open.__exit__(*exception)
+        if exception[0] is None and processes.any_process(self._signals.number > 0):
+            print(f"stopped at step {self._step} of {self.last_step}; the same command goes on")
+            raise SystemExit(128 + (self._signals.number or signal.SIGTERM))
 
     def steps(self) -> Iterator[int]:
         """How many steps have been taken: first what the checkpoint says, in the end all."""
         for step in range(self.first_step, self.last_step + 1):
-            self._interrupted = processes.any_process(self._signals.requested)
+            self._interrupted = processes.any_process(self._signals.number > 0)
+            self._step = step
             yield step
             if step == self.first_step:
                 gc.freeze()  # what is there now stays; collections need not look through it again
