@@ -15,7 +15,7 @@ from rich.text import Text
 from data.chat import Message, raw_prompt, render_prompt
 from data.fitting import recent_turns
 from model.generate import Sampling, generate
-from runtime.cli import one_line_errors
+from runtime.cli import one_line_errors, visible
 from runtime.files import write_json
 from training.checkpoint import Checkpoint, load_pair
 
@@ -84,7 +84,8 @@ class Conversation:
 
 def show(console: Console, prompt: str, replies: dict[str, Reply]) -> None:
     """A table on a terminal or in a picture; plain text, one reply a paragraph, in a pipe."""
-    texts = {c: r.text.lstrip(" ") + ("" if r.stopped else " ...") for c, r in replies.items()}
+    prompt, ends = visible(prompt), {c: "" if r.stopped else " ..." for c, r in replies.items()}
+    texts = {c: visible(r.text.lstrip(" ")) + ends[c] for c, r in replies.items()}
     if console.is_terminal or console.record:
         table = Table(title=Text(prompt, style="bold"), title_justify="left")
         for title in COLUMNS.values():

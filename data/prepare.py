@@ -22,7 +22,7 @@ from data.sources import read
 from data.tokenizer import CONTROL_TOKENS, Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 from model.check import check_range
-from runtime.cli import one_line_errors
+from runtime.cli import one_line_errors, visible
 from runtime.files import read_meta, resolve_checkpoint, sha256_file
 
 
@@ -162,6 +162,7 @@ def inspect(folder: Path, n: int) -> None:
         text = Text(f"--- example {i}: {len(ids)} tokens, {mask.sum()} supervised\n")
         for kept, span in groupby(zip(ids.tolist(), mask, strict=True), lambda token: token[1]):
             words, style = tokenizer.decode([n for n, _ in span]), "bold green" if kept else "dim"
+            words = visible(words)
             text.append(f"[{words}]" if kept and not console.is_terminal else words, style)
         console.print(text, soft_wrap=True)
 

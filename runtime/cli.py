@@ -3,8 +3,10 @@ JSON of a run's config.json) and from options after them: `--optim.lr=1e-3`.
 """
 
 import contextlib
+import io
 import json
 import os
+import re
 import sys
 import tomllib
 import traceback
@@ -15,11 +17,25 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 T = TypeVar("T")
+# What a terminal obeys instead of showing it: controls but \n and \t, and what turns the direction
+# of writing; and half a surrogate pair, which cannot be written.
+UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+LONGEST = 500  # characters of an error message
+
+
+def visible(text: str) -> str:
+    """Text from files or a model, its control characters escaped, to be shown on a terminal."""
+    return UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns a user's mistake into one line and exit code 1; a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may not be what they can write
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -31,7 +47,9 @@ def one_line_errors() -> Iterator[None]:
             text = f"{error.strerror}: {error.filename or 'while writing a file'}"
         elif isinstance(error, RecursionError):
             text = "the input is nested too deeply"
-        print(f"error: {text}", file=sys.stderr)
+        text = visible(text)
+        cut = text if len(text) <= LONGEST else f"{text[: LONGEST - 110]} ... {text[-100:]}"
+        print(f"error: {cut}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

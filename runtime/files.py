@@ -25,7 +25,8 @@ def fingerprint(value: Any) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` in one rename, so that a reader or a crash never meets half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
+    temporary.unlink(missing_ok=True)  # a killed process's, or a link that somebody put there
+    with open(temporary, "x", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -39,14 +40,22 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary directory that becomes `path` in one rename, or never; what a
-    killed process left there is removed. Raises FileExistsError: `path` exists and is not empty.
+    """Yields an empty temporary directory that becomes `path` in one rename, or never. Raises
+    FileExistsError: `path` exists and is not empty. Raises ValueError: another process makes it.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if temporary.is_symlink():  # somebody put it there
+        temporary.unlink()
+    temporary.mkdir(parents=True, exist_ok=True)
+    with _alone_in(temporary, f"another process is making {path}"):
+        yield from _filled(temporary, path)
+
+
+def _filled(temporary: Path, path: Path) -> Iterator[Path]:
     try:
+        for left in temporary.iterdir():  # by a killed process
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
@@ -66,6 +75,31 @@ def new_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path, otherwise: str) -> Iterator[None]:
+    """Keeps other processes out of a folder. Raises ValueError, `otherwise`: one is in it."""
+    if os.name != "posix":  # where folders cannot be locked
+        yield
+        return
+    import fcntl
+
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if isinstance(error, BlockingIOError):
+                    raise
+            renamed = not os.path.samestat(os.fstat(descriptor), folder.stat())
+        except (BlockingIOError, FileNotFoundError):
+            renamed = True
+        if renamed:
+            raise ValueError(otherwise)
+        yield
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from runtime.cli import visible
 from runtime.files import lock, write_json, write_text
 from runtime.processes import is_first, world_size
 from runtime.tracking import Tracker
@@ -143,6 +144,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
+        text = visible(text)
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from data.chat import ROLES, Message
+from runtime.cli import visible
 
 T = TypeVar("T")
 Rows = Iterator[tuple[str, Any]]  # (place, JSON value); in place of what is not JSON a ValueError
@@ -247,7 +248,7 @@ def read_conversations(
         more = f" (and {n_bad - 1} more bad examples)" if n_bad > 1 else ""
         raise ValueError(f"{bad[0]}{more}; mend it, or `python -m data.prepare qa --skip-bad`")
     for line in [*bad, f"{n_bad:,} of {n_bad + n_good:,} examples"] if n_bad else []:
-        print(f"skipped {line}")
+        print(visible(f"skipped {line}"))
     if not n_good:
         raise ValueError(f"{', '.join(map(str, files))}: no usable example")
 
