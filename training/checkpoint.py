@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from data.chat import template_fingerprint
 from data.tokenizer import RANKS_FILE, Tokenizer
@@ -47,8 +48,8 @@ def save_checkpoint(
     metrics: dict[str, Any],
 ) -> Path:
     """Writes `run_dir/step_NNNNNN`, unless it is there already; returns it. With several processes
-    the first one does. Raises OSError: it cannot be written; nothing of it is left behind, older
-    checkpoints are untouched.
+    the first one does. Raises OSError: it cannot be written. Raises ValueError: weights or momentum
+    are not finite. Nothing of it is left behind, older checkpoints are untouched.
     """
     path = run_dir / f"step_{step:06d}"
     if (path / "meta.json").exists() or not is_first():
@@ -56,6 +57,9 @@ def save_checkpoint(
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
     weights = {k: v.float().contiguous() for k, v in model.state_dict().items() if k not in tied}
     state = {"optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state()}
+    if bad := not_finite(weights) or not_finite(state["optimizers"]):
+        remedy = "start again in another --run.dir with a lower learning rate"
+        raise ValueError(f"step {step}: {bad} is not finite, so it is not saved; {remedy}")
     cuda_rng = torch.cuda.get_rng_state() if model.wte.weight.is_cuda else None
     with files.new_directory(path) as folder:
         with writing(path):
@@ -66,6 +70,17 @@ def save_checkpoint(
         meta["files"] = {f.name: files.sha256_file(f) for f in sorted(folder.iterdir())}
         files.write_meta(folder, meta)
     return path
+
+
+def not_finite(value: Any, name: str = "") -> str:
+    """The key of a tensor in nested dicts and lists that is not finite; empty if all are."""
+    if isinstance(value, Tensor):
+        return "" if not value.is_floating_point() or bool(value.isfinite().all()) else name
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    nested = (
+        (f"{name}.{k}".strip("."), v) for k, v in items if isinstance(v, dict | list | Tensor)
+    )
+    return next(filter(None, (not_finite(part, key) for key, part in nested)), "")
 
 
 @contextlib.contextmanager
@@ -90,6 +105,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         tokenizer = Tokenizer.load(folder)
         model = GPT(ModelConfig(**meta["model"]), meta["vocab_size"])
         weights = load_file(folder / WEIGHTS_FILE)
+        if bad := not_finite(weights):
+            raise ValueError(f"{folder}: {bad} is not finite; take an older checkpoint")
         if model.config.tie_embeddings:
             weights["lm_head.weight"] = weights["wte.weight"]
         model.load_state_dict(weights)
@@ -123,12 +140,18 @@ def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> d
     saved = load_checkpoint(path)
     model.load_state_dict(saved.model.state_dict())
     files.verify_checksums(path, {STATE_FILE: saved.meta["files"][STATE_FILE]})
-    state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
-    for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(optimizer_state)
-    torch.set_rng_state(state["rng"])
-    if model.wte.weight.is_cuda and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"])
+    try:
+        state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
+        if bad := not_finite(state["optimizers"]):
+            raise ValueError(f"{bad} is not finite")
+        for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        torch.set_rng_state(state["rng"])
+        if model.wte.weight.is_cuda and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+    except Exception as error:  # what a foreign file makes of torch.load cannot be foreseen
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path / STATE_FILE} is not this project's: {what:.100}") from None
     return dict(saved.meta["metrics"])
 
 

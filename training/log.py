@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl first, a progress bar or plain lines, wandb if asked for."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -126,6 +127,8 @@ class RunLog:
         if not (step and due and is_first()):
             return
         row = self.row() | scores
+        if bad := [key for key, value in row.items() if not math.isfinite(value)]:
+            raise ValueError(f"step {step}: {bad[0]} is {row[bad[0]]}; try a lower learning rate")
         self._recent_tokens, self._recent_seconds = 0, 0.0
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
