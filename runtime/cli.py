@@ -48,8 +48,9 @@ def one_line_errors() -> Iterator[None]:
         elif isinstance(error, RecursionError):
             text = "the input is nested too deeply"
         text = visible(text)
-        cut = text if len(text) <= LONGEST else f"{text[: LONGEST - 110]} ... {text[-100:]}"
-        print(f"error: {cut}", file=sys.stderr)
+        line = f"error: {text}"
+        line = line if len(line) <= LONGEST else f"{line[: LONGEST - 105]} ... {line[-100:]}"
+        print(line, file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

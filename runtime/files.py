@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,7 +168,12 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
 def checkpoints(run_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first (a folder counts once its rename happened)."""
     found = [p for p in run_dir.glob("step_*") if (p / "meta.json").exists()]
-    return sorted(found, key=lambda p: (len(p.name), p.name))
+    return sorted(filter(is_checkpoint, found), key=lambda p: (len(p.name), p.name))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder has the name of a checkpoint; a copy of one has another."""
+    return re.fullmatch(r"step_\d+", path.name, re.ASCII) is not None
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

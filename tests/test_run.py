@@ -36,8 +36,9 @@ def make_config(folder: Path, steps: int = 9, **run: Any) -> PretrainConfig:
     )
 
 
-def save(run: Path, step: int) -> Path:
+def save(run: Path, step: int, config: Any = ()) -> Path:
     meta = {"kind": "base", **ORIGIN}
+    meta["config"] = asdict(make_config(run)) if config == () else config
     return save_checkpoint(run, GPT(TINY, BYTE.n_vocab), [], BYTE, meta, step, {"step": step})
 
 
@@ -124,6 +125,9 @@ def test_a_changed_config_is_refused_with_all_that_differs_before_anything_is_bu
         run=RunConfig(str(tmp_path), seed=2, device="auto"),
         data=PretrainDataConfig("elsewhere", micro_batch_size=2),
     )
+    # Whoever edited config.json and gave that, too: the checkpoint knows what it was trained with.
+    write_json(tmp_path / "config.json", asdict(changed))
+    before["config.json"] = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ValueError, match="another config") as error:
         Run("base", changed)
     for text in ("optim.lr 0.1 -> 0.2", "optim.momentum 0.95 -> 0.9", "run.seed 1 -> 2"):
@@ -200,9 +204,8 @@ def test_a_key_that_today_lacks_is_a_difference(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recorded", [[], None, 3, "text"])
 def test_a_recorded_config_that_is_no_table_is_one_line(recorded: Any, tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", recorded)
-    save(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+    save(tmp_path, 1, recorded)
+    with pytest.raises(ValueError, match="config is damaged"):
         Run("base", make_config(tmp_path))
 
 
@@ -244,7 +247,8 @@ def test_prepared_questions_of_a_running_run_are_left_alone(tmp_path: Path) -> N
 def test_a_run_of_another_beginning_is_refused_either_way(tmp_path: Path) -> None:
     began: dict[str, Any] = {"step": 3, "fingerprint": "f"}
     for folder, noted, named in (("a", began, None), ("b", None, began)):
-        meta = {"kind": "base", **ORIGIN, "init_from": noted}
+        config = make_config(tmp_path / folder)
+        meta = {"kind": "base", **ORIGIN, "init_from": noted, "config": asdict(config)}
         model = GPT(TINY, BYTE.n_vocab)
         save_checkpoint(tmp_path / folder, model, [], BYTE, meta, 6, {"step": 6})
         config = make_config(tmp_path / folder)

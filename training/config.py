@@ -51,9 +51,9 @@ class RunConfig:
 
 
 def changes(old: Any, config: Any) -> list[str]:
-    """What differs between a run's config.json and its config today, but for what may change."""
+    """What differs between a checkpoint's config and today's, but for what may change."""
     if not isinstance(old, dict):
-        return ["its config.json is damaged"]
+        return ["what is noted of its config is damaged"]
     found = differences(with_defaults(old, config), asdict(config))
     return [text for text in found if text.split(" ")[0] not in MAY_CHANGE]
 

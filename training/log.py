@@ -164,13 +164,19 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
-    rows = list[dict[str, Any]]()
+    """The rows of a metrics.jsonl. What is no row is left out, and told but for a last line that a
+    kill cut short.
+    """
+    rows, bad = list[dict[str, Any]](), list[int]()
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines():
+    lines = text.splitlines(keepends=True)
+    for i, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
-            break
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if i < len(lines) or line.endswith("\n"):
+                bad.append(i)
+    if bad:
+        print(f"note: {path}, line {bad[0]}: damaged, left out ({len(bad)} in all)")
     return rows

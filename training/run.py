@@ -19,7 +19,7 @@ from data.sources.read import QA_SUFFIXES
 from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from runtime import device, processes
-from runtime.files import checkpoints, lock, read_json, read_meta
+from runtime.files import checkpoints, is_checkpoint, lock, read_meta
 from training.checkpoint import resume, save_checkpoint
 from training.config import changes, differences
 from training.log import RunLog, is_complete, is_due
@@ -155,8 +155,13 @@ class Run:
 
 def find_checkpoint(folder: Path, config: Any) -> Path | None:
     """The checkpoint from which a run goes on, or None. Raises ValueError as `Run`."""
+    if processes.is_first():
+        for part in filter(is_checkpoint, folder.glob("step_*")):
+            if not (part / "meta.json").exists():  # copied while it was written: never ours
+                aside = part.rename(part.with_name(f"{part.name}.incomplete"))
+                print(f"{part} has no meta.json, so it is no whole checkpoint: now {aside.name}")
     if steps := checkpoints(folder):
-        if changed := changes(read_json(folder / "config.json"), config):
+        if changed := changes(read_meta(steps[-1]).get("config"), config):
             what = f"{folder} holds a run with another config: {'; '.join(changed)}"
             remedy = "Give the same config to go on with it, or another --run.dir"
             raise ValueError(f"{what}. {remedy}")

@@ -1,0 +1,243 @@
+"""What goes wrong around a run: planted links, two at once, numbers that are none, foreign files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.tokenizer import create_tokenizer
+from model.gpt import GPT, ModelConfig
+from runtime.cli import LONGEST, one_line_errors, visible
+from runtime.files import (
+    checkpoints,
+    new_directory,
+    read_meta,
+    sha256_file,
+    write_json,
+    write_meta,
+)
+from training.checkpoint import load_checkpoint, resume, save_checkpoint
+from training.log import read_metrics
+from training.optim import OptimConfig, build_optimizers
+
+BYTE = create_tokenizer("byte", [])
+TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
+
+
+def fresh() -> tuple[GPT, list[torch.optim.Optimizer]]:
+    """A model and optimizers that have state."""
+    model = GPT(TINY, BYTE.n_vocab)
+    optimizers = build_optimizers(model, OptimConfig(3))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    return model, optimizers
+
+
+def save(run: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step: int = 1) -> Path:
+    return save_checkpoint(run, model, optimizers, BYTE, {"kind": "base"}, step, {"step": step})
+
+
+def sealed_again(folder: Path) -> Path:
+    """Seals what somebody has edited, as they could."""
+    meta = read_meta(folder)
+    meta["files"] = {name: sha256_file(folder / name) for name in meta["files"]}
+    write_meta(folder, meta)
+    return folder
+
+
+# ---- links that somebody put where temporary files go -------------------------------------------
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / ".a.json.tmp").symlink_to(victim)
+    write_json(tmp_path / "a.json", {"b": 1})
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "a.json").is_symlink()
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "kept").write_text("mine")
+    (tmp_path / ".new.tmp").symlink_to(folder)
+    with new_directory(tmp_path / "new") as made:
+        (made / "file").write_text("new")
+    assert [p.name for p in folder.iterdir()] == ["kept"]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["file"]
+
+
+# ---- two at once ---------------------------------------------------------------------------------
+
+HOLDS = """
+import sys
+from pathlib import Path
+from runtime.files import new_directory
+with new_directory(Path(sys.argv[1])) as made:
+    (made / "file").write_text("first")
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_makes_a_folder_and_a_second_one_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "new")]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], **pipes) as first:
+        assert first.stdout is not None
+        first.stdout.readline()
+        with pytest.raises(ValueError, match="another process is making"):
+            with new_directory(tmp_path / "new"):
+                raise AssertionError("both make it")
+        first.communicate()
+    assert first.returncode == 0
+    assert (tmp_path / "new" / "file").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
+
+
+def test_what_a_killed_process_left_is_gone_from_a_new_folder(tmp_path: Path) -> None:
+    left = tmp_path / ".new.tmp"
+    (left / "deep").mkdir(parents=True)
+    (left / "deep" / "file").write_text("half")
+    (left / "link").symlink_to(tmp_path)
+    with new_directory(tmp_path / "new") as made:
+        assert not list(made.iterdir())
+    assert tmp_path.is_dir()
+
+
+# ---- what a terminal would obey --------------------------------------------------------------------
+
+
+def test_control_characters_are_shown_not_sent() -> None:
+    assert visible("a\x1b[2Jb\r\x9b\u202ec") == r"a\x1b[2Jb\r\x9b\u202ec"
+    plain = "tab\tline\nÄ é 漢 🙂 \u00a0 \u200d"
+    assert visible(plain) == plain
+
+
+def test_an_error_is_one_short_visible_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), one_line_errors():
+        raise ValueError("begins " + "\x1b]0;x\x07\n" * 1000 + " ends")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
+    assert line.startswith("error: begins")
+    assert line.endswith(" ends")
+    assert len(line) <= LONGEST
+
+
+def test_a_name_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None:
+    code = "from runtime.cli import one_line_errors\nwith one_line_errors(): print('\\udcff')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# ---- numbers that are none -------------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    model, optimizers = fresh()
+    save(tmp_path, model, optimizers)
+    name, weight = next(iter(model.named_parameters()))
+    kept = weight.data[0, 0].clone()
+    weight.data[0, 0] = math.inf
+    with pytest.raises(ValueError, match=f"step 2: {name} is not finite, so it is not saved"):
+        save(tmp_path, model, optimizers, 2)
+    weight.data[0, 0] = kept
+    momentum = next(v for s in optimizers[-1].state.values() for v in s.values() if v.dim())
+    momentum[0] = math.nan
+    with pytest.raises(ValueError, match="is not finite, so it is not saved"):
+        save(tmp_path, model, optimizers, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_what_is_not_finite_is_not_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path, *fresh())
+    weights = load_file(path / "model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[3] = math.nan
+    save_file(weights, path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} is not finite"):
+        load_checkpoint(sealed_again(path))
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("evil",))
+
+
+def foreign_pickle(path: Path) -> None:
+    torch.save({"optimizers": Evil()}, path)
+
+
+def no_archive(path: Path) -> None:
+    path.write_bytes(b"\x80\x04garbage")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def other_state(path: Path) -> None:
+    torch.save({"optimizers": [{"state": {}, "param_groups": []}], "rng": 3}, path)
+
+
+def no_table(path: Path) -> None:
+    torch.save([1, 2], path)
+
+
+def not_a_number(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    first = next(iter(state["optimizers"][0]["state"].values()))
+    next(v for v in first.values() if v.dim()).view(-1)[0] = math.nan
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    "forged", [foreign_pickle, no_archive, empty, other_state, no_table, not_a_number]
+)
+def test_a_state_that_is_not_ours_is_one_line(
+    forged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path / "run", *fresh())
+    forged(path / "train_state.pt")
+    with pytest.raises(ValueError, match=r"train_state\.pt is not this project's") as error:
+        resume(sealed_again(path), *fresh())
+    assert len(str(error.value)) < len(str(path)) + 200
+    assert "\n" not in str(error.value)
+    assert not Path("evil").exists()
+
+
+# ---- folders and logs ------------------------------------------------------------------------------
+
+
+def test_a_copy_of_a_checkpoint_is_none(tmp_path: Path) -> None:
+    path = save(tmp_path, *fresh())
+    for name in ("step_000005_backup", "step_", "step_abc", "step_٣"):
+        path.rename(tmp_path / name)
+        assert checkpoints(tmp_path) == []
+        path = tmp_path / name
+
+
+def test_rows_after_a_damaged_one_are_kept_and_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": step}) for step in (1, 2, 3)]
+    path.write_text(
+        "\n".join([rows[0], '{"step": 2, "lo', "[1]", "[" * 100_000, *rows[1:], '{"st'])
+    )
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"note: {path}, line 2: damaged, left out (3 in all)"
