@@ -1,4 +1,4 @@
-"""What goes wrong around a run: planted links, two at once, numbers that are none, foreign files."""
+"""What goes wrong around a run: planted links, two at once, no numbers, foreign files."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from runtime.files import (
 from training.checkpoint import load_checkpoint, resume, save_checkpoint
 from training.log import read_metrics
 from training.optim import OptimConfig, build_optimizers
+from training.run import find_checkpoint
 
 BYTE = create_tokenizer("byte", [])
 TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
@@ -56,7 +57,7 @@ def sealed_again(folder: Path) -> Path:
     return folder
 
 
-# ---- links that somebody put where temporary files go -------------------------------------------
+# ---- links that somebody put where temporary files go --------------------------------------------
 
 
 def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
@@ -96,9 +97,9 @@ def test_one_process_makes_a_folder_and_a_second_one_says_so(tmp_path: Path) -> 
     with subprocess.Popen(command, cwd=Path(__file__).parents[1], **pipes) as first:
         assert first.stdout is not None
         first.stdout.readline()
-        with pytest.raises(ValueError, match="another process is making"):
-            with new_directory(tmp_path / "new"):
-                raise AssertionError("both make it")
+        busy = pytest.raises(ValueError, match="another process is making")
+        with busy, new_directory(tmp_path / "new"):
+            raise AssertionError("both make it")
         first.communicate()
     assert first.returncode == 0
     assert (tmp_path / "new" / "file").read_text() == "first"
@@ -115,7 +116,7 @@ def test_what_a_killed_process_left_is_gone_from_a_new_folder(tmp_path: Path) ->
     assert tmp_path.is_dir()
 
 
-# ---- what a terminal would obey --------------------------------------------------------------------
+# ---- what a terminal would obey ------------------------------------------------------------------
 
 
 def test_control_characters_are_shown_not_sent() -> None:
@@ -142,7 +143,7 @@ def test_a_name_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-# ---- numbers that are none -------------------------------------------------------------------------
+# ---- numbers that are none -----------------------------------------------------------------------
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_a_state_that_is_not_ours_is_one_line(
     assert not Path("evil").exists()
 
 
-# ---- folders and logs ------------------------------------------------------------------------------
+# ---- folders and logs ----------------------------------------------------------------------------
 
 
 def test_a_copy_of_a_checkpoint_is_none(tmp_path: Path) -> None:
@@ -228,6 +229,21 @@ def test_a_copy_of_a_checkpoint_is_none(tmp_path: Path) -> None:
         path.rename(tmp_path / name)
         assert checkpoints(tmp_path) == []
         path = tmp_path / name
+
+
+def test_a_checkpoint_without_its_meta_is_set_aside_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "step_000004").mkdir()
+    (tmp_path / "step_000004" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "step_000004_mine").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    assert find_checkpoint(tmp_path, None) is None
+    assert "step_000004.incomplete" in capsys.readouterr().out
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["config.json", "step_000004.incomplete", "step_000004_mine"]
+    assert find_checkpoint(tmp_path, None) is None
+    assert not capsys.readouterr().out
 
 
 def test_rows_after_a_damaged_one_are_kept_and_it_is_told(
