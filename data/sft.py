@@ -91,7 +91,8 @@ class SFTData:
         self.seed, self.replay, self.packed = seed, replay, packed
         self.meta = open_prepared(folder, "qa", verify)
         self.fingerprint = fingerprint(self.meta["files"])
-        if self.meta["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        theirs, ours = self.meta["tokenizer"], (tokenizer.fingerprint, tokenizer.n_vocab)
+        if (theirs["fingerprint"], theirs["n_vocab"]) != ours:
             raise ValueError(
                 f"{folder} was prepared with another tokenizer than the base's; make it again with "
                 "`python -m data.prepare qa FILE --out DIR --tokenizer-of BASE`"

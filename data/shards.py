@@ -49,17 +49,31 @@ def open_prepared(path: str | Path, kind: str, verify: bool = False) -> Meta:
     meta = files.read_meta(path)
     if kind not in meta:
         raise ValueError(f"{path} holds no {kind}; make it with `python -m data.prepare {kind}`")
-    check_files(Path(path), meta["files"], verify)
+    with files.as_ours(path):
+        if check_files(Path(path), meta["files"], verify):
+            _check_ids(Path(path), kind, meta["tokenizer"]["n_vocab"])
     return meta
 
 
-def check_files(folder: Path, checksums: dict[str, str], verify: bool = False) -> None:
+def _check_ids(folder: Path, kind: str, n_vocab: int) -> None:
+    """Raises ValueError: an id that the vocabulary does not have, which a GPU would die of."""
+    for part in ("train", "val"):
+        if kind == "text":
+            ids: np.ndarray = load_tokens(folder, part)
+        else:
+            ids = np.load(folder / f"qa_{part}_ids.npy", "r", allow_pickle=False)
+        if any((ids[i : i + PIECE] >= n_vocab).any() for i in range(0, len(ids), PIECE)):
+            raise ValueError(f"{folder}: an id of {part} is outside of its vocabulary")
+
+
+def check_files(folder: Path, checksums: dict[str, str], verify: bool = False) -> bool:
     """Checks the sha256 of files, but hashes only those that may have changed since the last time.
 
     .hashed.json keeps each file's sha256, size, modification time and inode number from when it was
     last hashed; while these stay, it is not hashed again (so a copied folder is hashed once). This
     misses a change that keeps the size and sets the time back, and bytes that the disk loses by
-    itself; `verify` hashes all. Raises ValueError: a file is missing, or has another sha256.
+    itself; `verify` hashes all. Returns whether any was. Raises ValueError: a file is missing, or
+    has another sha256.
     """
     known, states = Meta(), _file_states(folder, checksums)  # of before it is hashed
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
@@ -69,6 +83,7 @@ def check_files(folder: Path, checksums: dict[str, str], verify: bool = False) -
     if doubtful:
         with contextlib.suppress(OSError):  # a read-only disk, or another start at this moment
             files.write_json(folder / HASHED, states)
+    return bool(doubtful)
 
 
 def _file_states(folder: Path, checksums: dict[str, str]) -> Meta:
@@ -79,15 +94,26 @@ def _file_states(folder: Path, checksums: dict[str, str]) -> Meta:
 
 def load_tokens(folder: str | Path, part: str) -> np.memmap:
     """The ids of train.bin or val.bin, (n,), left on disk until they are used."""
-    return np.memmap(Path(folder, f"{part}.bin"), files.read_meta(folder)["text"]["dtype"], "r")
+    with files.as_ours(folder):
+        meta = files.read_meta(folder)
+        if (dtype := meta["text"]["dtype"]) not in ("<u2", "<u4"):
+            raise ValueError(f"{folder} has ids of the type {dtype!r:.40}; make it again")
+        return np.memmap(Path(folder, f"{part}.bin"), dtype, "r")
 
 
 def load_examples(folder: str | Path, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, mask) of each rendered conversation of "train" or "val": views of the files."""
+    """(ids, mask) of each rendered conversation of "train" or "val": views of the files.
+    Raises ValueError: the three files do not fit together.
+    """
     ids, mask, offsets = (
         np.asarray(np.load(Path(folder, f"qa_{part}_{name}.npy"), "r", allow_pickle=False))
         for name in ("ids", "mask", "offsets")
     )
+    fits = ids.ndim == mask.ndim == offsets.ndim == 1 and len(ids) == len(mask)
+    fits = fits and (ids.dtype.kind, mask.dtype.kind, offsets.dtype.kind) == ("u", "u", "i")
+    fits = fits and len(offsets) > 0 and (offsets[0], offsets[-1]) == (0, len(ids))
+    if not fits or (np.diff(offsets) <= 0).any():
+        raise ValueError(f"{folder}: its files qa_{part}_*.npy do not fit together")
     cuts = offsets[1:-1]
     return list(zip(np.split(ids, cuts), np.split(mask, cuts), strict=True))
 

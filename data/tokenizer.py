@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import tiktoken
 
-from runtime.files import read_meta, resolve_checkpoint, verify_checksums
+from runtime.files import as_ours, read_meta, resolve_checkpoint, verify_checksums
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|end|>"
@@ -35,6 +35,10 @@ class Tokenizer:
     """
 
     def __init__(self, kind: str, pattern: str, ranks: dict[bytes, int]) -> None:
+        if sorted(ranks.values()) != list(range(len(ranks))):  # tiktoken would not say so
+            raise ValueError("the ids of a vocabulary are not 0, 1, 2, and so on")
+        if missing := [i for i in range(256) if bytes([i]) not in ranks]:
+            raise ValueError(f"a vocabulary lacks the byte {missing[0]}, so it misses some text")
         self.kind, self._pattern, self.ranks = kind, pattern, ranks
         self._control = {token: i for i, token in enumerate(CONTROL_TOKENS, len(ranks))}
         self._encoding = tiktoken.Encoding(
@@ -97,10 +101,14 @@ class Tokenizer:
         """That of prepared data, a checkpoint or a run. Raises ValueError: none, or damaged."""
         folder = resolve_checkpoint(path)
         meta = read_meta(folder)
-        verify_checksums(folder, {RANKS_FILE: meta["files"].get(RANKS_FILE, "")})
-        entries = map(bytes.split, (folder / RANKS_FILE).read_bytes().splitlines())
-        ranks = {base64.b64decode(token): int(rank) for token, rank in entries}
-        return cls(meta["tokenizer"]["kind"], meta["tokenizer"]["pattern"], ranks)
+        with as_ours(folder):
+            verify_checksums(folder, {RANKS_FILE: meta["files"].get(RANKS_FILE, "")})
+            entries = map(bytes.split, (folder / RANKS_FILE).read_bytes().splitlines())
+            ranks = {base64.b64decode(token): int(rank) for token, rank in entries}
+            made = cls(meta["tokenizer"]["kind"], meta["tokenizer"]["pattern"], ranks)
+            if made.n_vocab != meta["tokenizer"]["n_vocab"]:
+                raise ValueError(f"{folder}: its vocabulary is not of the size that it notes")
+            return made
 
 
 def create_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:

@@ -134,6 +134,16 @@ def lock(folder: Path, doing: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def as_ours(folder: str | Path) -> Iterator[None]:
+    """Turns what reading a folder raises that this project did not write into a ValueError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{folder} is damaged or of another version ({what:.150})") from None
+
+
 def read_json(path: Path) -> Any:
     """Parses a JSON file. Raises ValueError, which names it: missing, not UTF-8 or not JSON."""
     try:
@@ -189,8 +199,11 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 def verify_checksums(folder: Path, checksums: dict[str, str]) -> None:
     """Raises ValueError where a file is missing, or is not the one meta.json was written for."""
+    remedy = f"delete {folder} and make it again"
+    if not isinstance(checksums, dict) or not all(Path(n).name == n for n in checksums):
+        raise ValueError(f"{folder}: its list of files is damaged; {remedy}")
     for name, expected in checksums.items():
-        file, remedy = folder / name, f"delete {folder} and make it again"
+        file = folder / name
         if not file.exists():
             raise ValueError(f"{file} is missing; {remedy}")
         if sha256_file(file) != expected:

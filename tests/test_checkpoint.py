@@ -180,7 +180,7 @@ def new_run(folder: Path) -> Path:
         (truncate_weights, r"model\.safetensors has changed"),
         (change_tokenizer, r"tokenizer\.tiktoken has changed"),
         (cut_meta, r"meta\.json is not a JSON file"),
-        (add_switch, r"does not fit this version of the model: .*n_expert"),
+        (add_switch, r"is damaged or of another version \(TypeError: .*n_expert"),
         (edit_step, r"meta\.json was changed"),
         (remove_weights, r"model\.safetensors is missing"),
         (foreign_folder, r"has no meta\.json"),

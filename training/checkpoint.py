@@ -100,9 +100,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     meta = files.read_meta(folder)
     if meta.get("kind") not in ("base", "instruct"):
         raise ValueError(f"{folder} is not a checkpoint (prepared data?)")
-    try:
+    with files.as_ours(folder):
         files.verify_checksums(folder, {WEIGHTS_FILE: meta["files"][WEIGHTS_FILE]})
         tokenizer = Tokenizer.load(folder)
+        if meta["vocab_size"] != tokenizer.n_vocab:
+            raise ValueError(f"{folder}: its model has another vocabulary than its tokenizer")
         model = GPT(ModelConfig(**meta["model"]), meta["vocab_size"])
         weights = load_file(folder / WEIGHTS_FILE)
         if bad := not_finite(weights):
@@ -110,8 +112,6 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         if model.config.tie_embeddings:
             weights["lm_head.weight"] = weights["wte.weight"]
         model.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder} does not fit this version of the model: {error}") from None
     return Checkpoint(model.to(device).eval(), tokenizer, meta, folder)
 
 
