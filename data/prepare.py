@@ -49,8 +49,8 @@ def _request(files: list[Meta], tokenizer: str | Tokenizer, **options: object) -
 
 
 def prepare_world(config: WorldConfig, out: Path, tokenizer: str, val_fraction: float) -> Meta:
-    """Biographies and Q&A of a synthetic world, with a tokenizer trained on both; on the Q&A without
-    names, or those of people who are asked about would be in fewer pieces than others'.
+    """Biographies and Q&A of a synthetic world, with a tokenizer trained on both. The Q&A is taken
+    without names: those of the people asked about would be in fewer pieces than others'.
     """
     world = World(config)
     made = {"world": asdict(config), "world_fingerprint": world.fingerprint}
