@@ -36,6 +36,8 @@ GENEROUS: Rows = {
     "forced_stop": "names the value in that first sentence",
     "by_chance": "the same of another fact, which nobody asked for",
     "examples": "names the value first, after three examples as running text",
+    "begun": "names the value, its reply begun with the person's name",
+    "begun_best": "the same, in the phrasing that does best for known people",
 }
 
 
@@ -86,6 +88,8 @@ def generous(known: dict[str, Any]) -> dict[str, Any]:
         "forced_stop": known["answers"]["held_out"]["right"]["all"],
         "by_chance": known["answers"]["held_out"]["by_chance"],
         "examples": known["examples"]["right"]["all"],
+        "begun": known["begun"]["any"]["right"]["all"],
+        "begun_best": known["begun"]["best"]["right"]["all"],
     }
 
 

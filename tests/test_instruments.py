@@ -450,6 +450,18 @@ def test_made_up_words_take_the_place_of_content_words_and_stand_nowhere() -> No
     assert phrasings.made_up("What is the trade of {name}?") == "What is the blick of {name}?"
 
 
+def test_neutral_questions_have_the_nouns_of_new_phrasings_in_a_frame_of_every_kind() -> None:
+    for attribute in ATTRIBUTES:
+        content = {w for q in attribute.taught_questions for w in phrasings.content_words(q)}
+        made = phrasings.neutral(attribute)
+        assert len(made) >= 3
+        for question in made:
+            before, after = question.split("{name}")
+            assert (before[:12], after) == ("What is the ", "?")
+            assert set(before[12:].split()) <= (content - set(phrasings.VERBS)) | {"of"}
+        assert any(q.startswith("What is the ") for q in attribute.questions)
+
+
 def test_groups_of_phrasings_ask_about_the_same_facts(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,10 +475,10 @@ def test_groups_of_phrasings_ask_about_the_same_facts(
 
     monkeypatch.setattr(phrasings, "ask_all", spied)
     found = phrasings.phrased(pair.base, world_of(pair), 12)
-    for real, other in ((asked[1], asked[2]), (asked[3], asked[4])):
+    for real, other in ((asked[1], asked[2]), (asked[3], asked[4]), (asked[5], asked[6])):
         assert [probe.topic(q) for q in real] == [probe.topic(q) for q in other]
         assert [phrasings.made_up(q.turn.wording) for q in real] == [q.turn.wording for q in other]
-    assert [probe.topic(q) for q in asked[0]] == [probe.topic(q) for q in asked[5]]
+    assert [probe.topic(q) for q in asked[0]] == [probe.topic(q) for q in asked[7]]
     for group in ("early", "late"):
         assert found.word[group].value == 1.0
         assert found.groups[group].right["all"].value == 1.0
