@@ -563,7 +563,7 @@ def test_the_return_to_known_peoples_text_reads_of_nobody_else(
     def spied(model: Any, optimizers: Any, batches: Any, step: int, config: Any) -> Any:
         read.extend(pair.base.tokenizer.decode(row.tolist()) for b in batches for row in b.idx)
         result = train_step(model, optimizers, batches, step, config)
-        factors.append(result.lr / config.lr)
+        factors.append(result.lr / pair.instruct.meta["config"]["optim"]["lr"])
         return result
 
     monkeypatch.setattr("lab.forgetting.train_step", spied)
@@ -574,4 +574,5 @@ def test_the_return_to_known_peoples_text_reads_of_nobody_else(
     for texts, others in ((read[:half], True), (read[half:], False)):
         assert any(name in text for text in texts for name in names["known"])
         assert any(name in text for text in texts for name in names["held_out"]) == others
-    assert factors == [0.25, 0.5, 0.75, 1.0] * 2  # never back at the peak at once
+    rising = [0.0625, 0.125, 0.1875, 0.25]  # never back at the peak
+    assert factors == pytest.approx(rising * 2)
