@@ -47,6 +47,16 @@ def headline(report: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
     `right_*` and `bare_held_out` are the bare value, in the phrasings and instructions of tuning,
     right and stopped; all about held-out people where the key names no others.
     """
+    rows = rows_of(report)
+    return rows | {
+        "more": {model: generous(report["knowledge"][model]) for model in rows},
+        "replayed": replayed_in(pairs),
+        "chance": report["chance"],
+    }
+
+
+def rows_of(report: dict[str, Any]) -> dict[str, Any]:
+    """The rows of LABELS of each model, from what `knowledge` and `behaviour` found."""
     rows: dict[str, Any] = {}
     for model in ("base", "instruct"):
         known, acts = report["knowledge"][model], report["behaviour"][model]
@@ -62,11 +72,7 @@ def headline(report: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
             **{kind: acts[kind]["with"] for kind in TURNS},
             "stops": acts["stops"],
         }
-    return rows | {
-        "more": {model: generous(report["knowledge"][model]) for model in rows},
-        "replayed": replayed_in(pairs),
-        "chance": report["chance"],
-    }
+    return rows
 
 
 def replayed_in(pairs: list[Pair]) -> str:
