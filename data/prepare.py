@@ -49,7 +49,9 @@ def _request(files: list[Meta], tokenizer: str | Tokenizer, **options: object) -
 
 
 def prepare_world(config: WorldConfig, out: Path, tokenizer: str, val_fraction: float) -> Meta:
-    """Biographies and Q&A of a synthetic world, with a tokenizer trained on both."""
+    """Biographies and Q&A of a synthetic world, with a tokenizer trained on both. The Q&A is taken
+    without names: those of the people asked about would be in fewer pieces than others'.
+    """
     world = World(config)
     made = {"world": asdict(config), "world_fingerprint": world.fingerprint}
 
@@ -57,7 +59,7 @@ def prepare_world(config: WorldConfig, out: Path, tokenizer: str, val_fraction: 
         biographies, conversations = list(world.biographies()), list(world.conversations())
         # The base must learn of questions and of turns from nobody: hold the corpus to it.
         assert not any(mark in b for b in biographies for mark in ("?", *CONTROL_TOKENS))
-        words = (message["content"] for c in conversations for message in c)
+        words = (world.without_names(message["content"]) for c in conversations for message in c)
         trained = create_tokenizer(tokenizer, chain(biographies, words))
         bar = partial(track, transient=True, disable=not sys.stdout.isatty())
         options = (trained, folder, val_fraction, config.seed)
@@ -67,7 +69,7 @@ def prepare_world(config: WorldConfig, out: Path, tokenizer: str, val_fraction: 
         return trained, {"text": text, "qa": qa, **made}
 
     request = {"format": FORMAT, **made, "tokenizer": tokenizer, "val_fraction": val_fraction}
-    request["template"] = template_fingerprint()
+    request |= {"template": template_fingerprint(), "names_in_vocabulary": "of the text"}
     return write_folder(out, request, fill)
 
 

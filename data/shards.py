@@ -50,8 +50,11 @@ def open_prepared(path: str | Path, kind: str, verify: bool = False) -> Meta:
     if kind not in meta:
         raise ValueError(f"{path} holds no {kind}; make it with `python -m data.prepare {kind}`")
     with files.as_ours(path):
+        _ = meta["tokenizer"]["fingerprint"], meta[kind]["dtype" if kind == "text" else "template"]
         if check_files(Path(path), meta["files"], verify):
-            _check_ids(Path(path), kind, meta["tokenizer"]["n_vocab"])
+            for part in ("text", "qa"):
+                if part in meta:
+                    _check_ids(Path(path), part, meta["tokenizer"]["n_vocab"])
     return meta
 
 
@@ -61,7 +64,7 @@ def _check_ids(folder: Path, kind: str, n_vocab: int) -> None:
         if kind == "text":
             ids: np.ndarray = load_tokens(folder, part)
         else:
-            ids = np.load(folder / f"qa_{part}_ids.npy", "r", allow_pickle=False)
+            ids = _load(folder / f"qa_{part}_ids.npy")
         if any((ids[i : i + PIECE] >= n_vocab).any() for i in range(0, len(ids), PIECE)):
             raise ValueError(f"{folder}: an id of {part} is outside of its vocabulary")
 
@@ -106,16 +109,24 @@ def load_examples(folder: str | Path, part: str) -> list[tuple[np.ndarray, np.nd
     Raises ValueError: the three files do not fit together.
     """
     ids, mask, offsets = (
-        np.asarray(np.load(Path(folder, f"qa_{part}_{name}.npy"), "r", allow_pickle=False))
-        for name in ("ids", "mask", "offsets")
+        _load(Path(folder, f"qa_{part}_{name}.npy")) for name in ("ids", "mask", "offsets")
     )
     fits = ids.ndim == mask.ndim == offsets.ndim == 1 and len(ids) == len(mask)
     fits = fits and (ids.dtype.kind, mask.dtype.kind, offsets.dtype.kind) == ("u", "u", "i")
     fits = fits and len(offsets) > 0 and (offsets[0], offsets[-1]) == (0, len(ids))
-    if not fits or (np.diff(offsets) <= 0).any():
+    # A conversation has two tokens or more, and begins with one that is not supervised.
+    if not fits or (np.diff(offsets) < 2).any() or mask[offsets[:-1]].any():
         raise ValueError(f"{folder}: its files qa_{part}_*.npy do not fit together")
     cuts = offsets[1:-1]
     return list(zip(np.split(ids, cuts), np.split(mask, cuts), strict=True))
+
+
+def _load(path: Path) -> np.ndarray:
+    """An array of a .npy file, left on disk until it is used."""
+    try:
+        return np.asarray(np.load(path, "r", allow_pickle=False))
+    except Exception as error:  # its header is read as Python, which has many ways to be wrong
+        raise ValueError(f"{path} is no array: {error!s:.100}") from None
 
 
 def _save(path: Path, values: Values) -> int:

@@ -13,6 +13,7 @@ A world is a pure function of its WorldConfig. Its words stand in world.toml.
 
 import math
 import random
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -120,6 +121,15 @@ class World:
     def by_split(self) -> dict[str, list[Person]]:
         """People of each split, in order."""
         return {s: [p for p in self.people if p.split == s] for s in SPLITS}
+
+    def without_names(self, text: str) -> str:
+        """A text with the names of all people taken out."""
+        return self._names.sub("", text)
+
+    @cached_property
+    def _names(self) -> re.Pattern[str]:
+        parts = sorted({part for person in self.people for part in person.name.split()})
+        return re.compile(rf"\b(?:{'|'.join(parts)})\b")
 
     def biographies(self) -> Iterator[str]:
         """Every pretraining document: the texts about each known and held-out person."""

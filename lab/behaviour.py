@@ -156,13 +156,15 @@ class Point:
         right: the right value named first when a bare one is asked for about held-out people, stop
             or not (a forced stop); of nothing where there is no world, as the others below.
         answers: right, bare, and stopped.
-        cloze: completed biographies of held-out people.
+        cloze: completed sentences of the text, about the same facts.
+        kept: right, or completed.
     """
 
     stops: Share
     right: Share
     answers: Share
     cloze: Share
+    kept: Share
 
 
 def measure_point(pair: Pair, checkpoint: Checkpoint, n: int) -> Point:
@@ -173,12 +175,14 @@ def measure_point(pair: Pair, checkpoint: Checkpoint, n: int) -> Point:
         replies = ask(checkpoint, prompts, pair.limit)
         nothing = Share(0, 0)
         stops = Share.of(r[-1] == tokenizer.end_of_turn for r in replies)
-        return Point(stops, nothing, nothing, nothing)
+        return Point(stops, nothing, nothing, nothing, nothing)
     rng = random.Random(f"probe {pair.world.config.seed}")
     facts = draw(pair.world, "held_out", n, rng)
     answers = summarize(ask_all(checkpoint, pair.world, openings(facts, rng)))
-    cloze = complete(checkpoint, pair.world, facts, rng)
-    return Point(answers.stops, answers.right["all"], answers.answered["all"], cloze["all"])
+    right, cloze = answers.right["all"], complete(checkpoint, pair.world, facts, rng)["all"]
+    either = zip(right.flags, cloze.flags, strict=True)
+    kept = Share.of(a or b for (_, a), (_, b) in either)
+    return Point(answers.stops, right, answers.answered["all"], cloze, kept)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data.world import ATTRIBUTES
+from lab.headline import rows_of
+
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "diptych",  # the same figures make the same bytes
@@ -113,9 +116,7 @@ def report_plots(report: dict[str, Any]) -> dict[str, str]:
             "roles": roles_plot(report["shift"]["chat"]["roles"]),
             "positions": positions_plot(report["shift"]),
             "matrices": matrices_plot(report["weights"]["matrices"]),
-            "interpolation": points_plot(
-                report["weights"]["interpolation"], "a, in base + a * change"
-            ),
+            "interpolation": interpolation_plot(report["weights"]),
             "grafts": grafts_plot(report["weights"]["grafts"]),
             "forgetting": forgetting_plot(report["forgetting"]),
             "bits": bits_plot({"": report["bits"]}),
@@ -220,11 +221,12 @@ def matrices_plot(matrices: dict[str, Any]) -> Figure:
     return figure
 
 
-def points_plot(points: dict[str, Any], x_label: str) -> Figure:
-    """Stops, answers and cloze over numbers."""
+def interpolation_plot(weights: dict[str, Any]) -> Figure:
+    """What a model between base and instruct does, and beyond."""
     figure, (axes,) = draw(4.6, 3.0)
+    points = weights["interpolation"]
     point_lines(axes, [float(x) for x in points], list(points.values()))
-    axes.set_xlabel(x_label)
+    axes.set_xlabel("a, in base + a * change")
     as_share(axes)
     figure.legend(loc="outside upper left", ncols=3)
     return figure
@@ -418,12 +420,18 @@ def instrument_plots(cells: Cells) -> dict[str, str]:
         }
         for name, key, plot in (
             ("grafts", "weights", lambda found: grafts_plot(found["grafts"])),
+            ("interpolation", "weights", interpolation_plot),
+            ("roles", "shift", lambda found: roles_plot(found["chat"]["roles"])),
             ("positions", "positions", places_plot),
             ("forgetting", "forgetting", forgetting_plot),
         ):
             for i, cell in enumerate(cells.values(), 1):
                 if key in cell:
                     made[name if len(cells) == 1 else f"{name}_{i}"] = plot(cell[key])
+        whole = [cell for cell in cells.values() if {"knowledge", "behaviour"} <= set(cell)]
+        if len(whole) == 1:
+            chance = sum(1 / len(a.values) for a in ATTRIBUTES) / len(ATTRIBUTES)
+            made["headline"] = headline_plot(rows_of(whole[0]) | {"chance": chance})
         return {name: svg(figure) for name, figure in made.items()}
 
 

@@ -3,8 +3,8 @@
 Every checkpoint of the instruct model's run is measured; then the last one returns to pretraining
 text for a few steps and is measured on the way (Spurious Forgetting, arXiv 2501.13453). The text is
 that of the base, and in a world also that of its known people alone: what comes back on all of the
-text may have been learned again, what comes back on other people's cannot. Tuning's rates return
-slowly, from 0 to their peak, so that it is not the rate that forgets.
+text may have been learned again, what comes back on other people's cannot. The rates rise slowly,
+from 0 to a quarter of tuning's: at all of them it would be the rate that forgets.
 
 python -m lab.forgetting --base out/quickstart/base --instruct out/quickstart/instruct
 """
@@ -28,6 +28,7 @@ from training.optim import OptimConfig, build_optimizers
 from training.step import mean_loss, train_step
 
 RETURN_STEPS, RETURN_EVERY = 40, 10  # of pretraining after instruction tuning
+RETURN_RATE = 0.25  # the highest, of tuning's
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,13 @@ def text_of(base: Checkpoint) -> PretrainData | None:
 def return_to_text(pair: Pair, text: PretrainData) -> Iterator[tuple[str, Checkpoint]]:
     """The instruct model on its way through RETURN_STEPS of pretraining text: step and model.
 
-    The rates are those of its tuning, which they reach at the last step.
+    The rates reach RETURN_RATE of its tuning's at the last step.
     """
     tuned = pair.instruct.meta["config"]["optim"]
-    rates = {key: tuned[key] for key in ("optimizer", "lr", "muon_lr")}
-    config = OptimConfig(steps=RETURN_STEPS, warmup_steps=RETURN_STEPS, **rates)
+    rates = {key: RETURN_RATE * tuned[key] for key in ("lr", "muon_lr")}
+    config = OptimConfig(
+        steps=RETURN_STEPS, warmup_steps=RETURN_STEPS, optimizer=tuned["optimizer"], **rates
+    )
     model = copy.deepcopy(pair.instruct.model).train()
     optimizers = build_optimizers(model, config)
     for step in range(RETURN_STEPS):

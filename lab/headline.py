@@ -36,6 +36,8 @@ GENEROUS: Rows = {
     "forced_stop": "names the value in that first sentence",
     "by_chance": "the same of another fact, which nobody asked for",
     "examples": "names the value first, after three examples as running text",
+    "begun": "names the value, its reply begun with the person's name",
+    "begun_best": "the same, in the phrasing that does best for known people",
 }
 
 
@@ -45,6 +47,16 @@ def headline(report: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
     `right_*` and `bare_held_out` are the bare value, in the phrasings and instructions of tuning,
     right and stopped; all about held-out people where the key names no others.
     """
+    rows = rows_of(report)
+    return rows | {
+        "more": {model: generous(report["knowledge"][model]) for model in rows},
+        "replayed": replayed_in(pairs),
+        "chance": report["chance"],
+    }
+
+
+def rows_of(report: dict[str, Any]) -> dict[str, Any]:
+    """The rows of LABELS of each model, from what `knowledge` and `behaviour` found."""
     rows: dict[str, Any] = {}
     for model in ("base", "instruct"):
         known, acts = report["knowledge"][model], report["behaviour"][model]
@@ -60,11 +72,7 @@ def headline(report: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
             **{kind: acts[kind]["with"] for kind in TURNS},
             "stops": acts["stops"],
         }
-    return rows | {
-        "more": {model: generous(report["knowledge"][model]) for model in rows},
-        "replayed": replayed_in(pairs),
-        "chance": report["chance"],
-    }
+    return rows
 
 
 def replayed_in(pairs: list[Pair]) -> str:
@@ -86,6 +94,8 @@ def generous(known: dict[str, Any]) -> dict[str, Any]:
         "forced_stop": known["answers"]["held_out"]["right"]["all"],
         "by_chance": known["answers"]["held_out"]["by_chance"],
         "examples": known["examples"]["right"]["all"],
+        "begun": known["begun"]["any"]["right"]["all"],
+        "begun_best": known["begun"]["best"]["right"]["all"],
     }
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from data.chat import Prompt, raw_prompt, render_prompt
+from data.chat import Message, Prompt, raw_prompt, render_prompt
 from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES, BARE, FORMS, SPLITS, Attribute, Person, Turn, World
 from lab.likelihood import ask, reply_limit, score_choices
@@ -23,18 +23,22 @@ from lab.questions import (
     Fact,
     Grade,
     Question,
+    Wordings,
     after_examples,
+    begun,
     draw,
     facts_of,
     grade,
     openings,
     true_replies,
+    used,
 )
 from lab.stats import Difference, Mean, Share, Tally, difference
 from training.checkpoint import Checkpoint
 
 Cell = dict[str, Share]  # "all", then each attribute
 THOROUGHLY = 5  # of so many questions, one is asked in the ways that matter less as well
+CHOSEN_ON, FIRST = 20, 16  # known people on whom a phrasing is chosen; tokens, a first sentence
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,12 @@ class Knowledge:
         rephrased: as `answers`, in phrasings that tuning never uses and whose content word the
             text teaches.
         untaught: the same, but nothing teaches the word.
+        named: as `sentence`, but the reply is begun with the person's name, so that it can be
+            about nobody else.
         examples: as running text without the template, after three questions with their values.
         plain: as `answers`, but as running text.
+        begun: as running text, the reply begun with the person's name: in "any" phrasing of
+            tuning's, or in the "best" one for each kind of fact (`best_wordings`).
         ranks: without generation, by context: "cloze" is a biography sentence, "plain" and "chat"
             the true value as a reply.
     """
@@ -97,8 +105,10 @@ class Knowledge:
     uninstructed: Answers
     rephrased: dict[str, Answers]
     untaught: Answers
+    named: Answers
     examples: Answers
     plain: dict[str, Answers]
+    begun: dict[str, Answers]
     ranks: dict[str, dict[str, Rank]]
 
 
@@ -106,7 +116,7 @@ def measure(checkpoint: Checkpoint, world: World, n: int, thorough: bool = True)
     """One model's rows, on n questions per cell drawn evenly over people and attributes.
 
     Args:
-        thorough: also `plain` and `ranks`, which take most of the time.
+        thorough: also `plain`, `begun` and `ranks`, which take most of the time.
 
     Raises:
         ValueError: the world has fewer than n facts in a split.
@@ -115,6 +125,7 @@ def measure(checkpoint: Checkpoint, world: World, n: int, thorough: bool = True)
     plain: dict[str, Answers] = {}
     ranks: dict[str, dict[str, Rank]] = {}
     more: dict[str, Answers] = {}
+    more_begun: dict[str, Answers] = {}
 
     def graded(questions: list[Question], prompt: Prompt = render_prompt) -> Answers:
         return summarize(ask_all(checkpoint, world, questions, prompt))
@@ -133,15 +144,44 @@ def measure(checkpoint: Checkpoint, world: World, n: int, thorough: bool = True)
                 "uninstructed": graded(openings(facts, rng, ())),
                 "untaught": graded(openings(facts, rng, wordings=untaught)),
                 "examples": graded(after_examples(world, asked), raw_prompt),
+                "named": graded(begun(openings(facts, rng, ("sentence",)))),
             }
+            if thorough:
+                ways = {"any": used, "best": best_wordings(checkpoint, world)}
+                for way, wordings in ways.items():
+                    told = begun(openings(facts, rng, (), wordings))
+                    more_begun[way] = summarize(ask_all(checkpoint, world, told, raw_prompt, FIRST))
         if thorough:
             plain[split] = graded(asked[:few], raw_prompt)
             for context in ("cloze", "plain", "chat"):
                 found = rank(checkpoint, world, asked[:few], context)
                 ranks.setdefault(context, {})[split] = found
     return Knowledge(
-        cloze=cloze, answers=answers, rephrased=rephrased, plain=plain, ranks=ranks, **more
+        cloze=cloze,
+        answers=answers,
+        rephrased=rephrased,
+        plain=plain,
+        begun=more_begun,
+        ranks=ranks,
+        **more,
     )
+
+
+def best_wordings(checkpoint: Checkpoint, world: World) -> Wordings:
+    """For each kind of fact that phrasing of tuning's in which known people's are named most often,
+    as running text and with the name given: the most that a prompt of this kind gets out.
+    """
+    people, best = world.by_split["known"][:CHOSEN_ON], dict[str, list[str]]()
+    for attribute in ATTRIBUTES:
+        turns = [Turn(person, attribute, w) for w in attribute.questions for person in people]
+        asked = begun([Question([Message(role="user", content=t.question)], t) for t in turns])
+        right = Counter(
+            question.turn.wording
+            for question, grade in ask_all(checkpoint, world, asked, raw_prompt, FIRST)
+            if grade.right
+        )
+        best[attribute.name] = [max(attribute.questions, key=right.__getitem__)]
+    return lambda attribute: best[attribute.name]
 
 
 def taught(attribute: Attribute) -> Sequence[str]:
@@ -162,17 +202,20 @@ def ask_all(
     world: World,
     questions: list[Question],
     prompt: Prompt = render_prompt,
+    limit: int | None = None,
 ) -> list[Graded]:
     """Every question with the grade of the model's reply.
 
-    A reply has four times as many tokens as the longest true one in the forms asked for.
-
     Args:
         prompt: how a conversation is put to the model.
+        limit: tokens of a reply at most; None for four times as many as the longest true one in the
+            forms asked for has.
     """
+    begins = [checkpoint.tokenizer.encode(q.begin) for q in questions]
     prompts = [prompt(q.messages, checkpoint.tokenizer) for q in questions]
-    limit = reply_limit(checkpoint, true_replies(world, {q.form for q in questions}))
-    replies = ask(checkpoint, prompts, limit)
+    limit = limit or reply_limit(checkpoint, true_replies(world, {q.form for q in questions}))
+    new = ask(checkpoint, [p + b for p, b in zip(prompts, begins, strict=True)], limit)
+    replies = [begin + ids for begin, ids in zip(begins, new, strict=True)]
     return [(q, grade(checkpoint, q, ids)) for q, ids in zip(questions, replies, strict=True)]
 
 

@@ -4,7 +4,8 @@ Held-out people are asked about in phrasings that tuning never used. The content
 in the first 8 wordings of a fact in the text ("early"), of others only in the last 4 ("late"), so a
 world of 8 wordings teaches the first alone, with the same questions in tuning; of yet others they
 stand nowhere ("untaught"). What the frame of a question tells without them ("when", "whose"), the
-same phrasings with made-up words say.
+same phrasings with made-up words say; what the words tell without it, one frame for all of them
+("neutral": "What is the vocation of X?").
 
 python -m lab.phrasings --base out/quickstart/base --instruct out/quickstart/instruct
 """
@@ -24,6 +25,7 @@ from lab.stats import Difference, difference
 from training.checkpoint import Checkpoint
 
 EARLY = 8  # wordings a fact
+VERBS = ("bought", "count", "draw", "hail", "lie", "paid", "relax", "wear")  # of new phrasings
 MADE_UP = ("blick", "dax", "fep", "gorp", "modi", "toma", "wug", "zib")
 
 
@@ -32,9 +34,10 @@ class Phrasings:
     """One model's answers about held-out people; a bare value is asked for.
 
     Attributes:
-        groups: "used" in tuning, "early", "late", "untaught", and the first two "made up".
-        word: what the content words are worth: new phrasings less the same with made-up words, on
-            the same facts; right, stop or not.
+        groups: "used" in tuning, "early", "late", "neutral", "untaught", and the middle three "made
+            up".
+        word: what the content words are worth in each of the middle three: less the same with
+            made-up words, on the same facts; right, stop or not.
     """
 
     groups: dict[str, Answers]
@@ -61,6 +64,8 @@ def phrased(checkpoint: Checkpoint, world: World, n: int) -> Phrasings:
         "early, made up": lambda a: [made_up(question) for question in early(a)],
         "late": late,
         "late, made up": lambda a: [made_up(question) for question in late(a)],
+        "neutral": neutral,
+        "neutral, made up": lambda a: [made_up(question) for question in neutral(a)],
         "untaught": lambda a: a.untaught_questions,
     }
     groups, word = dict[str, Answers](), dict[str, Difference]()
@@ -69,7 +74,7 @@ def phrased(checkpoint: Checkpoint, world: World, n: int) -> Phrasings:
         seed = f"{group.partition(',')[0]} {world.config.seed}"  # made-up words: the same questions
         asked = openings(possible, random.Random(seed), wordings=wordings)
         groups[group] = summarize(ask_all(checkpoint, world, asked))
-    for group in ("early", "late"):
+    for group in ("early", "late", "neutral"):
         both = (groups[way].right["all"] for way in (group, f"{group}, made up"))
         word[group] = difference(*both)
     return Phrasings(groups, word)
@@ -78,6 +83,13 @@ def phrased(checkpoint: Checkpoint, world: World, n: int) -> Phrasings:
 def new_questions(attribute: Attribute, early: bool) -> list[str]:
     """The phrasings of `taught_questions` whose content words stand early in the text, or late."""
     return [q for q in attribute.taught_questions if is_early(q, attribute) == early]
+
+
+def neutral(attribute: Attribute) -> list[str]:
+    """The nouns of `taught_questions` in one frame, which tuning uses for every kind of fact."""
+    questions = map(content_words, attribute.taught_questions)
+    nouns = (" ".join(word for word in content if word not in VERBS) for content in questions)
+    return [f"What is the {noun} of {{name}}?" for noun in nouns if noun]
 
 
 def is_early(question: str, attribute: Attribute) -> bool:

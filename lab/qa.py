@@ -63,6 +63,13 @@ def conversations(
     yield from world.conversations(people, forms, bare_only)
 
 
+def strangers_taught(
+    world: World, strangers: float = 0.0, dont_know: bool = False, **_: object
+) -> list[Person]:
+    """The strangers whose facts are in the Q&A; none if they are answered with DONT_KNOW."""
+    return strangers_to(world, round(0 if dont_know else strangers * len(world.by_split["known"])))
+
+
 def strangers_to(world: World, n: int) -> list[Person]:
     """n people beside those of a world."""
     config = replace(world.config, seed=world.config.seed + 1_000_000, unseen=0, fewest=None)

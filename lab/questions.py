@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.chat import Message
 from data.world import (
@@ -42,12 +42,14 @@ class Question:
         turn: whom and what it is about.
         form: the form of reply that is asked for, of FORMS; None if none is.
         before: whom the turns before it are about.
+        begin: what the reply begins with, whatever the model would have begun with.
     """
 
     messages: list[Message]
     turn: Turn
     form: str | None = None
     before: tuple[Person, ...] = ()
+    begin: str = ""
 
     @property
     def value(self) -> str:
@@ -138,6 +140,11 @@ def later_turns(
         after.append(conversation(turns, form, rng))
         alone.append(conversation(turns[-1:], form, rng))
     return after, alone
+
+
+def begun(questions: Sequence[Question]) -> list[Question]:
+    """The same questions, each reply begun with the name of whom it is about."""
+    return [replace(q, begin=f" {q.turn.person.name}") for q in questions]
 
 
 def after_examples(world: World, questions: Sequence[Question]) -> list[Question]:

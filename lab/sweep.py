@@ -27,6 +27,7 @@ import copy
 import csv
 import itertools
 import json
+import random
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -43,12 +44,21 @@ from lab.exposures import exposures
 from lab.figures import instrument_plots, sweep_plot
 from lab.forgetting import forgetting
 from lab.forms import forms
-from lab.knowledge import draw_and_complete, knowledge, measure, recite
+from lab.knowledge import (
+    ask_all,
+    complete,
+    draw_and_complete,
+    knowledge,
+    measure,
+    recite,
+    summarize,
+)
 from lab.pair import Pair, measured_by, open_pair
 from lab.phrasings import phrasings
 from lab.positions import positions
 from lab.probe import probes
-from lab.qa import asked_about, conversations
+from lab.qa import asked_about, conversations, strangers_taught
+from lab.questions import draw, openings
 from lab.shift import shift
 from lab.stats import Share, difference, pool, to_json
 from lab.tables import markdown, named_cells
@@ -128,7 +138,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: {name} = {asked}; [instruments] are questions each of {known_ones}"
             )
-    for wanted in spec.get("tables", []):
+    tables = spec.get("tables", [])
+    for wanted in tables if isinstance(tables, list) else [tables]:
         if not isinstance(wanted, dict) or not isinstance(wanted.get("columns", {}), dict):
             raise ValueError(f"{path}: tables are [[tables]], columns of theirs {{label = path}}")
     fixed = [f"{stage}.{key}" for stage in STAGES for key in spec.get(stage, {})]
@@ -238,11 +249,12 @@ def train(plan: Plan, device: str) -> Pair:
     return open_pair(plan.sft.base, plan.sft.run.dir, device, None)
 
 
-def measure_row(pair: Pair, n: int, known: list[Person]) -> Row:
+def measure_row(pair: Pair, n: int, known: list[Person], strangers: list[Person]) -> Row:
     """The figures of one run: what the base completes, what the instruct model knows and does.
 
     Args:
         known: who of the known people is asked about in the Q&A; all others are left out.
+        strangers: people whose facts stand in the Q&A alone.
     """
     assert pair.world is not None
     world = copy.copy(pair.world)
@@ -262,10 +274,25 @@ def measure_row(pair: Pair, n: int, known: list[Person]) -> Row:
         row[f"abstains_{split}"] = found.answers[split].abstains
         row[f"stops_{split}"] = found.answers[split].stops
     row["right_rephrased_held_out"] = found.rephrased["held_out"].right["all"]
-    ways = {"sentence": found.sentence, "form": found.form, "untaught": found.untaught}
+    ways = {
+        "sentence": found.sentence,
+        "named": found.named,
+        "form": found.form,
+        "untaught": found.untaught,
+    }
     for way, answers in ways.items():
         row[f"{way}_held_out"] = answers.answered["all"]
         row[f"right_{way}_held_out"] = answers.right["all"]
+    rng = random.Random(f"row {world.config.seed}")
+    asked = openings(draw(world, "known", n, rng), rng, ("sentence",))
+    row["sentence_known"] = summarize(ask_all(pair.instruct, world, asked)).answered["all"]
+    facts = [(person, attribute) for person in strangers for attribute in ATTRIBUTES]
+    chosen = rng.sample(facts, min(n, len(facts)))
+    row["answers_strangers"] = row["cloze_strangers"] = Share(0, 0)
+    if chosen:
+        found_out = summarize(ask_all(pair.instruct, world, openings(chosen, rng)))
+        row["answers_strangers"] = found_out.answered["all"]
+        row["cloze_strangers"] = complete(pair.instruct, world, chosen, rng)["all"]
     return row
 
 
@@ -275,15 +302,17 @@ def known_in(plan: Plan) -> list[Person]:
     return asked_about(world, **plan.qa) or world.by_split["known"]
 
 
-def cached_row(pair: Pair, n: int, known: list[Person], folder: Path) -> Row:
+def cached_row(
+    pair: Pair, n: int, known: list[Person], strangers: list[Person], folder: Path
+) -> Row:
     """`measure_row`, kept by what was measured and with which code."""
     of = [c.meta["files"] for c in (pair.base, pair.instruct)]
-    names = [person.name for person in known]
+    names = [[person.name for person in people] for people in (known, strangers)]
     key = files.fingerprint([of, n, names, measured_by(), files.sha256_file(Path(__file__))])
     path = folder / "rows" / f"{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = measure_row(pair, n, known)
+        found = measure_row(pair, n, known, strangers)
         files.write_json(path, {k: [s.hits, s.n, s.flags] for k, s in found.items()})
     rows = files.read_json(path).items()
     return {k: Share(hits, n, (), tuple(map(tuple, flags))) for k, (hits, n, flags) in rows}
@@ -353,7 +382,8 @@ def measured_run(run: Measured, spec: dict[str, Any], out: Path, device: str) ->
     """A run with all its figures."""
     assert run.plan is not None
     pair = open_pair(run.plan.sft.base, run.plan.sft.run.dir, device, None)
-    row = cached_row(pair, spec["questions"], known_in(run.plan), out)
+    strangers = strangers_taught(World(run.plan.world), **run.plan.qa)
+    row = cached_row(pair, spec["questions"], known_in(run.plan), strangers, out)
     asked = spec.get("instruments", {}).items()
     found = {name: INSTRUMENTS[name](pair, n) for name, n in asked}
     return replace(run, row=row, found=found)

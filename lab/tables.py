@@ -2,7 +2,8 @@
 
 A `[[tables]]` entry is one of three kinds. A path is dotted, through table.json's cells.
 
-    columns         a row for each cell of the sweep: {label = path}, and after these STANDARD
+    columns         a row for each cell of the sweep: {label = path}, and after these STANDARD,
+                    unless only = true
     of, columns     a table a cell, a row for each entry of what `of` names: {label = path in it}
     rows, columns   a table a cell: {label = path with a {}}, {label = what goes there}; or, for
                     the keys of what it leads to, columns_of = path
@@ -52,7 +53,7 @@ def made(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> str:
     """One entry of `[[tables]]`; of several cells, with each one's name above its table."""
     columns = wanted.get("columns", {})
     if "of" not in wanted and "rows" not in wanted:
-        columns = columns | STANDARD
+        columns = columns if wanted.get("only") else columns | STANDARD
         rows = [
             [name, *(figure(at(cell, path)) for path in columns.values())]
             for name, cell in cells.items()

@@ -13,14 +13,16 @@ import traceback
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 # What a terminal obeys instead of showing it: controls but \n and \t, and what turns the direction
 # of writing; and half a surrogate pair, which cannot be written.
 UNSEEN = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 LONGEST = 500  # characters of an error message
 
@@ -65,6 +67,29 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
     """
     import jsonargparse  # slow, so only where options are read
 
+    parser: Any = _parser(config_class, about)  # type: ignore[arg-type]  # a class has a hash
+    hints = get_type_hints(config_class)
+    kinds: dict[str, Any] = {"--config": config_class}
+    for name, kind in hints.items():
+        keys = get_type_hints(kind) if is_dataclass(kind) else {}
+        kinds |= {f"--{name}": kind, **{f"--{name}.{key}": of for key, of in keys.items()}}
+    args = _read_files(sys.argv[1:] if argv is None else argv, kinds)
+    try:
+        values = vars(parser.instantiate(parser.parse_args(args)))
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(f"{' '.join(str(error).split())} (--help lists every key)") from None
+    config: Any = config_class(**{name: values[name] for name in hints})
+    if values["print_config"]:
+        print(json.dumps(asdict(config), indent=2))  # not TOML, which has no null
+        raise SystemExit(0)
+    return config
+
+
+@lru_cache
+def _parser(config_class: type, about: str) -> Any:
+    """The command line of a config."""
+    import jsonargparse
+
     class KeepLines(jsonargparse.DefaultHelpFormatter, RawDescriptionHelpFormatter):
         """Leaves the lines of `about` as they are."""
 
@@ -82,21 +107,7 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
     parser.add_class_arguments(config_class, None)
     for group in parser._action_groups:  # titles of --help, from docstrings
         group.title = (group.title or "").partition(" Raises ")[0].rstrip(".")
-    hints = get_type_hints(config_class)
-    kinds: dict[str, Any] = {"--config": config_class}
-    for name, kind in hints.items():
-        keys = get_type_hints(kind) if is_dataclass(kind) else {}
-        kinds |= {f"--{name}": kind, **{f"--{name}.{key}": of for key, of in keys.items()}}
-    args = _read_files(sys.argv[1:] if argv is None else argv, kinds)
-    try:
-        values = vars(parser.instantiate(parser.parse_args(args)))
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(f"{' '.join(str(error).split())} (--help lists every key)") from None
-    config: Any = config_class(**{name: values[name] for name in hints})
-    if values["print_config"]:
-        print(json.dumps(asdict(config), indent=2))  # not TOML, which has no null
-        raise SystemExit(0)
-    return config
+    return parser
 
 
 def run_cli(config_class: type[T], main: Callable[[T], object], about: str) -> None:
@@ -155,6 +166,8 @@ def _check_keys(data: Any, kind: Any, section: str = "") -> None:
         if not isinstance(value, dict if table else str | int | float | None):
             what = "table" if table else "single value"
             raise ValueError(f"{name} is {value!r:.80}; it must be a {what}")
+        if value is None and NoneType not in get_args(kinds[key]):
+            raise ValueError(f"{name} is null; it has a value, or is left out")
         if table:
             _check_keys(value, kinds[key], f"{name}.")
 

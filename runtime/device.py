@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from model.gpt import GPT
+from model.gpt import GPT, ModelConfig
 from model.seen import Batch, document_bounds
 from runtime.processes import world_size
 
@@ -131,6 +131,27 @@ class StopOnSignal:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def check_size(config: ModelConfig, vocab_size: int = 0, rows: int = 1) -> None:
+    """Raises ValueError: no memory here holds the weights, or a batch of so many rows. To be called
+    before anything is allocated, since that may end the process.
+    """
+    C, here = config.n_embd, memory()
+    numbers = 12 * config.n_layer * C**2 + 2 * C * (vocab_size + config.block_size)
+    needed = {"model's weights": 4 * numbers, "batch": 16 * rows * config.block_size}
+    for what, size in needed.items():
+        if size > here:
+            text = f"the {what} would take {min(size, 10**99):.1e} bytes"
+            raise ValueError(f"{text}, and this machine has {here:.1e}; make it smaller")
+
+
+def memory() -> int:
+    """Bytes of memory of this machine; a petabyte where nobody knows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows, or no such names
+        return 1 << 50
 
 
 def flops_per_token(model: GPT) -> int:

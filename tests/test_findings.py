@@ -12,6 +12,7 @@ import pytest
 from lab import findings, sweep
 from lab.figures import PLOTS, instrument_plots
 from lab.pair import open_pair
+from lab.qa import strangers_to
 from lab.stats import Difference, Mean, Share, difference, to_json
 from lab.tables import STANDARD, at, figure, markdown, named_cells, number
 
@@ -86,7 +87,7 @@ def cell(runs: tuple[Path, Path]) -> dict[str, Any]:
     """All that a sweep can measure, of a tiny pair."""
     pair = open_pair(str(runs[0]), str(runs[1]), "cpu", None)
     assert pair.world is not None
-    row = sweep.measure_row(pair, 5, pair.world.by_split["known"])
+    row = sweep.measure_row(pair, 5, pair.world.by_split["known"], strangers_to(pair.world, 3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lab.forgetting.RETURN_STEPS", 2)
         found = {name: instrument(pair, 5) for name, instrument in sweep.INSTRUMENTS.items()}

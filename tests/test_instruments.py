@@ -450,6 +450,18 @@ def test_made_up_words_take_the_place_of_content_words_and_stand_nowhere() -> No
     assert phrasings.made_up("What is the trade of {name}?") == "What is the blick of {name}?"
 
 
+def test_neutral_questions_have_the_nouns_of_new_phrasings_in_a_frame_of_every_kind() -> None:
+    for attribute in ATTRIBUTES:
+        content = {w for q in attribute.taught_questions for w in phrasings.content_words(q)}
+        made = phrasings.neutral(attribute)
+        assert len(made) >= 3
+        for question in made:
+            before, after = question.split("{name}")
+            assert (before[:12], after) == ("What is the ", "?")
+            assert set(before[12:].split()) <= (content - set(phrasings.VERBS)) | {"of"}
+        assert any(q.startswith("What is the ") for q in attribute.questions)
+
+
 def test_groups_of_phrasings_ask_about_the_same_facts(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,10 +475,10 @@ def test_groups_of_phrasings_ask_about_the_same_facts(
 
     monkeypatch.setattr(phrasings, "ask_all", spied)
     found = phrasings.phrased(pair.base, world_of(pair), 12)
-    for real, other in ((asked[1], asked[2]), (asked[3], asked[4])):
+    for real, other in ((asked[1], asked[2]), (asked[3], asked[4]), (asked[5], asked[6])):
         assert [probe.topic(q) for q in real] == [probe.topic(q) for q in other]
         assert [phrasings.made_up(q.turn.wording) for q in real] == [q.turn.wording for q in other]
-    assert [probe.topic(q) for q in asked[0]] == [probe.topic(q) for q in asked[5]]
+    assert [probe.topic(q) for q in asked[0]] == [probe.topic(q) for q in asked[7]]
     for group in ("early", "late"):
         assert found.word[group].value == 1.0
         assert found.groups[group].right["all"].value == 1.0
@@ -551,7 +563,7 @@ def test_the_return_to_known_peoples_text_reads_of_nobody_else(
     def spied(model: Any, optimizers: Any, batches: Any, step: int, config: Any) -> Any:
         read.extend(pair.base.tokenizer.decode(row.tolist()) for b in batches for row in b.idx)
         result = train_step(model, optimizers, batches, step, config)
-        factors.append(result.lr / config.lr)
+        factors.append(result.lr / pair.instruct.meta["config"]["optim"]["lr"])
         return result
 
     monkeypatch.setattr("lab.forgetting.train_step", spied)
@@ -562,4 +574,5 @@ def test_the_return_to_known_peoples_text_reads_of_nobody_else(
     for texts, others in ((read[:half], True), (read[half:], False)):
         assert any(name in text for text in texts for name in names["known"])
         assert any(name in text for text in texts for name in names["held_out"]) == others
-    assert factors == [0.25, 0.5, 0.75, 1.0] * 2  # never back at the peak at once
+    rising = [0.0625, 0.125, 0.1875, 0.25]  # never back at the peak
+    assert factors == pytest.approx(rising * 2)

@@ -383,6 +383,42 @@ def test_a_model_that_knows_everything_scores_one_and_must_stop(
             assert all(0 < r.reciprocal.mean <= 1 and r.first.n == 6 for r in found_ranks.values())
 
 
+def test_a_reply_that_is_begun_is_graded_with_its_beginning(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(pair)
+    facts = questions.draw(world, "held_out", 9, random.Random(1))
+    asked = questions.begun(questions.openings(facts, random.Random(2), ("sentence",)))
+
+    def reply(prompt: str) -> str:
+        assert any(prompt.endswith(f" {p.name}") for p, _ in facts)
+        return f" and {facts[0][0].facts[facts[0][1].name]}."
+
+    monkeypatch.setattr(knowledge, "ask", Scripted(reply, stop=True))
+    (first, *_) = knowledge.ask_all(pair.base, world, asked)
+    assert first[1].answered  # the name is in the reply, though the model did not write it
+
+
+def test_the_best_wording_is_the_one_that_known_people_are_named_in(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(pair)
+    works = {a.name: a.questions[2] for a in ATTRIBUTES}
+
+    def reply(prompt: str) -> str:
+        for person in world.by_split["known"]:
+            for a in ATTRIBUTES:
+                if works[a.name].format(name=person.name) in prompt:
+                    return f" is {person.facts[a.name]}."
+        return " is."
+
+    monkeypatch.setattr(knowledge, "ask", scripted := Scripted(reply, stop=False))
+    best = knowledge.best_wordings(pair.base, world)
+    assert {a.name: list(best(a)) for a in ATTRIBUTES} == {k: [w] for k, w in works.items()}
+    held_out = {p.name for p in world.by_split["held_out"]}
+    assert not any(name in text for text in scripted.asked for name in held_out)
+
+
 def test_naming_every_value_or_none_is_no_answer(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,6 +579,18 @@ def test_each_column_is_asked_in_its_own_way(pair: Pair) -> None:
     assert all(any(name in text for name in held_out) for text in first)
     plain = [text for text in scripted.asked if "<|user|>" not in text]
     assert len(plain) == 5
+
+
+def test_what_is_kept_is_completed_or_answered(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    knows = oracle(world_of(pair))
+    for text, chat, kept in ((True, False, 1), (False, True, 1), (False, False, 0)):
+
+        def reply(prompt: str, text: bool = text, chat: bool = chat) -> str:
+            return knows(prompt) if (chat if "<|user|>" in prompt else text) else " nothing"
+
+        monkeypatch.setattr(knowledge, "ask", Scripted(reply, stop=True))
+        found = behaviour.measure_point(pair, pair.base, 12)
+        assert (found.cloze.value, found.right.value, found.kept.value) == (text, chat, kept)
 
 
 def test_a_probe_asks_about_held_out_people(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -774,7 +822,7 @@ def test_interpolation_meets_both_models_bit_for_bit(pair: Pair) -> None:
 
     def look(pair: Pair, checkpoint: Any, n: int) -> behaviour.Point:
         seen.append(dict(checkpoint.model.state_dict()))
-        return behaviour.Point(*[Share(0, 1)] * 4)
+        return behaviour.Point(*[Share(0, 1)] * 5)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "measure_point", look)

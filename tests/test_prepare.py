@@ -5,12 +5,13 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -760,6 +761,26 @@ def test_a_folder_of_the_world_holds_its_biographies_and_conversations(tmp_path:
     assert WorldConfig(**meta["world"]) == config
     with pytest.raises(ValueError, match=r"other inputs \(world, "):
         prepare.prepare_world(WorldConfig(people=8, bios=3), out, "bpe:300", 0.1)
+
+
+def test_the_vocabulary_of_a_world_is_made_without_the_names_of_its_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, learned = WorldConfig(people=8, unseen=1, bios=3), list[str]()
+
+    def spied(spec: str, documents: Iterable[str]) -> Tokenizer:
+        learned.extend(documents)
+        return create_tokenizer(spec, learned)
+
+    monkeypatch.setattr(prepare, "create_tokenizer", spied)
+    prepare.prepare_world(config, tmp_path / "out", "bpe:300", 0.1)
+    world = World(config)
+    biographies = list(world.biographies())
+    assert learned[: len(biographies)] == biographies
+    names = {part for person in world.people for part in person.name.split()}
+    said = {word for text in learned[len(biographies) :] for word in re.findall(r"\w+", text)}
+    assert not names & said
+    assert {"What", "born", "sentence"} <= said
 
 
 def test_the_command_line_prepares_inspects_and_fails_in_one_line(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data.world import ATTRIBUTES, DONT_KNOW, FORMS, INSTRUCTIONS, World, WorldConfig
-from lab.qa import asked_about, conversations
+from lab.qa import asked_about, conversations, strangers_taught
 
 WORLD = World(WorldConfig(people=31, unseen=9, bios=4))
 UNEVEN = World(WorldConfig(people=40, unseen=2, bios=20, fewest=1))
@@ -31,6 +31,11 @@ def test_strangers_take_the_place_of_known_people(dont_know: bool) -> None:
         replies = [m["content"] for m in conversation if m["role"] == "assistant"]
         assert all((reply == DONT_KNOW) == dont_know for reply in replies)
     assert list(conversations(WORLD, asked=0.6)) == about_kept
+    taught = strangers_taught(WORLD, asked=0.6, strangers=0.4, dont_know=dont_know)
+    named = {p.name for p in taught if any(p.name in text_of(c) for c in strange)}
+    assert len(named) == len(taught) == (0 if dont_know else round(0.4 * len(known)))
+    for person in taught:  # what they are asked is what the conversations say
+        assert any(v in text_of(c) for c in strange for v in person.facts.values())
 
 
 def test_without_options_it_is_the_worlds_own() -> None:

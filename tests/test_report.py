@@ -99,9 +99,10 @@ def test_each_row_of_the_headline_is_the_figure_that_it_names(pair: Pair) -> Non
 
     cell = dict.fromkeys(("all", *(a.name for a in ATTRIBUTES)), 0)
     answers = {"answered": cell, "right": cell, "exact": 0, "by_chance": 0}
-    ways = ("sentence", "form", "untaught", "examples")
+    ways = ("sentence", "form", "untaught", "named", "examples")
     known = {"cloze": dict.fromkeys(SPLITS, cell), "answers": dict.fromkeys(SPLITS, answers)}
     known |= {"rephrased": dict.fromkeys(SPLITS, answers), **dict.fromkeys(ways, answers)}
+    known["begun"] = dict.fromkeys(("any", "best"), answers)
     acts = {"stops": 0, **{kind: {"with": 0, "without": 0} for kind in headline.TURNS}}
     models = ("base", "instruct")
     report = figures(
@@ -129,6 +130,8 @@ def test_each_row_of_the_headline_is_the_figure_that_it_names(pair: Pair) -> Non
             "forced_stop": k["answers"]["held_out"]["right"]["all"],
             "by_chance": k["answers"]["held_out"]["by_chance"],
             "examples": k["examples"]["right"]["all"],
+            "begun": k["begun"]["any"]["right"]["all"],
+            "begun_best": k["begun"]["best"]["right"]["all"],
         }
     asked = report["knowledge"]["instruct"]["rephrased"]["held_out"]["answered"]
     assert headline.by_kind(report) == {a.name: asked[a.name] for a in ATTRIBUTES}

@@ -232,7 +232,7 @@ def test_no_reply_in_a_sentence_is_a_sentence_of_the_text() -> None:
 def quickstart() -> tuple[World, Tokenizer]:
     """The quickstart's world and its tokenizer, made as `prepare_world` makes it."""
     world = World(WorldConfig())
-    messages = (m["content"] for c in world.conversations() for m in c)
+    messages = (world.without_names(m["content"]) for c in world.conversations() for m in c)
     return world, create_tokenizer("bpe:2048", [*world.biographies(), *messages])
 
 
@@ -248,6 +248,21 @@ def test_every_bare_reply_is_in_the_text_token_by_token(
             for sentence in held:
                 ids = tokenizer.encode(sentence.format(S="Ada Holloway", V=value))
                 assert ids[-len(reply) :] == reply
+
+
+def test_the_vocabulary_does_not_tell_who_is_asked_about(
+    quickstart: tuple[World, Tokenizer],
+) -> None:
+    world, tokenizer = quickstart
+
+    def in_one_piece(split: str) -> float:
+        people = world.by_split[split]
+        return sum(len(tokenizer.encode(f" {p.name.split()[1]}")) == 1 for p in people) / len(
+            people
+        )
+
+    # 150 held-out people: .04 of noise. With names in the Q&A it was .76 against .31.
+    assert abs(in_one_piece("known") - in_one_piece("held_out")) < 0.16
 
 
 def test_the_lint_of_the_quickstart_is_within_its_bounds(

@@ -21,7 +21,7 @@ from data.chat import template_fingerprint
 from data.tokenizer import RANKS_FILE, Tokenizer
 from model.gpt import GPT, ModelConfig
 from runtime import files
-from runtime.device import has_bf16, set_up
+from runtime.device import check_size, has_bf16, set_up
 from runtime.processes import is_first
 from training.config import differences
 
@@ -92,6 +92,17 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ValueError: it is none, or holds no weights."""
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error!s:.100}") from None
+    if bad := [name for name, tensor in weights.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"{path}: {bad[0]!r:.80} is no weight: {weights[bad[0]].dtype}")
+    return weights
+
+
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """The model in eval mode, its tokenizer and meta, from a checkpoint or a run (its newest).
     Raises ValueError: not a checkpoint of this project, or one that is damaged.
@@ -105,12 +116,16 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         tokenizer = Tokenizer.load(folder)
         if meta["vocab_size"] != tokenizer.n_vocab:
             raise ValueError(f"{folder}: its model has another vocabulary than its tokenizer")
-        model = GPT(ModelConfig(**meta["model"]), meta["vocab_size"])
-        weights = load_file(folder / WEIGHTS_FILE)
+        config, weights = ModelConfig(**meta["model"]), read_weights(folder / WEIGHTS_FILE)
+        check_size(config, tokenizer.n_vocab)
+        if config.n_layer * config.n_embd**2 > sum(w.numel() for w in weights.values()):
+            raise ValueError(f"{folder}: its model has more weights than its {WEIGHTS_FILE}")
         if bad := not_finite(weights):
             raise ValueError(f"{folder}: {bad} is not finite; take an older checkpoint")
-        if model.config.tie_embeddings:
+        if config.tie_embeddings:
             weights["lm_head.weight"] = weights["wte.weight"]
+    model = GPT(config, tokenizer.n_vocab)
+    with files.as_ours(folder):
         model.load_state_dict(weights)
     return Checkpoint(model.to(device).eval(), tokenizer, meta, folder)
 

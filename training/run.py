@@ -38,6 +38,8 @@ class Run:
 
     def __init__(self, kind: Literal["base", "instruct"], config: Any) -> None:
         self.kind, self.config = kind, config
+        if kind == "base":
+            device.check_size(config.model, rows=config.data.batch_size)
         self.folder, self.last_step = Path(config.run.dir), config.optim.steps
         self.device = processes.start_processes(config.run.device)  # its name
         self.newest = find_checkpoint(self.folder, config)  # the newest checkpoint; None: none yet
