@@ -28,7 +28,7 @@ class Sampling:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        check_range("max_new_tokens", self.max_new_tokens, "1 or more")
+        check_range("max_new_tokens", self.max_new_tokens, "1 to 1000000")
         check_range("temperature", self.temperature, "0 or more")
         check_range("seed", self.seed, f"0 or more and below {2**63}")
         check_range("top_k", self.top_k, "1 or more")
