@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import data  # isort: skip  # noqa: F401  (before torch: see there)
+
 import torch
 from safetensors.torch import save_file
 
