@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from data.shards import load_tokens, open_prepared
 from data.tokenizer import Tokenizer
 from model.check import check_range
 from model.seen import Batch
-from runtime.files import fingerprint
+from runtime.files import at_home, fingerprint
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class PretrainDataConfig:
     """Tokens per evaluation, evenly spread over the validation text; None for all of it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", str(Path(self.path).expanduser()))
+        object.__setattr__(self, "path", at_home(self.path))
         check_range("data.batch_size", self.batch_size, "1 or more")
         check_range("data.micro_batch_size", self.micro_batch_size, f"1 to {self.batch_size}")
         check_range("data.val_tokens", self.val_tokens, "1 or more")

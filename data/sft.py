@@ -17,7 +17,7 @@ from data.shards import load_examples, open_prepared
 from data.tokenizer import Tokenizer
 from model.check import check_range
 from model.seen import Batch
-from runtime.files import fingerprint
+from runtime.files import at_home, fingerprint
 
 POOL = 50  # batches per sorting pool: a larger one has less padding and less shuffling
 Example = tuple[np.ndarray, np.ndarray]  # ids of a conversation, and which of them are supervised
@@ -53,7 +53,7 @@ class SFTDataConfig:
     """Of a world's text: biographies of everybody, or only of its known people."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", str(Path(self.path).expanduser()))
+        object.__setattr__(self, "path", at_home(self.path))
         check_range("data.batch_size", self.batch_size, "1 or more")
         check_range("data.micro_batch_size", self.micro_batch_size, f"1 to {self.batch_size}")
         check_range("data.block_size", self.block_size, "2 or more")

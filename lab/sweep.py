@@ -106,6 +106,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if not spec:
+        raise ValueError(f"{path} holds no key; configs/sweeps has examples")
     defaults: dict[str, Any] = {"about": "", "seeds": [1], "questions": 200}
     spec = defaults | spec
     own = ("about", "seeds", "labels", "questions", "grid", "cells", "instruments", "tables")

@@ -144,6 +144,11 @@ def as_ours(folder: str | Path) -> Iterator[None]:
         raise ValueError(f"{folder} is damaged or of another version ({what:.150})") from None
 
 
+def at_home(path: str) -> str:
+    """A path in its plain form, with a home folder in place of "~"; of nobody's it stays."""
+    return str(Path(os.path.expanduser(path)))
+
+
 def read_json(path: Path) -> Any:
     """Parses a JSON file. Raises ValueError, which names it: missing, not UTF-8 or not JSON."""
     try:
@@ -188,7 +193,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder from itself or from its run's folder (then the newest whole one)."""
-    folder = Path(path).expanduser()
+    folder = Path(at_home(str(path)))
     if (folder / "meta.json").exists() or not folder.is_dir():
         return folder  # whatever is wrong with it, read_meta says so
     steps = checkpoints(folder)

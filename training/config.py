@@ -1,10 +1,10 @@
 """What a run is told besides model, data and optimizer; and whether two configs differ."""
 
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from model.check import check_range
+from runtime.files import at_home
 
 # What a resumed run may change: where things are (their contents are checked by fingerprint) and
 # what alters the result by rounding at most.
@@ -44,7 +44,7 @@ class RunConfig:
     """Upload the last checkpoint there."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dir", str(Path(self.dir).expanduser()))
+        object.__setattr__(self, "dir", at_home(self.dir))
         check_range("run.seed", self.seed, f"0 or more and below {2**63}")
         for name in ("loss_chunk", "log_every", "eval_every", "save_every"):
             check_range(f"run.{name}", getattr(self, name), "1 or more")
