@@ -146,7 +146,9 @@ def as_ours(folder: str | Path) -> Iterator[None]:
 
 def at_home(path: str) -> str:
     """A path in its plain form, with a home folder in place of "~"; of nobody's it stays."""
-    return str(Path(os.path.expanduser(path)))
+    with contextlib.suppress(RuntimeError):
+        return str(Path(path).expanduser())
+    return str(Path(path))
 
 
 def read_json(path: Path) -> Any:
