@@ -60,8 +60,8 @@ class Weights:
             template's tokens, and all others.
         interpolation: base + scale * change, by scale.
         grafts: by group of parameters: "only" that group's change, and all "without" it. The
-            rows of the template's tokens, in embedding and head, are a group of their own: only
-            they can make a model stop, and the base has never trained them.
+            rows of the template's tokens, in embedding and head, are a group of their own: the
+            base has never trained them, and next to nothing stops without them.
     """
 
     matrices: dict[str, Change]

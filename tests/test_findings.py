@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from data.world import SPLITS
 from lab import findings, sweep
 from lab.figures import PLOTS, instrument_plots
+from lab.headline import TURNS
 from lab.pair import open_pair
 from lab.qa import strangers_to
 from lab.stats import Difference, Mean, Share, difference, to_json
@@ -172,3 +174,40 @@ def test_the_figures_beside_the_page_are_those_that_today_s_sweeps_ask_for() -> 
         spec = json.loads(path.read_text(encoding="utf-8"))["spec"]
         assert spec == sweep.read_sweep(SWEEPS / f"{path.stem}.toml")
         assert re.fullmatch(r"[a-z_]+", path.stem)
+
+
+README_ROWS = {
+    "cloze:": [f"knowledge.{{}}.cloze.{split}.all" for split in SPLITS],
+    "right:": [f"knowledge.{{}}.answers.{split}.answered.all" for split in SPLITS],
+    "sentence": ["knowledge.{}.sentence.answered.all"],
+    "form": ["knowledge.{}.form.answered.all"],
+    "phrasings:": [
+        "knowledge.{}.rephrased.held_out.answered.all",
+        "knowledge.{}.untaught.answered.all",
+    ],
+    "follow-up": [f"behaviour.{{}}.{turn}.with" for turn in TURNS],
+    "stops": ["behaviour.{}.stops"],
+    "cut": ["knowledge.{}.answers.held_out.exact"],
+    "names the value in its first": [
+        "knowledge.{}.answers.held_out.right.all",
+        "knowledge.{}.answers.held_out.by_chance",
+    ],
+    "names the value first": ["knowledge.{}.examples.right.all"],
+    "names the value in plain": [
+        "knowledge.{}.begun.any.right.all",
+        "knowledge.{}.begun.best.right.all",
+    ],
+}
+
+
+def test_the_headline_of_the_readme_is_that_of_the_figures() -> None:
+    (cell,) = json.loads((PAGE.with_suffix("") / "quickstart.json").read_text())["cells"]
+    text = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| about held-out people")[2].partition("\n\n")[0]
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert len(rows) == len(README_ROWS)
+    for (label, *columns), (begin, paths) in zip(rows, README_ROWS.items(), strict=True):
+        assert label.startswith(begin)
+        for model, column in zip(("base", "instruct"), columns, strict=True):
+            shares = [at(cell, path.format(model))["share"] for path in paths]
+            assert column == " / ".join(f"{share:.2f}" for share in shares), label
