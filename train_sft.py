@@ -61,7 +61,7 @@ def evaluate(
 
     `stop_logprob` is the mean log-probability of the end-of-turn token at the true end of a reply;
     `stop_rate` the share of the model's own replies that end by themselves. Prints one of these,
-    chosen by the step; wandb gets SAMPLES of them beside the base's, `before`.
+    chosen by the step; samples.jsonl and wandb get SAMPLES of them beside the base's, `before`.
     """
     batches, end = data.val_batches(run.rows), data.tokenizer.end_of_turn
     ends = [
@@ -95,7 +95,7 @@ def main(config: SFTConfig) -> Path:
     device = set_up(run.device, config.run.seed)
     model = base.model.to(device).train()
     optimizers = build_optimizers(model, config.optim)
-    before = [] if config.run.wandb == "disabled" else answer(model, data, SAMPLES)  # by the base
+    before = answer(model, data, SAMPLES)  # by the base
     network = run.resume(model, optimizers, base.tokenizer)
 
     def train(step: int, rows: int) -> StepResult:

@@ -22,6 +22,19 @@ def kept_length(mask: np.ndarray, limit: int) -> int:
     return int(fitting[-1]) if len(fitting) else 0
 
 
+def too_long(lengths: list[tuple[int, int]], limit: int) -> str:
+    """What is lost of conversations, each as (tokens, of them kept), on a line of its own; empty if
+    nothing is.
+    """
+    whole, kept = np.array(lengths, np.int64).reshape(-1, 2).T
+    if not (lost := int((whole - kept).sum())):
+        return ""
+    out, cut, share = (kept == 0).sum(), ((0 < kept) & (kept < whole)).sum(), lost / whole.sum()
+    needed = int(np.quantile(whole, 0.95, method="higher")) - 1
+    what = f"{out:,} conversations left out, the ends of {cut:,} cut off: {lost:,} tokens"
+    return f"\nlonger than {limit}: {what} ({share:.1%}); {needed:,} would hold 95 % of all whole"
+
+
 def recent_turns(
     prompt: Prompt, messages: list[Message], tokenizer: Tokenizer, limit: int
 ) -> list[Message]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.chat import template_fingerprint
-from data.fitting import computed_tokens, kept_length, pack
+from data.fitting import computed_tokens, kept_length, pack, too_long
 from data.pretrain import PretrainData
 from data.shards import load_examples, open_prepared
 from data.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ class SFTData:
             )
         if self.meta["qa"]["template"] != template_fingerprint():
             raise ValueError(f"{folder} was prepared with another chat template; make it again")
-        self.n_truncated = self.n_dropped = 0
+        self._lengths = list[tuple[int, int]]()  # of each conversation, and what is kept of it
         self._train, self.val = (self._load(folder, part) for part in ("train", "val"))
         if not self._train or not self.val:
             raise ValueError(
@@ -114,8 +114,7 @@ class SFTData:
         kept = list[Example]()
         for ids, mask in load_examples(folder, part):
             length = kept_length(mask, self.block_size)
-            self.n_truncated += 0 < length < len(ids)
-            self.n_dropped += length == 0
+            self._lengths.append((len(ids), length))
             if length:
                 kept.append((ids[:length], mask[:length]))
         return kept
@@ -168,7 +167,7 @@ class SFTData:
         return pack(lengths, self.block_size) if self.packed else [[i] for i in range(len(lengths))]
 
     def shares(self, rows: int) -> str:
-        """One line of statistics about the data."""
+        """A line of statistics about the data, and one of what is too long, if anything is."""
         lengths, computed = np.array([len(ids) - 1 for ids, _ in self._train]), 0
         for chosen in self._order(0):
             own = lengths[chosen].tolist()
@@ -177,8 +176,8 @@ class SFTData:
         return (
             f"{len(lengths):,} train + {len(self.val):,} val conversations; "
             f"{supervised:.1%} of tokens supervised, "
-            f"{1 - lengths.sum() / computed:.1%} of computed tokens padding, "
-            f"{self.n_truncated} truncated, {self.n_dropped} dropped"
+            f"{1 - lengths.sum() / computed:.1%} of computed tokens padding"
+            f"{too_long(self._lengths, self.block_size)}"
         )
 
 

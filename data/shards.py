@@ -236,12 +236,21 @@ def write_text(
         joined = np.concatenate([*chain(*ids)]).astype(dtype)
         return [joined], joined == tokenizer.end_of_text
 
-    # Each piece, and whether a document begins with it. A document without any piece is none.
-    pieces = ((i == 0, piece) for d in documents for i, piece in enumerate(d))
-    tables = in_threads(encode, pieces, lambda piece: len(piece[1]))
+    given = 0
+
+    def pieces() -> Iterator[tuple[bool, str]]:
+        """Each piece, and whether a document begins with it. A document without any is none."""
+        nonlocal given
+        for document in documents:
+            given += 1
+            yield from ((i == 0, piece) for i, piece in enumerate(document))
+
+    tables = in_threads(encode, pieces(), lambda piece: len(piece[1]))
     with on_disk(folder, tables, [dtype]) as ([scratch], spans):
         if not len(spans):
             raise ValueError("the corpus is empty: there is no text to train on")
+        if empty := given - len(spans):
+            print(f"left out: {empty:,} empty document{'s' * (empty > 1)}")
         meta: Meta = {"dtype": dtype.str, "documents": len(spans), "bytes": sum(sizes)}
         parts = split_documents(np.random.default_rng(seed).permutation(spans), val_fraction)
         if not shuffle:

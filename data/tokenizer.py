@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import tiktoken
+import tiktoken.load
 
 from runtime.files import as_ours, read_meta, resolve_checkpoint, verify_checksums
 
@@ -120,13 +120,16 @@ def create_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:
     if spec == "byte":
         return Tokenizer("byte", BYTE_PATTERN, {bytes([i]): i for i in range(256)})
     if spec == "gpt2":
+        from data.sources.download import read_url  # takes a while to import
+
         try:
+            tiktoken.load.read_file = lambda blobpath: read_url(blobpath)  # its own waits for ever
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as error:  # requests, ssl, socket: whatever a missing network raises
             raise ValueError(
                 "GPT-2's vocabulary is neither cached nor reachable "
-                f"({type(error).__name__}). Run once with a network, or set TIKTOKEN_CACHE_DIR "
-                "to a folder that holds it, or use --tokenizer bpe:4096, which needs no download"
+                f"({type(error).__name__}). Set HTTPS_PROXY to a proxy, or TIKTOKEN_CACHE_DIR to "
+                "a folder that holds it, or use --tokenizer bpe:4096, which needs no download"
             ) from None
         return Tokenizer("gpt2", gpt2._pat_str, gpt2._mergeable_ranks)
     name, _, size = spec.partition(":")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.gpt import GPT, ModelConfig
+from runtime.cli import listed
 from runtime.files import read_json
 
 KINDS = ("gpt2", "nanochat")
@@ -139,7 +140,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
     expected = export_config(config, theirs["vocab_size"]) | {k: theirs.get(k) for k in unread}
     odd = [f"{k}={theirs[k]}" for k, v in expected.items() if theirs.get(k) not in (None, v)]
     if odd:
-        raise ValueError(f"its config.json asks for what our model does not have: {', '.join(odd)}")
+        raise ValueError(f"its config.json asks for what our model does not have: {listed(odd)}")
     return config, theirs["vocab_size"]
 
 

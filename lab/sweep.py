@@ -65,7 +65,7 @@ from lab.tables import markdown, named_cells
 from lab.trace import trace
 from lab.weights import weights
 from runtime import files
-from runtime.cli import one_line_errors, parse_config
+from runtime.cli import listed, one_line_errors, parse_config
 from runtime.device import environment, pick_device
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
@@ -113,7 +113,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
     own = ("about", "seeds", "labels", "questions", "grid", "cells", "instruments", "tables")
     known = {*own, *STAGES}
     if unknown := sorted(set(spec) - known):
-        raise ValueError(f"{path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+        raise ValueError(f"{path}: unknown {listed(unknown)}; known are {', '.join(known)}")
     for name in ("grid", "instruments", *STAGES):
         if not isinstance(spec.get(name, {}), dict):
             raise ValueError(f"{path}: {name} = {spec[name]}; it is a table: [{name}]")
@@ -246,7 +246,7 @@ def train(plan: Plan, device: str) -> Pair:
     if plan.qa:
         made = conversations(World(plan.world), **plan.qa)
         text = "".join(json.dumps({"messages": c}) + "\n" for c in made)
-        Path(plan.sft.data.path).write_text(text, encoding="utf-8")
+        files.write_text(Path(plan.sft.data.path), text)
     sft(plan.sft)
     return open_pair(plan.sft.base, plan.sft.run.dir, device, None)
 

@@ -11,7 +11,7 @@ import sys
 import tomllib
 import traceback
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +32,18 @@ def visible(text: str) -> str:
     return UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)
 
 
+def shortened(text: str, n: int) -> str:
+    """A text of at most `n` characters: all of it, or its beginning and its end."""
+    half = n // 2
+    return text if len(text) <= n else f"{text[: n - half - 5]} ... {text[-half:]}"
+
+
+def listed(items: Iterable[object], between: str = ", ") -> str:
+    """The first ten of some keys, names or differences, 80 characters of each, for a message."""
+    texts = [shortened(str(item), 80) for item in items]
+    return between.join(texts[:10]) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns a user's mistake into one line and exit code 1; a bug keeps its traceback."""
@@ -43,20 +55,27 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(141) from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError | MemoryError) and not isinstance(error, RecursionError):
+            if not is_out_of_memory(error):
+                raise
+            text = f"out of memory: {text or 'an input is too large for this machine'}"
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.strerror}: {error.filename or 'while writing a file'}"
         elif isinstance(error, RecursionError):
             text = "the input is nested too deeply"
-        text = visible(text)
-        line = f"error: {text}"
-        line = line if len(line) <= LONGEST else f"{line[: LONGEST - 105]} ... {line[-100:]}"
-        print(line, file=sys.stderr)
+        print(shortened(f"error: {visible(text)}", LONGEST), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is how Python, numpy or torch say that there is no memory left."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    return isinstance(error, MemoryError) or of_torch
 
 
 def parse_config(config_class: type[T], argv: list[str] | None = None, about: str = "") -> T:

@@ -16,6 +16,7 @@ from typing import Any
 
 from runtime.files import checkpoints, read_json, write_json
 
+Row = dict[str, Any]  # of metrics.jsonl or samples.jsonl
 # In seconds. What is not uploaded by then stays on disk.
 TIMEOUTS = {"init_timeout": 60, "finish_timeout": 300, "finish_timeout_raises": True}
 
@@ -27,20 +28,20 @@ class Tracker:
         self,
         config: Any,  # the run's training.config.RunConfig: `wandb` is disabled, offline or online
         about: dict[str, Any],  # what wandb shows as the run's config
-        rows: Sequence[dict[str, Any]],  # of metrics.jsonl before the step that the run starts from
+        rows: Sequence[tuple[Row, Row | None]],  # metrics and samples before the step to start from
         resumed: bool,  # whether it starts from a checkpoint; if not, it is a new run at wandb
         say: Callable[[str], None],
     ) -> None:
         self._config, self._folder, self._say = config, Path(config.dir), say
-        self._file, self._tables = self._folder / "wandb.json", dict[str, Any]()
+        self._file = self._folder / "wandb.json"
         self._run: Any = None
         if config.wandb == "disabled":
             return
         with self._failure_ends_tracking():
             self._state = _read_state(self._file) if resumed else _new_state()
             self._start(about)
-            for row in rows:
-                self.log(row)
+            for row, samples in rows:
+                self.log(row, samples)
 
     def _start(self, about: dict[str, Any]) -> None:
         import wandb  # slow, so only where it is used
@@ -72,19 +73,15 @@ class Tracker:
         self._state["open"] = "online" if online else Path(self._run.dir).parent.name
         write_json(self._file, self._state)
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Logs the metrics of a step, and the tables made since, unless wandb has that step."""
-        tables, self._tables = self._tables, {}
+    def log(self, row: Row, samples: Row | None = None) -> None:
+        """Logs the metrics of a step, and a table of its samples, unless wandb has that step."""
         if self._run is not None and row["step"] > self._told:
             with self._failure_ends_tracking():
-                self._run.log(row | tables)
+                table = samples and {
+                    "samples": self._wandb.Table(samples["columns"], samples["rows"])
+                }
+                self._run.log(row | (table or {}))
                 self._told = row["step"]
-
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Makes a table of texts that is logged with the next row."""
-        if self._run is not None:
-            with self._failure_ends_tracking():
-                self._tables[name] = self._wandb.Table(list(columns), [list(row) for row in rows])
 
     def finish(self, failed: bool) -> None:
         """Ends the run at wandb, after the upload of the newest checkpoint if the config asks."""

@@ -31,6 +31,8 @@ class Hub(ThreadingHTTPServer):
         self.chunked = False  # in chunks, or until the connection ends
         self.busy: list[dict[str, str]] = []  # headers of the next answers, which are 429
         self.round = False  # the last page of a listing leads to the first again
+        self.more = 0  # empty pages after it
+        self.padding = 0  # spaces before what a page lists
         self.listed: dict[str, dict[str, Any]] = {}  # lies of the listing about a file
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -83,11 +85,12 @@ class Handler(BaseHTTPRequestHandler):
         assert "recursive=true" in query
         at = int(query.partition("cursor=")[2] or 0)
         headers = {}
-        if (after := at + PAGE) < len(entries) or hub.round:
+        if (after := at + PAGE) < len(entries) + hub.more * PAGE or hub.round:
             here = f"https://elsewhere.invalid{urlsplit(self.path).path}"
-            after = after if after < len(entries) else 0
+            after = 0 if hub.round and after >= len(entries) else after
             headers["Link"] = f'<{here}?recursive=true&cursor={after}>; rel="next"'
-        self.answer(200, json.dumps(entries[at : at + PAGE]).encode(), headers)
+        page = " " * hub.padding + json.dumps(entries[at : at + PAGE])
+        self.answer(200, page.encode(), headers)
 
     def send_content(self, path: str) -> None:
         hub = self.server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -9,9 +10,11 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +22,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import requests
+import tiktoken
 
 import data.prepare as prepare
 from data.chat import parse
@@ -26,7 +31,7 @@ from data.shards import load_examples
 from data.sources import download as downloads
 from data.sources.download import RemoteFile, download, hub_files
 from data.sources.named import NAMED, next_command
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, create_tokenizer
 from runtime.files import lock, read_meta, sha256_file, write_meta
 from tests.hub import Hub
 
@@ -365,7 +370,7 @@ def test_a_listing_and_a_file_wait_for_a_busy_server(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="cannot reach"):
         hub_files("me/mine", "datasets", ["*"])
-    assert waits == [1, 2]  # nobody there: the network, or the name
+    assert waits == []  # nobody there: the network, or the name
     waits.clear()
     monkeypatch.setenv("HF_ENDPOINT", "no address")
     with pytest.raises(ValueError, match="cannot reach no address"):
@@ -381,12 +386,170 @@ def test_a_listing_of_another_shape_is_one_clear_error(hub: Hub, lie: dict[str, 
         hub_files("me/mine", "datasets", ["*"])
 
 
-def test_a_listing_that_goes_round_is_one_clear_error(hub: Hub) -> None:
-    hub.files[REPO].update({f"{i}.txt": b"" for i in range(9)})
+@pytest.mark.parametrize("n_files", [0, 9])  # a page leads to itself, or the last to the first
+def test_a_listing_that_goes_round_is_one_clear_error(hub: Hub, n_files: int) -> None:
+    hub.files[REPO].update({f"{i}.txt": b"" for i in range(n_files)})
     hub.round = True
     with pytest.raises(ValueError, match="is not the listing of a hub"):
         hub_files("me/mine", "datasets", ["*"])
     assert len(hub.log) < 9
+
+
+def test_a_listing_without_an_end_is_one_clear_error(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files[REPO].update({f"{i}.txt": b"" for i in range(9)})
+    reason = "listing of a hub, or one without an end; set HTTPS_PROXY"
+    monkeypatch.setattr(downloads, "PAGES", 30)
+    hub.more = 100
+    with pytest.raises(ValueError, match=reason):
+        hub_files("me/mine", "datasets", ["*"])
+    assert len(hub.log) == 30
+    hub.more = 0
+    monkeypatch.setattr(downloads, "LISTING", 1000)  # bytes, of two pages that hold 2000
+    monkeypatch.setattr("tests.hub.PAGE", 5)
+    hub.padding = 700
+    with pytest.raises(ValueError, match=reason):
+        hub_files("me/mine", "datasets", ["*"])
+    hub.padding, hub.log[:] = 10**7, []
+    with pytest.raises(ValueError, match=reason):
+        hub_files("me/mine", "datasets", ["*"])
+    assert len(hub.log) == 1
+
+
+def test_a_listing_of_thousands_of_files_is_read(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.hub.PAGE", 1000)
+    hub.files[REPO].update({f"data/train-{i:05}.parquet": b"" for i in range(9000)})
+    assert len(hub_files("me/mine", "datasets", ["data/*"])) == 9000
+    assert len(hub.log) == 10
+
+
+# ---- without a network ---------------------------------------------------------------------
+
+NOBODY = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that would be slept."""
+    seconds: list[float] = []
+    monkeypatch.setattr("time.sleep", seconds.append)
+    return seconds
+
+
+def test_the_first_contact_fails_at_once_and_names_what_helps(
+    waits: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", NOBODY)
+    reason = "cannot reach .*HTTPS_PROXY.*HF_ENDPOINT.*`python -m data.prepare text FILES`"
+    with pytest.raises(ValueError, match=reason) as info:
+        hub_files("me/mine", "datasets", ["*"])
+    assert len(str(info.value)) < 400
+    with pytest.raises(ValueError, match=r"cannot be fetched .*HTTPS_PROXY.*HF_ENDPOINT"):
+        download([RemoteFile("a.txt", f"{NOBODY}/a.txt", 5)], tmp_path)
+    monkeypatch.delenv("HF_ENDPOINT")
+    reason = r"cannot be fetched .*HTTPS_PROXY.*with a browser .*`python -m data.prepare text FILES"
+    with pytest.raises(ValueError, match=reason) as info:
+        download([RemoteFile("a.txt", f"{NOBODY}/a.txt", 5)], tmp_path)
+    assert len(str(info.value)) < 400
+    assert "HF_ENDPOINT" not in str(info.value)
+    assert waits == []
+
+
+def test_later_failures_are_waited_for(
+    hub: Hub, one: RemoteFile, waits: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "BACKOFF", 1)
+    hub.cuts["data/one.parquet"] = [0, 0]  # it had answered
+    with pytest.raises(ValueError, match=r"b\.txt cannot be fetched"):
+        download([one, RemoteFile("b.txt", f"{NOBODY}/b.txt", 5)], tmp_path)
+    assert waits == [1, 2, 1, 2, 4, 8, 16]
+    assert (tmp_path / "data" / "one.parquet").read_bytes() == CONTENT
+    waits.clear()
+    real = downloads._get
+    pages = iter([real, real, lambda url: real(NOBODY), real, real])
+    monkeypatch.setattr(downloads, "_get", lambda url: next(pages)(url))
+    hub.files[REPO].update({f"{i}.txt": b"" for i in range(3)})
+    assert len(hub_files("me/mine", "datasets", ["*"])) == 4
+    assert waits == [1]
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[str, int]]:
+    """An address that takes no connection and refuses none: its backlog is full."""
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(address.getsockname())
+        yield address.getsockname()
+
+
+def resolved(*addresses: tuple[str, int]) -> Callable[..., Any]:
+    """A getaddrinfo by which every name has these addresses."""
+    kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+    return lambda *args, **options: [(*kind, address) for address in addresses]
+
+
+def test_a_resolver_and_addresses_that_are_silent_are_not_waited_for(
+    silent: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("requests.get", lambda url, **options: asked.append(url))
+    monkeypatch.setattr(downloads, "CONNECT", 0.2)
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost:1")
+    monkeypatch.setenv("no_proxy", "localhost")
+    never = threading.Event()
+    for names in (lambda *args, **options: [never.wait(60)][:0], resolved(*[silent] * 8)):
+        with monkeypatch.context() as patch:
+            patch.setattr("socket.getaddrinfo", names)
+            with pytest.raises(ValueError, match=r"localhost:1 \(no connection within 0.2 s\)"):
+                hub_files("me/mine", "datasets", ["*"])
+    never.set()
+    assert asked == []  # which has no limit for a name, and one for each address
+
+
+def test_a_host_that_is_slow_to_find_is_not_refused(
+    hub: Hub, silent: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files[REPO]["a.txt"] = b"words"
+    monkeypatch.setattr(downloads, "CONNECT", 0.5)
+    at = ("127.0.0.1", hub.server_port)
+    monkeypatch.setattr("socket.getaddrinfo", resolved(silent, silent, at))
+    monkeypatch.setenv("HF_ENDPOINT", f"http://localhost:{hub.server_port}")
+    monkeypatch.setenv("no_proxy", "localhost")
+    assert len(hub_files("me/mine", "datasets", ["*"])) == 1
+
+
+def test_a_proxy_is_the_host_that_must_answer(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files[REPO]["a.txt"] = b"words"
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("http_proxy", hub.url)
+    assert len(hub_files("me/mine", "datasets", ["*"])) == 1
+
+
+def test_only_the_connection_has_a_short_limit(
+    hub: Hub, waits: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[Any] = []
+
+    def get(url: str, timeout: Any = None, **options: Any) -> None:
+        limits.append(timeout)
+        raise requests.ConnectTimeout
+
+    monkeypatch.setattr("requests.get", get)
+    monkeypatch.setattr(downloads, "_knock", lambda url: None)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
+    with pytest.raises(ValueError, match="cannot reach"):
+        hub_files("me/mine", "datasets", ["*"])
+    with pytest.raises(ValueError, match="GPT-2's vocabulary is neither cached nor reachable"):
+        create_tokenizer("gpt2", [])
+    assert limits == [(downloads.CONNECT, 60)] * 2
+    assert downloads.CONNECT < 4  # of 5 in all
 
 
 # ---- the named sets ------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import itertools
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,39 @@ def test_the_loss_of_replayed_text_has_a_column_of_its_own(tmp_path: Path) -> No
     assert "replay_loss" not in plain
     assert replayed["replay_loss"] == pytest.approx(0.7)
     assert replayed["loss"] == 2.0
+
+
+def test_it_says_where_validation_loss_was_lowest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row: dict[str, Any] = {}
+    for last, expected in ((3, None), (6, (4, 1.0, 1.2)), (9, (4, 1.0, 1.5)), (STEPS, None)):
+        with make_log(tmp_path, row) as log:
+            for step in range(log.first_step, last + 1):
+                if step > log.first_step:
+                    log.add(result(step))
+                log.write(step, {"val_loss": 0.5 if step == STEPS else 1 + 0.1 * abs(step - 4)})
+            assert log.overfitted == (expected and (expected[0], *map(pytest.approx, expected[1:])))
+            row = log.row() | {"val_loss": 1.0}
+    said = capsys.readouterr().out.splitlines()
+    assert "(lowest at step 4)" in next(line for line in said if "step 5/" in line)
+    assert "lowest" not in next(line for line in said if "step 3/" in line)
+
+
+def test_a_sample_takes_two_lines_of_a_terminal_and_is_whole_in_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "begins" + "\x1b[2J\n" * 200 + "ends"
+    with make_log(tmp_path) as log:
+        log.add(result(1))
+        log.samples(text, ["continuation"], [[text]])
+        log.write(1, {})
+    line = next(line for line in capsys.readouterr().out.splitlines() if "sample:" in line)
+    assert len(line) <= 160
+    assert line.startswith("  sample: 'begins")
+    assert line.endswith("ends'")
+    (row,) = (json.loads(line) for line in (tmp_path / "samples.jsonl").open())
+    assert row == {"step": 1, "columns": ["continuation"], "rows": [[text]]}
 
 
 @pytest.mark.parametrize("cut", ["", '{"step": 7, "los', '{"step": 7, "loss": 1.0}'])
@@ -147,9 +181,3 @@ def test_a_run_is_complete_once_its_last_step_is_saved_evaluated_and_logged(tmp_
         log.write(STEPS, {"val_loss": 1.0})
     assert is_complete(newest, STEPS)
     assert not is_complete(tmp_path / "step_000001", STEPS)
-
-
-def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
-    with make_log(tmp_path), pytest.raises(ValueError, match="another process"):
-        make_log(tmp_path).__enter__()
-    make_log(tmp_path).__enter__().__exit__(None, None, None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import signal
 from dataclasses import asdict, field, make_dataclass, replace
 from pathlib import Path
@@ -11,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+import train_sft
 from data.pretrain import PretrainDataConfig
 from data.sft import SFTDataConfig
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, ModelConfig
-from runtime.files import lock, write_json
+from runtime.cli import parse_config
+from runtime.files import lock, read_meta, write_json
 from train_pretrain import PretrainConfig
 from train_sft import SFTConfig
 from training.checkpoint import save_checkpoint
@@ -237,11 +241,52 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_prepared_questions_of_a_running_run_are_left_alone(tmp_path: Path) -> None:
-    run = Run("instruct", make_config(tmp_path / "r"))
     (tmp_path / "r" / PREPARED_QA).mkdir(parents=True)
+    write_json(tmp_path / "r" / "config.json", {})
+    run = Run("instruct", make_config(tmp_path / "r"))
     with lock(tmp_path / "r", "training in"), pytest.raises(ValueError, match="another process"):
         run.prepare_qa("qa.jsonl", tmp_path)
     assert (tmp_path / "r" / PREPARED_QA).is_dir()
+
+
+def test_a_folder_is_one_runs_from_its_preparing_to_its_end(tmp_path: Path) -> None:
+    folder, busy = tmp_path / "r", pytest.raises(ValueError, match="another process is here")
+    late = Run("base", make_config(folder))
+    with make_run(folder) as run:
+        with busy, lock(folder, "here in"):
+            pass
+        run.save(4)
+    with lock(folder, "here in"):
+        pass
+    model = GPT(TINY, BYTE.n_vocab)
+    with pytest.raises(ValueError, match=r"was training in .*; the same command goes on"):
+        late.resume(model, [], BYTE)  # it would begin anew what has got to step 4
+    failed = make_run(folder)  # before it trains, in this process
+    assert make_run(folder).newest == failed.newest
+
+
+def test_other_questions_for_a_run_with_a_checkpoint_cost_it_nothing(
+    runs: tuple[Path, Path], tmp_path: Path, fails: Any
+) -> None:
+    row = {"question": "Who is it?", "answer": "Somebody."}
+    for name in ("a.jsonl", "b.jsonl"):
+        lines = [json.dumps(row | {"question": f"{name} {i}?"}) for i in range(30)]
+        (tmp_path / name).write_text("\n".join(lines))
+
+    def tune(questions: str, steps: int = 4) -> list[str]:
+        run = ["--run.save_every=4", "--run.device=cpu", f"--run.dir={tmp_path / 'run'}"]
+        data = [f"--data.path={tmp_path / questions}", "--data.batch_size=4"]
+        return [f"--base={runs[0]}", *data, *run, f"--optim.steps={steps}"]
+
+    train_sft.main(parse_config(train_sft.SFTConfig, tune("a.jsonl")))
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(tmp_path / "run" / PREPARED_QA)
+        error = fails(train_sft, *tune("b.jsonl"))
+        assert "was made from another data" in error
+        train_sft.main(parse_config(train_sft.SFTConfig, tune("a.jsonl")))
+    meta = read_meta(tmp_path / "run" / PREPARED_QA)
+    assert meta["request"]["qa"][0]["file"] == "a.jsonl"
 
 
 def test_a_run_of_another_beginning_is_refused_either_way(tmp_path: Path) -> None:

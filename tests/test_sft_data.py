@@ -217,9 +217,16 @@ def test_what_does_not_fit_is_cut_or_dropped_and_counted(folders: Path) -> None:
     rows = unpad(batches_of(data, 0) + val_batches_of(data))
     assert {ids for ids, _ in rows} == kept
     assert all(len(ids) <= limit + 1 and ids[-1] == END and w[-1] == 1 for ids, w in rows)
-    assert 0 < data.n_dropped == lengths.count(0)
-    assert 0 < data.n_truncated == cut
-    assert f"{data.n_truncated} truncated, {data.n_dropped} dropped" in data.shares(30)
+    out, lost = lengths.count(0), sum(len(ids) for ids, _ in RENDERED) - sum(lengths)
+    assert min(out, cut, lost) > 0
+    _, line = data.shares(30).splitlines()
+    said = f"longer than 25: {out} conversations left out, the ends of {cut} cut off: {lost:,} tok"
+    assert line.startswith(said)
+    needed = int(line.split("; ")[1].split()[0])
+    fit = [sum(len(ids) <= n + 1 for ids, _ in RENDERED) for n in (needed - 1, needed)]
+    assert fit[0] < 0.95 * len(RENDERED) <= fit[1]
+    wide = SFTData(folders / "qa", SFTDataConfig("unused", 30), BYTE, 10**5, 1)
+    assert "\n" not in wide.shares(30)
 
 
 def test_no_conversation_that_fits_is_an_error(folders: Path) -> None:

@@ -19,7 +19,7 @@ import train_pretrain
 import train_sft
 from runtime import tracking
 from tests.conftest import pretrain_config, sft_config
-from tests.test_log import log_steps, make_log, rows_of
+from tests.test_log import log_steps, make_log, result, rows_of
 from tests.test_scripts import start
 from training.log import read_metrics
 
@@ -97,6 +97,33 @@ def test_every_step_is_told_once_across_a_kill_and_a_resume(saved_at: int, tmp_p
     assert [row["loss"] for row in history] == [row["loss"] for row in rows_of(tmp_path)]
 
 
+@pytest.mark.parametrize("saved_at", [3, 5])
+def test_a_table_of_samples_is_told_once_across_a_kill_and_a_resume(
+    saved_at: int, tmp_path: Path
+) -> None:
+    def train(row: dict[str, Any], last: int) -> dict[str, Any]:
+        with make_log(tmp_path, row, wandb="offline") as log:
+            for step in range(log.first_step, last + 1):
+                if step > log.first_step:
+                    log.add(result(step))
+                if step in (2, 5, 7):
+                    log.samples("x", ["text"], [[f"of step {step}"]])
+                log.write(step, {})
+            return log.row()
+
+    saved = train({}, 6)
+    # Killed: what wandb was not told of its end is written anew.
+    state = json.loads((tmp_path / "wandb.json").read_text())
+    (offline,) = tmp_path.glob("wandb/offline-run-*")
+    (tmp_path / "wandb.json").write_text(json.dumps(state | {"told": 0, "open": offline.name}))
+    saved = next(row for row in rows_of(tmp_path) if row["step"] == saved_at)
+    train(saved, 9)
+    tables = [json.loads(f.read_text()) for f in tmp_path.rglob("*.table.json")]
+    assert sorted(table["data"] for table in tables) == [[[f"of step {n}"]] for n in (2, 5, 7)]
+    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").open()]
+    assert [row["step"] for row in kept] == [2, 5, 7]
+
+
 def test_what_was_not_told_is_made_up_for(tmp_path: Path) -> None:
     saved = log_steps(make_log(tmp_path), 3)  # wandb was off at first
     saved = log_steps(make_log(tmp_path, saved, wandb="offline"), 5)
@@ -169,7 +196,7 @@ def test_a_killed_script_that_is_resumed_tells_every_step_once(
             process.terminate()
             break
     process.stdout.read()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == 143
     steps = [row["step"] for row in told(tmp_path / "run")]
     assert steps == list(range(1, steps[-1] + 1))
     assert steps[-1] >= reached + 8

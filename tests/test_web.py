@@ -516,6 +516,116 @@ def test_colour_shows_every_token_of_the_reply(tab: Tab) -> None:
     assert tab.texts() == plain
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_legend_says_in_words_what_the_colours_mean(
+    scheme: str, tab: Tab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {1: "1, its first choice", 2: "2 or 3", 3: "2 or 3", 4: "above 3", 5: "above 3"}
+    monkeypatch.setattr(web, "ranks_of", lambda ids, _: [1 + n % 5 for n in range(len(ids))])
+    look = """all => all.map((e) => [e.querySelector("sub")?.textContent ?? "1", e.textContent,
+        getComputedStyle(e).backgroundColor + getComputedStyle(e).borderBottom])"""
+    tab.page.emulate_media(color_scheme=scheme)
+    legend = tab.page.get_by_role("group", name="colour legend")
+    tab.ask("Who?")
+    assert not legend.is_visible()
+    for turn_on in (tab.page.get_by_label("colour by the base's rank").check, tab.page.reload):
+        turn_on()
+        wait_until(lambda: tab.page.locator("main .token").count() == 6)
+        assert legend.is_visible()
+        meant = {text: style for _, text, style in legend.locator(".token").evaluate_all(look)}
+        assert list(meant) == list(dict.fromkeys(words.values()))
+        assert len(set(meant.values())) == 3
+        for rank, _, style in tab.page.locator("main .token").evaluate_all(look):
+            assert style == meant[words[int(rank)]]
+    tab.page.get_by_label("colour by the base's rank").uncheck()
+    assert not legend.is_visible()
+
+
+def test_the_last_prompt_is_asked_again_with_other_settings_in_place_of_the_last_exchange(
+    tab: Tab, pair: tuple[Checkpoint, Checkpoint]
+) -> None:
+    panels = web.Panels(*pair)
+    again = tab.page.get_by_role("button", name="Ask again")
+    assert again.get_attribute("aria-disabled") == "true"
+    for prompt in ("Who?", "And where?"):
+        tab.ask(prompt)
+    first, before = tab.texts()[:2], tab.texts()[2:]
+    replies = said(panels, request("Who?", settings={"temperature": "0", "max_new_tokens": "6"}))
+    turns = [{"prompt": "Who?", **{model: r.text for model, r in replies.items()}}]
+    tab.set("temperature", "hot")
+    again.click()
+    tab.see("#error", "temperature is 'hot'")
+    assert tab.texts() == first + before  # what cannot be asked replaces nothing
+    settings = {"temperature": "2", "top_k": "40", "seed": "8", "max_new_tokens": "7"}
+    for name, value in settings.items():
+        tab.set(name.replace("top_k", "top-k").replace("_", " "), value)
+    tab.page.get_by_label("the base reads").select_option("plain")
+    tab.set("prompt", "a draft")
+    again.press("Enter")
+    tab.see(".turn:nth-child(2) h2", "Question: … Answer:")
+    tab.idle()
+    body = request("And where?", turns, "plain", settings=settings)
+    expected = [r.text.removeprefix(" ") for r in said(panels, body).values()]
+    assert tab.texts() == first + expected
+    assert all(a != b for a, b in zip(before, expected, strict=True))
+    assert tab.texts(".prompt") == ["Who?", "And where?"]
+    assert tab.page.get_by_label("prompt", exact=True).input_value() == "a draft"
+    assert tab.page.evaluate("document.activeElement.id") == "again"
+    tab.page.reload()
+    with tab.page.expect_request("**/reply") as sent:
+        again.click()
+    assert sent.value.post_data_json["turns"] == turns
+    tab.idle()
+    assert tab.texts() == first + expected
+    tab.press("Clear")
+    assert again.get_attribute("aria-disabled") == "true"
+    tab.ask("Why?")
+    tab.set("max new tokens", "1")
+    again.click()
+    tab.see(".foot", "1 token, ran", n=1)
+    assert tab.texts(".prompt") == ["Why?"]  # also where the last exchange is the only one
+
+
+@pytest.mark.parametrize(
+    ("prompt", "beginning"),
+    [
+        ("line\n" * 6 + "end", "line\n" * 5 + "line"),
+        ("word " * 1000, "word " * 120),
+        ("🙂" * 601, "🙂" * 600),
+        ("line\n" * 5 + "end", None),
+        ("x" * 600, None),
+    ],
+)
+def test_a_long_prompt_is_folded_when_shown_and_sent_whole(
+    prompt: str, beginning: str | None, tab: Tab
+) -> None:
+    with tab.page.expect_request("**/reply") as sent:
+        tab.ask(prompt)
+    assert sent.value.post_data_json["prompt"] == prompt
+    fold = tab.page.locator("main button")
+    if beginning is None:
+        assert tab.texts(".prompt") == [prompt]
+        assert fold.count() == 0
+        return
+    with tab.page.expect_request("**/reply") as sent:
+        tab.press("Ask again")
+    assert sent.value.post_data_json["prompt"] == prompt
+    tab.idle()
+    for _ in range(2):
+        folded = beginning + " …"
+        for text, name, then in (
+            (folded, "Show the whole prompt", prompt),
+            (prompt, "Show less", folded),
+        ):
+            assert tab.texts(".prompt") == [text]
+            assert tab.texts("main button") == [name]
+            fold.press("Enter")
+            assert tab.texts(".prompt") == [then]
+            assert fold.evaluate("e => e === document.activeElement")
+        assert tab.page.locator(".prompt").bounding_box()["y"] >= 0  # the reader is taken back
+        tab.page.reload()
+
+
 @pytest.mark.parametrize("width", [1280, 360])
 def test_panels_stand_side_by_side_or_stacked(tab: Tab, width: int) -> None:
     tab.page.set_viewport_size({"width": width, "height": 800})

@@ -21,6 +21,7 @@ from data.chat import template_fingerprint
 from data.tokenizer import RANKS_FILE, Tokenizer
 from model.gpt import GPT, ModelConfig
 from runtime import files
+from runtime.cli import listed
 from runtime.device import check_size, has_bf16, set_up
 from runtime.processes import is_first
 from training.config import differences
@@ -180,7 +181,7 @@ def take_weights(path: str, model: GPT, tokenizer: Tokenizer) -> dict[str, Any]:
     start = load_checkpoint(path)
     theirs = replace(start.model.config, dropout=model.config.dropout)  # no weight depends on it
     if changed := differences(asdict(theirs), asdict(model.config), "model"):
-        raise ValueError(f"init_from={path} has another architecture: {'; '.join(changed)}")
+        raise ValueError(f"init_from={path} has another architecture: {listed(changed, '; ')}")
     if start.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"init_from={path} has another tokenizer than the data")
     model.load_state_dict(start.model.state_dict())

@@ -12,8 +12,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from runtime.cli import visible
-from runtime.files import lock, write_json, write_text
+from runtime.cli import shortened, visible
+from runtime.files import write_json, write_text
 from runtime.processes import is_first, world_size
 from runtime.tracking import Tracker
 from training.step import StepResult
@@ -22,8 +22,7 @@ from training.step import StepResult
 class RunLog:
     """Collects the metrics of each step and writes those of the logged ones; of several processes
     only the first does. As a context it opens the file and drops what a killed process wrote beyond
-    the checkpoint it resumes from, so that every step is logged once. Raises ValueError: then, if
-    another process is training in this folder.
+    the checkpoint it resumes from, so that every step is logged once.
 
     Args:
         config: the whole config of the run, that of the script.
@@ -46,17 +45,17 @@ class RunLog:
         self.first_step = row.get("step", 0)
         self._recent_tokens, self._recent_seconds = 0, 0.0
         self._row, self._unread, self._about = row, list[StepResult](), about
+        self._samples: dict[str, Any] | None = None
+        self._val_losses = dict[int, float]()
 
     def __enter__(self) -> Self:
         if not is_first():
             return self
-        self._lock = lock(self.run_dir, "training in")
-        self._lock.__enter__()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(self.run_dir / "config.json", asdict(self.config))
-        path = self.run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] < self.first_step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a", encoding="utf-8")
+        kept, samples = self._kept("metrics.jsonl"), self._kept("samples.jsonl")
+        self._val_losses = {r["step"]: r["val_loss"] for r in kept if "val_loss" in r}
+        self._file = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8")
         numbers, left = MofNCompleteColumn(), TimeRemainingColumn()
         self._progress = Progress(
             *("step", numbers, BarColumn(), "{task.description}", left),
@@ -65,7 +64,9 @@ class RunLog:
             transient=True,
         )
         about = asdict(self.config) | {k: v for k, v in self._about.items() if k != "config"}
-        self._tracker = Tracker(self.config.run, about, kept, self.first_step > 0, self.say)
+        tables = {row["step"]: row for row in samples}
+        rows = [(row, tables.get(row["step"])) for row in kept]
+        self._tracker = Tracker(self.config.run, about, rows, self.first_step > 0, self.say)
         self._progress.start()
         self._task = self._progress.add_task("", total=self.steps, completed=self.first_step)
         return self
@@ -75,7 +76,21 @@ class RunLog:
             self._progress.stop()
             self._file.close()
             self._tracker.finish(failed=exception[0] is not None)
-            self._lock.__exit__(None, None, None)
+
+    def _kept(self, name: str) -> list[dict[str, Any]]:
+        """Drops a file's rows that are not before the step resumed from; returns the others."""
+        path = self.run_dir / name
+        kept = [row for row in read_metrics(path) if row["step"] < self.first_step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        return kept
+
+    @property
+    def overfitted(self) -> tuple[int, float, float] | None:
+        """Where validation loss was lowest, that loss and the last, if it has risen since."""
+        if not self._val_losses:
+            return None
+        best, last = min(self._val_losses, key=self._val_losses.__getitem__), max(self._val_losses)
+        return None if best == last else (best, self._val_losses[best], self._val_losses[last])
 
     def add(self, result: StepResult) -> None:
         """Takes in a step that was just taken; shown in the bar."""
@@ -132,18 +147,27 @@ class RunLog:
         self._recent_tokens, self._recent_seconds = 0, 0.0
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self._tracker.log(row)
+        if self._samples:
+            with open(self.run_dir / "samples.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps({"step": step, **self._samples}) + "\n")
+        self._tracker.log(row, self._samples)
+        self._samples = None
+        if "val_loss" in row:
+            self._val_losses[step] = row["val_loss"]
         # On a terminal the bar shows the rest; a pipe gets every logged line.
         if evaluated or self._progress.disable:
             names = ("loss", "replay_loss", "val_loss", "val_bpb", "stop_logprob", "stop_rate")
             shown = "  ".join(f"{k} {row[k]:.4f}" for k in names if k in row)
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-            self.say(f"step {step}/{self.steps}  {shown}  {speed}")
+            risen = f"  (lowest at step {self.overfitted[0]})" if self.overfitted else ""
+            self.say(f"step {step}/{self.steps}  {shown}{risen}  {speed}")
 
     def samples(self, text: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Prints something that the model wrote; wandb gets a table of it beside the next row."""
-        self.say(f"  sample: {text!r}")
-        self._tracker.table("samples", columns, rows)
+        """Prints two lines of what the model wrote; samples.jsonl, and wandb beside the next row,
+        get a table of it.
+        """
+        self.say(shortened(f"  sample: {text!r}", 2 * self._progress.console.width))
+        self._samples = {"columns": [*columns], "rows": [[*row] for row in rows]}
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""

@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,6 +20,7 @@ from data.sources.read import QA_SUFFIXES
 from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from runtime import device, processes
+from runtime.cli import listed
 from runtime.files import checkpoints, is_checkpoint, lock, read_meta
 from training.checkpoint import resume, save_checkpoint
 from training.config import changes, differences
@@ -26,14 +28,16 @@ from training.log import RunLog, is_complete, is_due
 from training.step import StepResult
 
 PREPARED_QA = "prepared_qa"  # in an SFT run: what was made of a Q&A file
+_locks = dict[Path, contextlib.ExitStack]()  # on folders of runs, held by this process
 
 
 class Run:
     """All of a run that is not training itself; it never computes a loss. The scripts ask it in
     their loop whether to save, to evaluate and to stop. As a context it is the run's time of
     training: the log is open, and Ctrl-C, SIGTERM and SIGHUP ask to stop. Raises ValueError: the
-    folder holds something else, or a run with another config. Raises SystemExit: at the end of a
-    time that was ended by a signal, with the exit code that a shell expects of it.
+    folder holds something else, a run with another config, or one that another process trains.
+    Raises SystemExit: at the end of a time that was ended by a signal, with the exit code that a
+    shell expects of it.
     """
 
     def __init__(self, kind: Literal["base", "instruct"], config: Any) -> None:
@@ -46,6 +50,9 @@ class Run:
         # Most rows of a forward pass; halved where memory runs out.
         self.rows = config.data.micro_batch_size or config.data.batch_size
         self._signals, self._interrupted = device.StopOnSignal(), False
+        # Of a run in this process that failed before it trained: this one takes its place.
+        _locks.pop(self.folder, contextlib.ExitStack()).close()
+        self._lock = _locks[self.folder] = contextlib.ExitStack()
 
     def made_from(self, prepared: dict[str, Any], **origin: dict[str, Any] | None) -> None:
         """Notes what the run is made of; ValueError if its newest checkpoint is of other data."""
@@ -54,7 +61,7 @@ class Run:
         for name, value in origin.items():
             if changed := differences(meta.get(name), value, name):
                 what = f"{self.newest} was made from another {name} than the config now names"
-                raise ValueError(f"{what} ({'; '.join(changed)}); give another --run.dir")
+                raise ValueError(f"{what} ({listed(changed, '; ')}); give another --run.dir")
 
     @property
     def checkpoint(self) -> Path:
@@ -69,21 +76,36 @@ class Run:
         print(f"{self.folder}: complete at step {self.last_step}, nothing to do")
         return True
 
+    def _take(self) -> None:
+        """Makes the folder this process's own until the run ends; ValueError if it is another's."""
+        if processes.is_first():
+            self._lock.close()
+            self._lock.enter_context(lock(self.folder, "training in"))
+            if find_checkpoint(self.folder, self.config) != self.newest:
+                self._lock.close()
+                what = f"another process was training in {self.folder}"
+                raise ValueError(f"{what}; the same command goes on")
+
     def prepare_qa(self, path: str, tokenizer_of: Path) -> Path:
         """The folder of prepared conversations: `path`, or what is made of that Q&A file."""
         if not path.lower().endswith(QA_SUFFIXES):
             return Path(path)
-        folder = self.folder / PREPARED_QA
+        self._take()
+        folder, share = self.folder / PREPARED_QA, self.config.data.val_fraction
+        prepare = partial(
+            prepare_qa, [Path(path)], folder, tokenizer_of, share, self.config.run.seed
+        )
         with processes.first_alone():
-            if self.newest is None and processes.is_first():
-                with lock(self.folder, "training in"):  # or it is a running one's
-                    shutil.rmtree(folder, ignore_errors=True)  # of a start that failed, by bad Q&A
-            seed, share = self.config.run.seed, self.config.data.val_fraction
-            prepare_qa([Path(path)], folder, tokenizer_of, share, seed)
+            try:
+                prepare()
+            except ValueError:  # perhaps it is of a start with other Q&A, which was refused
+                shutil.rmtree(folder, ignore_errors=True)
+                prepare()
         return folder
 
     def resume(self, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer) -> nn.Module:
         """Puts all back as the newest checkpoint has it; returns the network to train."""
+        self._take()
         where = model.wte.weight.device
         model.loss_chunk = self.config.run.loss_chunk
         device.compile_model(model, self.config.run.compile)
@@ -102,6 +124,7 @@ class Run:
 
     def __enter__(self) -> Self:
         self._open = contextlib.ExitStack()
+        self._open.enter_context(self._lock)
         self._open.enter_context(self.log)
         self._open.enter_context(self._signals)
         return self
@@ -109,6 +132,11 @@ class Run:
     def __exit__(self, *exception: Any) -> None:
         gc.unfreeze()
         self._open.__exit__(*exception)
+        if exception[0] is None and self.log.overfitted:
+            step, lowest, last = self.log.overfitted
+            path = self.folder / f"step_{step:06d}"
+            where = path if path.exists() else f"step {step}, of which no checkpoint was saved"
+            print(f"val_loss was lowest, {lowest:.4f}, at {where}; it is {last:.4f} now")
         if exception[0] is None and processes.any_process(self._signals.number > 0):
             print(f"stopped at step {self._step} of {self.last_step}; the same command goes on")
             raise SystemExit(128 + (self._signals.number or signal.SIGTERM))
@@ -164,7 +192,7 @@ def find_checkpoint(folder: Path, config: Any) -> Path | None:
                 print(f"{part} has no meta.json, so it is no whole checkpoint: now {aside.name}")
     if steps := checkpoints(folder):
         if changed := changes(read_meta(steps[-1]).get("config"), config):
-            what = f"{folder} holds a run with another config: {'; '.join(changed)}"
+            what = f"{folder} holds a run with another config: {listed(changed, '; ')}"
             remedy = "Give the same config to go on with it, or another --run.dir"
             raise ValueError(f"{what}. {remedy}")
         return steps[-1]

@@ -1,15 +1,20 @@
 """Files of the Hugging Face hub, or of any server: resumed, checked, whole or absent."""
 
+import contextlib
 import glob
+import json
 import os
 import shutil
+import socket
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
@@ -21,15 +26,15 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from runtime.files import fingerprint, full_disk, lock, sha256_file
 
 RETRIES = 5  # failures in a row that bring no byte more than the best before them
-FIRST_RETRIES = 2  # where no server is reached for a listing: nothing is lost yet
+CONNECT = 3  # seconds for a host's name and its connection: who has no network wants to know
 BACKOFF = 1.0  # seconds before the first retry, doubled for each further one
 PATIENCE = 60  # seconds to wait at most where a server names a time
 BLOCK = 1 << 13  # bytes; a cut loses what has come of a block
-MIRROR = "set HF_ENDPOINT to a mirror, or fetch the files elsewhere"
-BY_HAND = {
-    "datasets": f"{MIRROR} (text goes to `python -m data.prepare text FILES`, Q&A to `... qa`)",
-    "models": f"{MIRROR} and give their folder",
-}
+PAGES, LISTING = 1000, 1 << 25  # most pages of a listing, and bytes of all: some 90,000 files
+OWN = "(text goes to `python -m data.prepare text FILES`, Q&A to `... qa`)"
+ELSEWHERE = f"set HTTPS_PROXY to a proxy, or download it with a browser {OWN}"
+MIRROR = "set HTTPS_PROXY to a proxy or HF_ENDPOINT to a mirror, or fetch the files elsewhere"
+BY_HAND = {"datasets": f"{MIRROR} {OWN}", "models": f"{MIRROR} and give their folder"}
 REMEDIES = dict.fromkeys((401, 404), "check the name, and set HF_TOKEN if it is private")
 REMEDIES[403] = "accept its terms in a browser, then set HF_TOKEN to your access token"
 Kind = Literal["models", "datasets"]
@@ -46,6 +51,10 @@ class RemoteFile:
     sha256: str | None = None
 
 
+class NoAnswer(requests.ConnectionError):
+    """Of a request no answer has begun."""
+
+
 def endpoint() -> str:
     """The hub, or the mirror that HF_ENDPOINT names."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -55,27 +64,30 @@ def hub_files(repo: str, kind: Kind, patterns: Sequence[str]) -> list[RemoteFile
     """The files of a hub repository that match a pattern, by name. Raises ValueError: none does."""
     where = f"{endpoint()}/{'' if kind == 'models' else 'datasets/'}{repo}"
     tree = f"{endpoint()}/api/{kind}/{repo}/tree/main"
-    files, query, asked = list[RemoteFile](), "recursive=true", set[str]()
+    files, query, asked, room = list[RemoteFile](), "recursive=true", set[str](), LISTING
 
-    def page() -> tuple[Any, str]:
+    def page() -> tuple[bytes, str]:
         """A page, and the next one's query: no more, as a mirror may name the hub itself there."""
         with _get(f"{tree}?{query}") as response:
-            return response.json(), urlsplit(response.links.get("next", {}).get("url", "")).query
+            body = b"".join(islice(response.iter_content(BLOCK), room // BLOCK))
+            return body, urlsplit(response.links.get("next", {}).get("url", "")).query
 
     try:
         while query:
             asked.add(query)
-            entries, query = _patiently(page)
-            if query in asked:
-                raise KeyError(query)  # it would go round for ever
-            for entry in (e for e in entries if e["type"] == "file"):
+            body, query = _patiently(page, first=len(asked) == 1)
+            room -= len(body)
+            if query in asked or len(asked) == PAGES:
+                raise KeyError(query)  # it would go round, or on, for ever
+            for entry in (e for e in json.loads(body) if e["type"] == "file"):
                 name, size = entry["path"], entry["size"]
                 if type(name) is not str or type(size) is not int or size < 0:
                     raise TypeError(entry)
                 url, lfs = f"{where}/resolve/main/{quote(name)}", entry.get("lfs") or {}
                 files.append(RemoteFile(name, url, size, lfs.get("oid")))
-    except (requests.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{tree} is not the listing of a hub; {BY_HAND[kind]}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        what = f"{tree} is not the listing of a hub, or one without an end"
+        raise ValueError(f"{what}; {BY_HAND[kind]}") from None
     except requests.RequestException as error:
         raise ValueError(f"cannot reach {endpoint()} ({_reason(error)}); {BY_HAND[kind]}") from None
     if not (kept := [f for f in files if any(fnmatch(f.name, p) for p in patterns)]):
@@ -100,17 +112,18 @@ def download(files: Sequence[RemoteFile], folder: Path, later: Sequence[Need] = 
         there = sum(_part(t)[1] if t in missing else f.size for t, f in targets.items())
         _check_space([(folder, total - there, "download"), *later])
         bar.update(task, completed=there)
-        for target, file in missing.items():
+        for i, (target, file) in enumerate(missing.items()):
             bar.update(task, description=escape(file.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             append = partial(_append, file, target, partial(bar.advance, task))
             try:
                 with full_disk(target):
-                    part: Path = _patiently(append, target)
+                    part: Path = _patiently(append, target, first=i == 0)
             except requests.RequestException as error:
+                way = MIRROR if file.url.startswith(endpoint()) else ELSEWHERE
                 raise ValueError(
                     f"{file.url} cannot be fetched ({_reason(error)}); {_part(target)[1]:,} bytes "
-                    f"are kept: give the same command again to go on, or {MIRROR}"
+                    f"are kept: give the same command again to go on, or {way}"
                 ) from None
             if difference := _difference(file, part):
                 part.unlink()
@@ -120,6 +133,13 @@ def download(files: Sequence[RemoteFile], folder: Path, later: Sequence[Need] = 
             if bar.disable:
                 print(f"{target}: {file.size:,} bytes", flush=True)
     return [*targets]
+
+
+def read_url(url: str) -> bytes:
+    """The bytes of a small file. Raises RequestException or ValueError: they cannot be had."""
+    with _get(url) as response:
+        content: bytes = response.content
+        return content
 
 
 def _check_space(needs: Sequence[Need]) -> None:
@@ -154,8 +174,10 @@ def _part(target: Path) -> tuple[Path | None, int]:
     return part, part.stat().st_size if part else 0
 
 
-def _patiently(work: Callable[[], Any], target: Path | None = None) -> Any:
-    """What `work` returns; or its error, after RETRIES in a row that brought `target` no byte."""
+def _patiently(work: Callable[[], Any], target: Path | None = None, *, first: bool) -> Any:
+    """What `work` returns; or its error, after RETRIES in a row that brought `target` no byte, or
+    at once if the `first` request of all has no answer: nothing is lost, and there is no network.
+    """
     best = failures = 0
     while True:
         try:
@@ -163,8 +185,8 @@ def _patiently(work: Callable[[], Any], target: Path | None = None) -> Any:
         except requests.RequestException as error:
             there, answer = _part(target)[1] if target else 0, error.response
             failures, best = 1 if there > best else failures + 1, max(there, best)
-            limit = FIRST_RETRIES if target is None and answer is None else RETRIES
-            if failures > limit or isinstance(error, ValueError):  # the latter never passes
+            first = first and isinstance(error, NoAnswer)
+            if first or failures > RETRIES or isinstance(error, ValueError):  # which never passes
                 raise
             asked = "" if answer is None else answer.headers.get("Retry-After", "")
             wanted = min(int(asked), PATIENCE) if asked.isdecimal() else 0
@@ -212,7 +234,11 @@ def _get(url: str, start: int = 0) -> requests.Response:
         raise ValueError("HF_TOKEN holds a character that no access token has; set it again")
     if token and urlsplit(url)[:2] == urlsplit(endpoint())[:2]:
         headers["Authorization"] = f"Bearer {token}"  # requests drops it when led to another host
-    response = requests.get(url, headers=headers, stream=True, timeout=(10, 60))
+    try:
+        _knock(url)
+        response = requests.get(url, headers=headers, stream=True, timeout=(CONNECT, 60))
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise NoAnswer(_reason(error)) from None
     if (code := response.status_code) in (200, 206) or (code == 416 and start):
         return response
     response.close()
@@ -220,6 +246,35 @@ def _get(url: str, start: int = 0) -> requests.Response:
         raise requests.ConnectionError(f"the server answers {code}", response=response)
     remedy = REMEDIES.get(code, MIRROR)
     raise ValueError(f"{url.split('?')[0]}: the server answers {code}; {remedy}")
+
+
+def _knock(url: str) -> None:
+    """Raises ConnectTimeout if no address of the host, or of the proxy to it, takes a connection
+    in time: requests would try one after the other, and wait for the names' server without limit.
+    """
+    settled = threading.Event()
+
+    def dial(family: int, kind: int, protocol: int, _: str, address: Any) -> None:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as connection:
+            connection.connect(address)
+            settled.set()
+
+    def resolve() -> None:
+        with contextlib.suppress(OSError, ValueError):  # of which requests is to tell
+            proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
+            at = urlsplit(requests.utils.prepend_scheme_if_needed(proxy or url, "http"))
+            port = at.port or (443 if at.scheme == "https" else 80)
+            found = socket.getaddrinfo(at.hostname, port, type=socket.SOCK_STREAM)
+            dials = [threading.Thread(target=dial, args=a, daemon=True) for a in found]
+            for thread in dials:
+                thread.start()
+            for thread in dials:
+                thread.join()
+        settled.set()
+
+    threading.Thread(target=resolve, daemon=True).start()
+    if not settled.wait(CONNECT):
+        raise requests.ConnectTimeout(f"no connection within {CONNECT} s")
 
 
 def _difference(file: RemoteFile, path: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from data.chat import ROLES, Message
-from runtime.cli import visible
+from runtime.cli import listed, visible
 
 T = TypeVar("T")
 Rows = Iterator[tuple[str, Any]]  # (place, JSON value); in place of what is not JSON a ValueError
@@ -102,7 +102,7 @@ def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[Iterator[
         if isinstance(document, ValueError):
             raise ValueError(f"{place}: {document}")
         if not isinstance(document, dict) or field not in document:
-            held = f"; it has {', '.join(document)}" if isinstance(document, dict) else ""
+            held = f"; it has {listed(document)}" if isinstance(document, dict) else ""
             raise ValueError(f"{place}: no text under {field!r}; name the field with --field{held}")
         if not isinstance(text := document[field], str):
             raise ValueError(f"{place}: {field!r} holds {type(text).__name__}, not text")
@@ -250,7 +250,7 @@ def read_conversations(
     for line in [*bad, f"{n_bad:,} of {n_bad + n_good:,} examples"] if n_bad else []:
         print(visible(f"skipped {line}"))
     if not n_good:
-        raise ValueError(f"{', '.join(map(str, files))}: no usable example")
+        raise ValueError(f"{listed(files)}: no usable example")
 
 
 def check_messages(messages: Any) -> list[Message]:
@@ -278,7 +278,7 @@ def check_messages(messages: Any) -> list[Message]:
     turns = [m["role"] for m in checked[checked[0]["role"] == "system" :]]
     if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:
         rule = "turns must alternate user, assistant and end with an assistant's reply"
-        raise ValueError(f"{rule}, not {', '.join(m['role'] for m in checked)}")
+        raise ValueError(f"{rule}, not {listed(m['role'] for m in checked)}")
     return checked
 
 
@@ -312,4 +312,4 @@ def parse_example(example: Any) -> list[Message]:
             reply = {"role": "assistant", "content": example[answer]}
             return check_messages([{"role": "user", "content": user}, reply])
     shapes = "messages, conversations, question/answer or instruction/output"
-    raise ValueError(f"no {shapes}; it has {', '.join(map(str, example)) or 'no keys'}")
+    raise ValueError(f"no {shapes}; it has {listed(example) or 'no keys'}")
