@@ -599,6 +599,7 @@ def test_the_last_prompt_is_asked_again_with_other_settings_in_place_of_the_last
 def test_a_long_prompt_is_folded_when_shown_and_sent_whole(
     prompt: str, beginning: str | None, tab: Tab
 ) -> None:
+    tab.page.set_viewport_size({"width": 360, "height": 320})
     with tab.page.expect_request("**/reply") as sent:
         tab.ask(prompt)
     assert sent.value.post_data_json["prompt"] == prompt
