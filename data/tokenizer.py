@@ -128,8 +128,8 @@ def create_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:
         except Exception as error:  # requests, ssl, socket: whatever a missing network raises
             raise ValueError(
                 "GPT-2's vocabulary is neither cached nor reachable "
-                f"({type(error).__name__}). Set HTTPS_PROXY to a proxy, or TIKTOKEN_CACHE_DIR to "
-                "a folder that holds it, or use --tokenizer bpe:4096, which needs no download"
+                f"({type(error).__name__}). Set HTTPS_PROXY to a working proxy, TIKTOKEN_CACHE_DIR "
+                "to a folder that holds it, or use --tokenizer bpe:4096, which needs no download"
             ) from None
         return Tokenizer("gpt2", gpt2._pat_str, gpt2._mergeable_ranks)
     name, _, size = spec.partition(":")

@@ -32,8 +32,8 @@ PATIENCE = 60  # seconds to wait at most where a server names a time
 BLOCK = 1 << 13  # bytes; a cut loses what has come of a block
 PAGES, LISTING = 1000, 1 << 25  # most pages of a listing, and bytes of all: some 90,000 files
 OWN = "(text goes to `python -m data.prepare text FILES`, Q&A to `... qa`)"
-ELSEWHERE = f"set HTTPS_PROXY to a proxy, or download it with a browser {OWN}"
-MIRROR = "set HTTPS_PROXY to a proxy or HF_ENDPOINT to a mirror, or fetch the files elsewhere"
+ELSEWHERE = f"set HTTPS_PROXY to a working proxy, or download it with a browser {OWN}"
+MIRROR = "set HTTPS_PROXY to a working proxy, HF_ENDPOINT to a mirror, or fetch the files elsewhere"
 BY_HAND = {"datasets": f"{MIRROR} {OWN}", "models": f"{MIRROR} and give their folder"}
 REMEDIES = dict.fromkeys((401, 404), "check the name, and set HF_TOKEN if it is private")
 REMEDIES[403] = "accept its terms in a browser, then set HF_TOKEN to your access token"
@@ -138,8 +138,7 @@ def download(files: Sequence[RemoteFile], folder: Path, later: Sequence[Need] = 
 def read_url(url: str) -> bytes:
     """The bytes of a small file. Raises RequestException or ValueError: they cannot be had."""
     with _get(url) as response:
-        content: bytes = response.content
-        return content
+        return bytes(response.content)
 
 
 def _check_space(needs: Sequence[Need]) -> None:
