@@ -1,22 +1,22 @@
-# make quickstart | test | lint | findings | bench | clean. Each makes .venv from the pinned requirements if needed.
+# make quickstart | test | lint | findings | bench | pins | clean. Each makes .venv from the pinned requirements if needed.
 PYTHON ?= python3
 BIN := .venv/bin
 # SEED=n: the same with another world and other first weights, in a folder of its own.
 QUICK := out/quickstart$(if $(SEED),-$(SEED))
 OTHER = $(if $(SEED),--run.seed=$(SEED) --data.path=$(QUICK)/data)
 
-.PHONY: quickstart test lint findings bench clean
+.PHONY: quickstart test lint findings bench pins clean
 .DELETE_ON_ERROR:
 
-.venv/runtime: requirements.txt
+.venv/runtime: requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give it as PYTHON=python3.x")'
 	@echo "setting up .venv (a few minutes on the first call)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
 
 .venv/dev: requirements-dev.txt .venv/runtime
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
 # Set-up, data, pretraining, instruction tuning, comparison. Interrupted, it goes on where it was.
@@ -45,6 +45,14 @@ bench: .venv/dev
 	$(BIN)/python -m bench sample $(PEERS)
 	$(BIN)/python -m bench sft
 	$(BIN)/python -m bench table
+
+# constraints.txt anew: of all that the requirements need, the newest that they allow.
+pins:
+	rm -rf out/pins
+	$(PYTHON) -m venv out/pins
+	out/pins/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	out/pins/bin/python -m pip freeze | sed 's/+[a-z0-9.]*$$//' > constraints.txt
+	rm -rf out/pins
 
 clean:
 	rm -rf out

@@ -5,6 +5,7 @@ its share of it, the gradients are averaged, and all take the same optimizer ste
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -38,6 +39,10 @@ def start_processes(device: str) -> str:
         if local >= torch.cuda.device_count():
             raise ValueError(f"{local + 1} processes or more, {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local)
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # all on this machine
+        loopback = next((name for _, name in socket.if_nameindex() if name[:2] == "lo"), "")
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
+            os.environ.setdefault(variable, loopback)  # else they listen on every address
     # gloo as well, for tensors on the CPU: to exchange those, no process waits for its GPU. The
     # timeout is long because the others wait while the first process evaluates and saves.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
