@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.prepare import prepare_text
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, ModelConfig
-from runtime.cli import LONGEST, one_line_errors, visible
+from runtime.cli import LONGEST, listed, one_line_errors, shortened, visible
+from runtime.device import StopOnSignal
 from runtime.files import (
     checkpoints,
     new_directory,
@@ -30,6 +33,7 @@ from training.log import read_metrics
 from training.optim import OptimConfig, build_optimizers
 from training.run import find_checkpoint
 
+ROOT = Path(__file__).parents[1]
 BYTE = create_tokenizer("byte", [])
 TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
 
@@ -94,7 +98,7 @@ with new_directory(Path(sys.argv[1])) as made:
 def test_one_process_makes_a_folder_and_a_second_one_says_so(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDS, str(tmp_path / "new")]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=Path(__file__).parents[1], **pipes) as first:
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as first:
         assert first.stdout is not None
         first.stdout.readline()
         busy = pytest.raises(ValueError, match="another process is making")
@@ -137,9 +141,7 @@ def test_an_error_is_one_short_visible_line(capsys: pytest.CaptureFixture[str]) 
 
 def test_a_name_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None:
     code = "from runtime.cli import one_line_errors\nwith one_line_errors(): print('\\udcff')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
@@ -257,3 +259,81 @@ def test_rows_after_a_damaged_one_are_kept_and_it_is_told(
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
     (line,) = capsys.readouterr().out.splitlines()
     assert line == f"note: {path}, line 2: damaged, left out (3 in all)"
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+def test_a_signal_that_nohup_ignores_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "module", ["train_pretrain", "train_sft", "sample", "convert", "lab.report"]
+)
+def test_ctrl_c_while_modules_are_imported_is_one_line(module: str) -> None:
+    # As if it came while torch is imported, which takes seconds.
+    code = f"""
+import sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+import {module}
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "interrupted\n"
+    assert done.returncode in (130, -signal.SIGINT)
+
+
+# ---- no memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [
+        ("'x' * 2**62", "error: out of memory: an input is too large for this machine"),
+        ("import numpy; numpy.ones(2**50)", "error: out of memory: Unable to allocate"),
+        ("import torch; torch.ones(2**50)", "error: out of memory: [enforce fail at"),
+    ],
+)
+def test_no_memory_is_one_line(use: str, said: str) -> None:
+    code = f"from runtime.cli import one_line_errors\nwith one_line_errors():\n  {use}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_list_in_a_message_is_short() -> None:
+    assert listed("abc") == "a, b, c"
+    assert listed(range(12), "; ") == "0; 1; 2; 3; 4; 5; 6; 7; 8; 9 and 2 more"
+    assert len(listed(["x" * 1000] * 1000)) < 900
+    for n in range(20, 60):
+        text = shortened("0123456789" * 6, n)
+        assert len(text) == n
+        assert text.startswith("0123")
+        assert text.endswith("6789")
+    assert shortened("0123456789" * 6, 60) == "0123456789" * 6
+
+
+# ---- what is left out ----------------------------------------------------------------------------
+
+
+def test_empty_documents_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["To be, or not to be.", "", "That is the question.", ""]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    meta = prepare_text([tmp_path / "a.jsonl"], tmp_path / "out", "byte", 0.1, "text", 1)
+    assert meta["text"]["documents"] == 2
+    assert "left out: 2 empty documents" in capsys.readouterr().out
