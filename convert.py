@@ -9,7 +9,7 @@ An export loads with `AutoModelForCausalLM` and `AutoTokenizer`, as their `gpt2`
 
 import contextlib
 import re
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from data.tokenizer import END_OF_TEXT, END_OF_TURN
 from hf.architecture import export_config, export_weights, import_weights, read_config
 from hf.tokenizer import export_tokenizer, import_tokenizer, marked
 from model.gpt import GPT, ModelConfig
-from runtime.cli import one_line_errors
+from runtime.cli import Parser, one_line_errors
 from runtime.device import environment
 from runtime.files import new_directory, read_json, sha256_file, write_json
 from training.checkpoint import load_checkpoint, save_checkpoint, writing
@@ -131,7 +131,7 @@ def export_checkpoint(path: str, out: Path) -> None:
 
 def main() -> None:
     """Runs one command line."""
-    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     i = commands.add_parser("import", help="from transformers: a base; of an export, what it was")
     i.add_argument("source", help=f"{', '.join(GPT2_NAMES)}, owner/name on the hub, or a folder")

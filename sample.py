@@ -4,7 +4,7 @@ python sample.py --base out/quickstart/base --instruct out/quickstart/instruct -
 """
 
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from rich.text import Text
 from data.chat import Message, raw_prompt, render_prompt
 from data.fitting import recent_turns
 from model.generate import Sampling, generate
-from runtime.cli import one_line_errors, visible
-from runtime.files import write_json
+from runtime.cli import Parser, one_line_errors, visible
+from runtime.files import check_file, write_json
 from training.checkpoint import Checkpoint, load_pair
 
 # What is shown of each prompt: the column's title by its name in the JSON.
@@ -132,8 +132,7 @@ def read_prompts(file: Path) -> list[str]:
 
 def run(a: Namespace) -> None:
     """Answers what the command line asks."""
-    if a.json is not None and not a.json.absolute().parent.is_dir():
-        raise ValueError(f"--json {a.json}: there is no folder {a.json.parent}")
+    check_file("--json", a.json)
     sampling = Sampling(a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
     base, instruct = load_pair(a.base, a.instruct, a.device, to_sample=True)
     console = Console()
@@ -155,7 +154,7 @@ def run(a: Namespace) -> None:
 
 def main() -> None:
     """Runs one command line."""
-    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--base", required=True, help="base checkpoint, or its run")
     p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
     what = p.add_mutually_exclusive_group()

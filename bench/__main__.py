@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from bench.cases import BENCHES, READS, ROOT
 from bench.measure import Bench
 from bench.table import write_page
 from model.gpt import RECIPES
-from runtime.cli import one_line_errors
+from runtime.cli import Parser, one_line_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command line, on which every entry of a case is an option."""
-    p = ArgumentParser("python -m bench", description=__doc__)
+    p = Parser("python -m bench", description=__doc__)
     p.set_defaults(**dict.fromkeys(READS) | {"rounds": 3})
     benches = p.add_subparsers(dest="what", metavar="BENCH", required=True)
     for what, bench in BENCHES.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import BENCHES
-from runtime.files import read_json
+from runtime.files import as_ours, read_json
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 Row = dict[str, Any]
@@ -74,10 +74,8 @@ def render(results: Sequence[dict[str, Any]]) -> str:
 
 
 def write_page(folder: Path, page: Path) -> None:
-    """Replaces the generated part of a page.
-
-    Raises:
-        ValueError: there are no results, or the page has not both marks, in order.
+    """Replaces the generated part of a page. Raises ValueError: there are no results, or others
+    than ours, or the page has not both marks, in order.
     """
     files = [f for f in sorted(folder.glob("*.json")) if "-quick" not in f.name]
     if not files:
@@ -87,6 +85,7 @@ def write_page(folder: Path, page: Path) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page.name} needs the lines {BEGIN} and {END}, in this order")
-    tables = render([read_json(f) for f in files])
+    with as_ours(folder):
+        tables = render([read_json(f) for f in files])
     page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
     print(f"written: {page.name}, from {len(files)} results")

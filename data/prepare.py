@@ -22,7 +22,7 @@ from data.sources import read
 from data.tokenizer import CONTROL_TOKENS, Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 from model.check import check_range
-from runtime.cli import one_line_errors, visible
+from runtime.cli import Parser, one_line_errors, visible
 from runtime.files import read_meta, resolve_checkpoint, sha256_file
 
 
@@ -171,7 +171,7 @@ def inspect(folder: Path, n: int) -> None:
 
 def parser() -> ArgumentParser:
     """The command line."""
-    top = ArgumentParser(prog="python -m data.prepare", description=__doc__)
+    top = Parser(prog="python -m data.prepare", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     add = partial(commands.add_parser, formatter_class=ArgumentDefaultsHelpFormatter)
     world = add("world", help="synthetic people: biographies and Q&A, no download")

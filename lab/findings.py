@@ -21,7 +21,7 @@ from typing import Any
 
 from lab import sweep
 from lab.tables import markdown
-from runtime.cli import one_line_errors
+from runtime.cli import Parser, one_line_errors
 from runtime.files import read_json, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -85,9 +85,7 @@ def run(names: list[str], out: Path, page: Path, device: str) -> None:
 
 def main() -> None:
     """Runs one command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = sorted(path.stem for path in (ROOT / "configs" / "sweeps").glob("*.toml"))
     p.add_argument("names", nargs="*", metavar="NAME", help=f"sweeps: {', '.join(known)}")
     sweep.out_argument(p)

@@ -24,9 +24,9 @@ from data.chat import ROLES, Message, render_prompt, template_fingerprint
 from lab.likelihood import batches, of_tokens, predictions
 from lab.pair import origin
 from model.generate import Sampling, stream
-from runtime.cli import one_line_errors
+from runtime.cli import Parser, one_line_errors
 from runtime.device import environment, has_bf16, set_up
-from runtime.files import write_json
+from runtime.files import check_file, write_json
 from training.checkpoint import Checkpoint, load_checkpoint
 
 try:
@@ -244,8 +244,7 @@ def run(a: argparse.Namespace) -> None:
             raise ValueError(f"--{option} is {value}; it must be {least} or more")
     if a.include_path is not None and not a.include_path.is_dir():
         raise ValueError(f"--include-path {a.include_path} is no folder")
-    if a.out is not None and (a.out.is_dir() or not a.out.absolute().parent.is_dir()):
-        raise ValueError(f"--out {a.out} is no file that could be written")
+    check_file("--out", a.out)
     checkpoint = load_checkpoint(a.checkpoint, set_up(a.device))
     if a.chat and checkpoint.meta.get("template", template_fingerprint()) != template_fingerprint():
         raise ValueError(f"{checkpoint.path} was trained with another chat template")
@@ -289,9 +288,7 @@ def run(a: argparse.Namespace) -> None:
 
 def main() -> None:
     """Runs one command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", help="base or instruct checkpoint, or its run")
     p.add_argument("--tasks", required=True, help="names of the harness, with commas between them")
     p.add_argument("--chat", action="store_true", help="put questions in the chat template")

@@ -27,9 +27,9 @@ from data.world import FORMS, World, WorldConfig
 from lab.likelihood import reply_limit
 from lab.questions import facts_of, openings
 from lab.stats import lines, pool, to_json
-from runtime.cli import one_line_errors
+from runtime.cli import Parser, one_line_errors
 from runtime.device import environment
-from runtime.files import fingerprint, sha256_file, write_json
+from runtime.files import check_file, fingerprint, sha256_file, write_json
 from training.checkpoint import Checkpoint, identity, load_pair
 from training.run import PREPARED_QA
 
@@ -206,9 +206,7 @@ def of_both(pair: Pair, measure: Callable[[Checkpoint, World, int], T], n: int) 
 
 def pair_arguments(about: str) -> argparse.ArgumentParser:
     """The options that every instrument has."""
-    p = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", required=True, help="base checkpoint, or its run")
     p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
     p.add_argument(
@@ -276,8 +274,7 @@ def run_instrument(about: str, instrument: Callable[[Pair, int], Any], questions
     with one_line_errors():
         if a.questions < 1:
             raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
-        if a.out is not None and (a.out.is_dir() or not a.out.absolute().parent.is_dir()):
-            raise ValueError(f"--out {a.out} is no file that could be written")
+        check_file("--out", a.out)
         pairs = [open_pair(*paths, a.device, a.qa) for paths in pairs_of(a)]
         if pairs[0].world is not None:
             texts = sorted({replayed(pair.instruct.meta) for pair in pairs})

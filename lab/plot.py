@@ -23,7 +23,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lab.figures import BASE, GREEN, GREY, INSTRUCT, PURPLE, SKY, STYLE, as_share, stack
-from runtime.cli import one_line_errors
+from runtime.cli import Parser, one_line_errors
+from runtime.files import check_file
 from training.log import read_metrics
 
 PAPER = {
@@ -203,8 +204,7 @@ def run(a: argparse.Namespace) -> None:
     out = a.out or a.runs[0] / "plot.svg"
     if out.suffix not in METADATA:
         raise ValueError(f"--out {out}: its name must end in {', '.join(METADATA)}")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out} is no file that could be written")
+    check_file("--out", out)
     with mpl.rc_context(PAPER):
         write(plot(runs, a.against, a.smooth), out)
     print(f"written: {out}")
@@ -212,9 +212,7 @@ def run(a: argparse.Namespace) -> None:
 
 def main() -> None:
     """Runs one command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     p.add_argument("--out", type=Path, help=".svg, .png or .pdf (default: plot.svg in the first)")
     p.add_argument("--against", choices=AXES, default="step", help="the x axis (default: step)")

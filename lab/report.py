@@ -41,6 +41,7 @@ from model.generate import Sampling
 from runtime.cli import one_line_errors
 from runtime.device import environment
 from runtime.files import (
+    check_file,
     fingerprint,
     read_json,
     read_meta,
@@ -269,8 +270,7 @@ def run(a: argparse.Namespace) -> None:
         stale = report["made_from"] != made_from
     except (ValueError, TypeError, KeyError):  # none yet, or not one of ours
         stale = True
-    if a.svg is not None and not a.svg.absolute().parent.is_dir():
-        raise ValueError(f"--svg {a.svg}: there is no folder {a.svg.parent}")
+    check_file("--svg", a.svg)
     if stale:
         pairs = [open_pair(*both, a.device, a.qa) for both in paths]
         a.out.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ from lab.tables import markdown, named_cells
 from lab.trace import trace
 from lab.weights import weights
 from runtime import files
-from runtime.cli import listed, one_line_errors, parse_config
+from runtime.cli import Parser, listed, one_line_errors, parse_config
 from runtime.device import environment, pick_device
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
@@ -130,10 +130,11 @@ def read_sweep(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: a seed or a cell stands there twice; it would count twice")
     if type(n) is not int or n < 1:
         raise ValueError(f"{path}: questions = {n}; it must be 1 or more")
-    if "labels" in spec and len(spec["labels"]) != len(cells_of(spec)):
-        raise ValueError(
-            f"{path}: there are {len(spec['labels'])} labels of {len(cells_of(spec))} cells"
-        )
+    labels = spec.get("labels", [""] * len(cells_of(spec)))
+    if not isinstance(labels, list) or not all(isinstance(text, str) for text in labels):
+        raise ValueError(f"{path}: labels = {labels}; they are a list of texts")
+    if len(labels) != len(cells_of(spec)):
+        raise ValueError(f"{path}: there are {len(labels)} labels of {len(cells_of(spec))} cells")
     for name, asked in spec.get("instruments", {}).items():
         if name not in INSTRUMENTS or type(asked) is not int or asked < 1:
             known_ones = ", ".join(INSTRUMENTS)
@@ -323,6 +324,7 @@ def cached_row(
 def run(path: Path, out: Path, device: str) -> Path:
     """Runs a sweep; returns the folder of its table.json, table.csv and picture.svg."""
     spec = read_sweep(path)
+    pick_device(device)  # a wrong one is known before the first run trains
     cells, seeds, n = cells_of(spec), spec["seeds"], spec["questions"]
     # All at once, so that a mistake in the last cell shows before the first one trains.
     plans = [
@@ -489,9 +491,7 @@ def out_argument(p: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Runs one command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("sweep", type=Path, help="the TOML file")
     out_argument(p)
     p.add_argument("--device", default="auto", help="for measuring: auto (default), cpu, cuda, ...")

@@ -27,7 +27,7 @@ from lab.likelihood import predictions
 from lab.pair import qa_of, questions_about, read_qa, world_of
 from lab.shift import class_of, ranks_of
 from model.generate import Sampling, stream
-from runtime.cli import one_line_errors
+from runtime.cli import Parser, one_line_errors
 from sample import room_for, unseen
 from training.checkpoint import Checkpoint, load_pair
 
@@ -279,9 +279,7 @@ def examples(base: Checkpoint, instruct: Checkpoint) -> list[str]:
 
 def main() -> None:
     """Serves the page until Ctrl-C."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", required=True, help="base checkpoint, or its run")
     p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")

@@ -10,13 +10,13 @@ import re
 import sys
 import tomllib
 import traceback
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 # What a terminal obeys instead of showing it: controls but \n and \t, and what turns the direction
@@ -42,6 +42,15 @@ def listed(items: Iterable[object], between: str = ", ") -> str:
     """The first ten of some keys, names or differences, 80 characters of each, for a message."""
     texts = [shortened(str(item), 80) for item in items]
     return between.join(texts[:10]) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")
+
+
+class Parser(ArgumentParser):
+    """An ArgumentParser whose errors are as short and as visible as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        text = f"{self.prog}: error: {visible(' '.join(message.split()))}"
+        self.exit(2, f"{shortened(text, LONGEST)}\n")
 
 
 @contextlib.contextmanager

@@ -39,12 +39,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
+def check_file(option: str, path: Path | None) -> None:
+    """Raises ValueError: no file can be written there, which is better known before the work. A
+    device or a pipe is none: to replace it would take it from everybody.
+    """
+    if path and (not path.absolute().parent.is_dir() or (path.exists() and not path.is_file())):
+        raise ValueError(f"{option} {path} is no file that could be written")
+
+
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Yields an empty temporary directory that becomes `path` in one rename, or never. Raises
     FileExistsError: `path` exists and is not empty. Raises ValueError: another process makes it.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # resolve() raises of a loop of links
     temporary = path.with_name(f".{path.name}.tmp")
     if temporary.is_symlink():  # somebody put it there
         temporary.unlink()
