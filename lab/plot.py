@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import warnings
 from itertools import product
@@ -97,7 +98,7 @@ def names_of(runs: list[Path]) -> list[str]:
     Raises:
         ValueError: a run is named twice.
     """
-    parts = [run.resolve().parts for run in runs]
+    parts = [Path(os.path.realpath(run)).parts for run in runs]
     for run, own in zip(runs, parts, strict=True):
         if parts.count(own) > 1:
             raise ValueError(f"{run} is named twice")

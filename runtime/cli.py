@@ -47,7 +47,15 @@ def listed(items: Iterable[object], between: str = ", ") -> str:
 class Parser(ArgumentParser):
     """An ArgumentParser whose errors are as short and as visible as all others."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As it was, but for a value `--`, of which argparse makes an empty list."""
+        args = sys.argv[1:] if args is None else args
+        if empty := [word for word in args if word.endswith("=--")]:
+            self.error(f"{empty[0]}: -- is no value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        """Ends with the message as one line, after the usage."""
         self.print_usage(sys.stderr)
         text = f"{self.prog}: error: {visible(' '.join(message.split()))}"
         self.exit(2, f"{shortened(text, LONGEST)}\n")

@@ -156,7 +156,7 @@ def _check_space(needs: Sequence[Need]) -> None:
 
 def _existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
-    return next(p for p in (path, *path.resolve().parents) if p.exists())
+    return next(p for p in (path, *Path(os.path.realpath(path)).parents) if p.exists())
 
 
 def _target(folder: Path, name: str) -> Path:

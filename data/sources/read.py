@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,9 +50,9 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
 
 def distinct(files: Sequence[Path]) -> list[Path]:
     """The files without those that are an earlier one again, by its name or by a link to it."""
-    first = dict[Path, Path]()
+    first = dict[str, Path]()
     for file in files:
-        first.setdefault(file.resolve(), file)
+        first.setdefault(os.path.realpath(file), file)
     return [*first.values()]
 
 
