@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from data.sources.read import distinct
+from runtime.cli import LONGEST, Parser, visible
+from runtime.files import check_file, new_directory
 
 FAULTS = """
 import resource, sys, torch
@@ -32,3 +38,48 @@ def test_freed_memory_is_not_mapped_anew() -> None:
     }
     assert faults["as it comes"] > 1000
     assert faults["kept"] < 0.1 * faults["as it comes"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--" + "x" * 10_000],
+        [f"--{'a.' * 10_000}a=1"],
+        ["--\x1b[2J\n\u202e"],
+        ["--n", "x" * 10_000],
+        ["--n", "\udcff\x1b"],
+        ["--text=--"],
+    ],
+    ids=["long", "deep", "controls", "long value", "not UTF-8", "no value"],
+)
+def test_an_error_of_argparse_is_one_short_visible_line(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser("command")
+    parser.add_argument("--n", type=int)
+    parser.add_argument("--text")
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(words)
+    assert end.value.code == 2
+    line = capsys.readouterr().err.partition("command: error: ")[2]
+    assert line.endswith("\n")
+    assert line.count("\n") == 1
+    assert len(line) < LONGEST
+    assert visible(line) == line
+
+
+def test_a_file_to_be_written_is_a_file_or_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    for name in ("pipe", ".", "no/file", "/dev/null", "file/x"):
+        with pytest.raises(ValueError, match="is no file that could be written"):
+            check_file("--out", tmp_path / name)
+    for path in (None, tmp_path / "file", tmp_path / "new"):
+        check_file("--out", path)
+
+
+def test_a_loop_of_links_is_an_error_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"), new_directory(tmp_path / "loop" / "new"):
+        raise AssertionError("it was made")
+    assert distinct([tmp_path / "loop"]) == [tmp_path / "loop"]

@@ -213,6 +213,7 @@ def test_stages_that_are_asked_for_are_run_and_shared(
         ('[grid]\n"more.init_from" = ["x"]\n', "more.init_from is the sweep's own to set"),
         ('[grid]\n"qa.asked" = [0.1]\n', "questions = 12, but qa.asked=0.1 has 10 facts"),
         ('[cells]\n"sft.data.examples" = 4\n', "[[cells]]"),
+        (GRID.replace("[grid]", "labels = 2\n[grid]"), "labels"),
         ("[grid\n", "tiny.toml"),
     ],
 )
