@@ -421,6 +421,16 @@ def test_the_page_keeps_its_prose(tmp_path: Path) -> None:
     assert "x0.50" in once
 
 
+def test_results_that_are_not_ours_are_one_line(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SystemExit, match="1"):
+        main(["table", "--out", str(tmp_path), "--page", str(tmp_path / "speed.md")])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path} is damaged or of another version")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "speed.md").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

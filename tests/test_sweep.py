@@ -235,6 +235,15 @@ def test_a_mistake_is_one_line_before_anything_trains(
     assert counts[0].steps == 0
 
 
+def test_a_device_that_is_not_there_is_told_before_anything_trains(
+    tmp_path: Path, counts: tuple[Counted, Counted]
+) -> None:
+    with pytest.raises(ValueError, match="device 'fpga' is not available"):
+        sweep.run(write(tmp_path, SPEC), tmp_path / "out", "fpga")
+    assert counts[0].steps == 0
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_shipped_sweeps_are_whole(path: Path, tmp_path: Path) -> None:
     spec = sweep.read_sweep(path)
