@@ -25,7 +25,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from lab.figures import BASE, GREEN, GREY, INSTRUCT, PURPLE, SKY, STYLE, as_share, stack
 from runtime.cli import Parser, one_line_errors
-from runtime.files import check_file
+from runtime.files import check_file, new_file
 from training.log import read_metrics
 
 PAPER = {
@@ -188,11 +188,9 @@ def vertical_axis(axes: Axes, key: str, label: str, values: list[float]) -> None
 
 def write(figure: Figure, out: Path) -> None:
     """Writes a figure as its file's name says; a reader or a crash never meets half of it."""
-    temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), new_file(out) as temporary:
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # 猫 is drawn as a box
-        figure.savefig(temporary, metadata=METADATA[out.suffix])
-    temporary.replace(out)
+        figure.savefig(temporary, format=out.suffix[1:], metadata=METADATA[out.suffix])
 
 
 def run(a: argparse.Namespace) -> None:

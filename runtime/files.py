@@ -23,15 +23,30 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` in one rename, so that a reader or a crash never meets half a file."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary file, to be written anew, that replaces `path` in one rename, so that a
+    reader or a crash never meets half a file. Raises ValueError: another process is writing it.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # a killed process's, or a link that somebody put there
-    with open(temporary, "x", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    if temporary.is_symlink():  # somebody put it there
+        temporary.unlink()
+    temporary.touch()
+    with _alone_in(temporary, f"another process is writing {path}"):
+        try:
+            yield temporary
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`new_file` of a text."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -88,7 +103,7 @@ def _filled(temporary: Path, path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path, otherwise: str) -> Iterator[None]:
-    """Keeps other processes out of a folder. Raises ValueError, `otherwise`: one is in it."""
+    """Keeps others out of a folder, or a file. Raises ValueError, `otherwise`: one is in it."""
     if os.name != "posix":  # where folders cannot be locked
         yield
         return

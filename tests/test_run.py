@@ -279,11 +279,14 @@ def test_other_questions_for_a_run_with_a_checkpoint_cost_it_nothing(
         return [f"--base={runs[0]}", *data, *run, f"--optim.steps={steps}"]
 
     train_sft.main(parse_config(train_sft.SFTConfig, tune("a.jsonl")))
+    made = (tmp_path / "run" / PREPARED_QA / "meta.json").read_bytes()
+    assert "c.jsonl not found" in fails(train_sft, *tune("c.jsonl"))
     for gone in (False, True):
         if gone:
             shutil.rmtree(tmp_path / "run" / PREPARED_QA)
         error = fails(train_sft, *tune("b.jsonl"))
         assert "was made from another data" in error
+        assert gone or made == (tmp_path / "run" / PREPARED_QA / "meta.json").read_bytes()
         train_sft.main(parse_config(train_sft.SFTConfig, tune("a.jsonl")))
     meta = read_meta(tmp_path / "run" / PREPARED_QA)
     assert meta["request"]["qa"][0]["file"] == "a.jsonl"

@@ -12,7 +12,7 @@ import pytest
 
 from data.sources.read import distinct
 from runtime.cli import LONGEST, Parser, visible
-from runtime.files import check_file, new_directory
+from runtime.files import check_file, new_directory, new_file
 
 FAULTS = """
 import resource, sys, torch
@@ -76,6 +76,19 @@ def test_a_file_to_be_written_is_a_file_or_nothing(tmp_path: Path) -> None:
             check_file("--out", tmp_path / name)
     for path in (None, tmp_path / "file", tmp_path / "new"):
         check_file("--out", path)
+
+
+def test_of_two_who_write_a_file_the_second_says_so(tmp_path: Path) -> None:
+    with new_file(tmp_path / "a.json") as first:
+        first.write_text("whole")
+        busy = pytest.raises(ValueError, match=r"another process is writing .*a\.json")
+        with busy, new_file(tmp_path / "a.json"):
+            raise AssertionError("both write it")
+    with pytest.raises(KeyError), new_file(tmp_path / "a.json") as second:
+        second.write_text("ha")
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "whole"
 
 
 def test_a_loop_of_links_is_an_error_of_the_system(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from runtime import device, processes
 from runtime.cli import listed
-from runtime.files import checkpoints, is_checkpoint, lock, read_meta
+from runtime.files import checkpoints, is_checkpoint, lock, read_meta, verify_checksums
 from training.checkpoint import resume, save_checkpoint
 from training.config import changes, differences
 from training.log import RunLog, is_complete, is_due
@@ -86,6 +86,14 @@ class Run:
                 what = f"another process was training in {self.folder}"
                 raise ValueError(f"{what}; the same command goes on")
 
+    def _is_own(self, folder: Path) -> bool:
+        """Whether a folder is whole, and what the newest checkpoint was made from."""
+        with contextlib.suppress(ValueError, KeyError):
+            meta, mine = read_meta(folder), read_meta(self.newest or folder)["prepared"]
+            verify_checksums(folder, meta["files"])
+            return bool(meta["request"] == mine["request"])
+        return False
+
     def prepare_qa(self, path: str, tokenizer_of: Path) -> Path:
         """The folder of prepared conversations: `path`, or what is made of that Q&A file."""
         if not path.lower().endswith(QA_SUFFIXES):
@@ -99,6 +107,11 @@ class Run:
             try:
                 prepare()
             except ValueError:  # perhaps it is of a start with other Q&A, which was refused
+                if self._is_own(folder):
+                    if not Path(path).is_file():
+                        raise
+                    what = f"{self.newest} was made from another data than {path}"
+                    raise ValueError(f"{what}; give another --run.dir") from None
                 shutil.rmtree(folder, ignore_errors=True)
                 prepare()
         return folder
