@@ -1,4 +1,5 @@
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,14 @@ from data.prepare import prepare_text
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, RECIPES, ModelConfig
 from model.seen import Batch
-from runtime.files import checkpoints, read_json, read_meta, write_json, write_meta
+from runtime.files import (
+    checkpoints,
+    read_json,
+    read_meta,
+    resolve_checkpoint,
+    write_json,
+    write_meta,
+)
 from training.checkpoint import load_checkpoint, resume, save_checkpoint
 from training.optim import OptimConfig, build_optimizers
 from training.step import train_step
@@ -272,3 +280,12 @@ def test_nothing_in_the_source_unpickles() -> None:
         text = re.sub(r"\(\s+", "(", file.read_text(encoding="utf-8"))
         found = unsafe.search(text)
         assert found is None, f"{file}: {found}"
+
+
+def test_half_a_layer_is_one_line(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(resolve_checkpoint(runs[0]), tmp_path / "step_000012")
+    meta = read_meta(folder)
+    meta["model"]["n_layer"] = 1.5
+    write_meta(folder, meta)
+    with pytest.raises(ValueError, match="step_000012 is damaged: 'float' object"):
+        load_checkpoint(folder)

@@ -125,7 +125,10 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
             raise ValueError(f"{folder}: {bad} is not finite; take an older checkpoint")
         if config.tie_embeddings:
             weights["lm_head.weight"] = weights["wte.weight"]
-    model = GPT(config, tokenizer.n_vocab)
+    try:
+        model = GPT(config, tokenizer.n_vocab)
+    except TypeError as error:  # half a layer
+        raise ValueError(f"{folder} is damaged: {error!s:.100}") from None
     with files.as_ours(folder):
         model.load_state_dict(weights)
     return Checkpoint(model.to(device).eval(), tokenizer, meta, folder)
