@@ -47,7 +47,7 @@ class RunConfig:
         object.__setattr__(self, "dir", at_home(self.dir))
         check_range("run.seed", self.seed, f"0 or more and below {2**63}")
         for name in ("loss_chunk", "log_every", "eval_every", "save_every"):
-            check_range(f"run.{name}", getattr(self, name), "1 or more")
+            check_range(f"run.{name}", getattr(self, name), f"1 or more and below {2**63}")
 
 
 def changes(old: Any, config: Any) -> list[str]:
