@@ -84,9 +84,8 @@ def check_files(folder: Path, checksums: dict[str, str], verify: bool = False) -
     doubtful = [n for n in checksums if n not in states or states[n] != known.get(n)]
     files.verify_checksums(folder, {name: checksums[name] for name in doubtful})
     if doubtful:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # a read-only disk, or another start at this moment
+        # A read-only disk, or another start at this moment.
+        with contextlib.suppress(OSError, ValueError):
             files.write_json(folder / HASHED, states)
     return bool(doubtful)
 

@@ -29,7 +29,7 @@ def new_file(path: Path) -> Iterator[Path]:
     reader or a crash never meets half a file. Raises ValueError: another process is writing it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    if temporary.is_symlink():  # somebody put it there
+    if temporary.is_symlink() or temporary.is_fifo():  # somebody put it there
         temporary.unlink()
     temporary.touch()
     with _alone_in(temporary, f"another process is writing {path}"):
@@ -56,9 +56,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_file(option: str, path: Path | None) -> None:
     """Raises ValueError: no file can be written there, which is better known before the work. A
-    device or a pipe is none: to replace it would take it from everybody.
+    device, a pipe or a link is none: to replace it would take it from others.
     """
-    if path and (not path.absolute().parent.is_dir() or (path.exists() and not path.is_file())):
+    taken = path and (path.is_symlink() or (path.exists() and not path.is_file()))
+    if path and (taken or not path.absolute().parent.is_dir()):
         raise ValueError(f"{option} {path} is no file that could be written")
 
 
@@ -111,7 +112,7 @@ def _alone_in(folder: Path, otherwise: str) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             stack.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

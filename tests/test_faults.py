@@ -21,6 +21,7 @@ from model.gpt import GPT, ModelConfig
 from runtime.cli import LONGEST, listed, one_line_errors, shortened, visible
 from runtime.device import StopOnSignal
 from runtime.files import (
+    check_file,
     checkpoints,
     new_directory,
     read_meta,
@@ -337,3 +338,23 @@ def test_empty_documents_are_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     meta = prepare_text([tmp_path / "a.jsonl"], tmp_path / "out", "byte", 0.1, "text", 1)
     assert meta["text"]["documents"] == 2
     assert "left out: 2 empty documents" in capsys.readouterr().out
+
+
+def test_a_pipe_where_a_temporary_file_goes_hangs_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".a.json.tmp")
+    code = "import sys; from pathlib import Path; from runtime.files import write_json\n"
+    code += "write_json(Path(sys.argv[1]), [1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "a.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+
+
+def test_a_link_is_no_place_for_a_result(tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to(tmp_path / "file.json")
+    check_file("--out", tmp_path / "file.json")
+    check_file("--out", None)
+    for name in ("link.json", ".", "no/file.json"):
+        with pytest.raises(ValueError, match=r"--out .* is no file that could be written"):
+            check_file("--out", tmp_path / name)
