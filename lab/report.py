@@ -29,6 +29,7 @@ from lab.figures import report_plots, templates
 from lab.forgetting import forgetting
 from lab.forms import forms
 from lab.knowledge import knowledge
+from lab.names import names
 from lab.pair import Pair, measured_by, open_pair, pair_arguments, pairs_of, provenance
 from lab.phrasings import phrasings
 from lab.positions import positions
@@ -61,6 +62,7 @@ INSTRUMENTS: dict[str, tuple[Any, int]] = {
     "shift": (shift, 3),
     "phrasings": (phrasings, 3),
     "forms": (forms, 3),
+    "names": (names, 3),
     "exposures": (exposures, 3),
     "weights": (weights, 5),
     "bits": (bits, 6),
@@ -70,7 +72,7 @@ INSTRUMENTS: dict[str, tuple[Any, int]] = {
     "forgetting": (forgetting, 3),
 }
 # What knows the truth, and names.
-OF_A_WORLD = ("knowledge", "phrasings", "forms", "exposures", "positions", "probes")
+OF_A_WORLD = ("knowledge", "phrasings", "forms", "names", "exposures", "positions", "probes")
 SPLIT_NAMES = dict(zip(SPLITS, ("known", "held-out", "unseen"), strict=True))
 
 

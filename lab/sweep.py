@@ -53,6 +53,7 @@ from lab.knowledge import (
     recite,
     summarize,
 )
+from lab.names import names
 from lab.pair import Pair, measured_by, open_pair
 from lab.phrasings import phrasings
 from lab.positions import positions
@@ -85,6 +86,7 @@ INSTRUMENTS: dict[str, Callable[[Pair, int], Any]] = {
     "forgetting": forgetting,
     "phrasings": phrasings,
     "forms": forms,
+    "names": names,
     "exposures": exposures,
 }
 STAGES = ("world", "pretrain", "more", "qa", "sft")

@@ -37,7 +37,7 @@ def markdown(table: dict[str, Any]) -> list[str]:
     """The tables that a sweep's spec asks for, in its order.
 
     Raises:
-        ValueError: a path that leads nowhere.
+        ValueError: a path that leads nowhere, or a column twice.
     """
     return [made(named_cells(table), wanted) for wanted in table["spec"].get("tables", [])]
 
@@ -53,7 +53,10 @@ def made(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> str:
     """One entry of `[[tables]]`; of several cells, with each one's name above its table."""
     columns = wanted.get("columns", {})
     if "of" not in wanted and "rows" not in wanted:
-        columns = columns if wanted.get("only") else columns | STANDARD
+        standard = {} if wanted.get("only") else STANDARD
+        if twice := sorted(columns.keys() & standard.keys()):
+            raise ValueError(f"{twice[0]!r} is a standard column's name; give it another")
+        columns = columns | standard
         rows = [
             [name, *(figure(at(cell, path)) for path in columns.values())]
             for name, cell in cells.items()

@@ -82,6 +82,8 @@ def test_each_kind_of_table_has_the_rows_that_it_names() -> None:
 def test_a_path_that_leads_nowhere_is_named() -> None:
     with pytest.raises(ValueError, match=r"n\.b leads nowhere at 'b'"):
         markdown(table(tables=[{"columns": {"x": "n.b"}}]))
+    with pytest.raises(ValueError, match="'stops' is a standard column's name"):
+        markdown(table(tables=[{"columns": {"stops": "n.two.p"}}]))
 
 
 @pytest.fixture(scope="module")

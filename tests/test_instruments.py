@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from data.chat import render_prompt
+from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES, World, WorldConfig
-from lab import bits, exposures, forms, phrasings, positions, probe, residual, trace
+from lab import bits, exposures, forms, names, phrasings, positions, probe, residual, trace
 from lab.behaviour import measure_point
 from lab.forgetting import forgetting
 from lab.likelihood import ask
@@ -510,6 +511,45 @@ def test_forms_are_told_apart_by_kind(pair: Pair, monkeypatch: pytest.MonkeyPatc
     assert sum(counts[0]) == 30
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_is_said_of_a_cut_name_is_told_from_what_is_said_of_a_person(
+    by_name: bool, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(pair)
+    whole = {p.name for people in world.by_split.values() for p in people[::2]}
+    spied = {p.name for people in world.by_split.values() for p in people[::3]}
+    monkeypatch.setattr(names, "is_cut", lambda name, tokenizer: name not in whole)
+
+    def scripted(checkpoint: Any, world: World, questions: list[Any]) -> list[Any]:
+        """Abstains where a name is cut, or by something that has nothing to do with it."""
+        told = [q.turn.person.name not in (whole if by_name else spied) for q in questions]
+        return [
+            (q, replace(right_if(not no), abstains=no))
+            for q, no in zip(questions, told, strict=True)
+        ]
+
+    monkeypatch.setattr(names, "ask_all", scripted)
+    for groups in names.by_cut(pair.base, world, 50).values():
+        assert groups["whole"].answers.n + groups["cut"].answers.n == 50
+        for group, asked in groups.items():
+            assert asked.abstains.value == pytest.approx(1 - (asked.answers.value or 0))
+            if by_name:
+                assert asked.abstains.value == (group == "cut")
+            else:
+                assert 0.4 < (asked.abstains.value or 0) < 0.9
+
+
+def test_a_name_is_cut_if_it_has_more_tokens_than_words() -> None:
+    ranks = {bytes([i]): i for i in range(256)} | {b" ": 32}
+    tokens = [b" A", b"d", b"da", b" Ada", b" B", b" Bo"]
+    for token in tokens:
+        ranks.setdefault(token, len(ranks))
+    tokenizer = Tokenizer("bpe", r"\s?\w+|\W", ranks)
+    assert [names.is_cut(name, tokenizer) for name in ("Ada", "Ada Bo", "Ada Bok", "Bok")] == [
+        *(False, False, True, True)
+    ]
+
+
 def test_people_are_grouped_by_how_often_they_were_read_about(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,7 +573,10 @@ def test_people_are_grouped_by_how_often_they_were_read_about(
 
 @pytest.mark.parametrize(
     "instrument",
-    [probe.probes, positions.positions, phrasings.phrasings, forms.forms, exposures.exposures],
+    [
+        *(probe.probes, positions.positions, phrasings.phrasings, forms.forms, names.names),
+        exposures.exposures,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_what_needs_a_world_says_so(instrument: Any, pair: Pair) -> None:
@@ -543,7 +586,7 @@ def test_what_needs_a_world_says_so(instrument: Any, pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     "instrument",
-    [phrasings.phrasings, forms.forms, exposures.exposures],
+    [phrasings.phrasings, forms.forms, names.names, exposures.exposures],
     ids=lambda f: f.__name__,
 )
 def test_both_models_are_asked_the_same(instrument: Any, pair: Pair) -> None:
