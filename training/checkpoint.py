@@ -7,6 +7,7 @@ meta.json           kind, step, metrics, model config, run config, data, environ
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -160,7 +161,8 @@ def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> d
     model.load_state_dict(saved.model.state_dict())
     files.verify_checksums(path, {STATE_FILE: saved.meta["files"][STATE_FILE]})
     try:
-        state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings(action="ignore"):  # of how it is pickled
+            state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
         if bad := not_finite(state["optimizers"]):
             raise ValueError(f"{bad} is not finite")
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
