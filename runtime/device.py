@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import signal
+import stat
 import subprocess
 from pathlib import Path
 from types import FrameType
@@ -126,7 +127,13 @@ class StopOnSignal:
         self.number = number
         # Not by print, which fails if the signal came in the middle of another print.
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving and stopping; once more to stop at once\n".encode())
+        try:
+            os.write(2, f"\n{name}: saving and stopping; once more to stop at once\n".encode())
+        except OSError:  # the terminal is closed; what is printed there from now on would fail
+            null = os.open(os.devnull, os.O_WRONLY)
+            for fd in (1, 2):
+                if stat.S_ISCHR(os.fstat(fd).st_mode):
+                    os.dup2(null, fd)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():

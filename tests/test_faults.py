@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import pty
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train_sft
 from data.prepare import prepare_text
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, ModelConfig
@@ -29,6 +32,7 @@ from runtime.files import (
     write_json,
     write_meta,
 )
+from tests.conftest import pretrain_config
 from training.checkpoint import load_checkpoint, resume, save_checkpoint
 from training.log import read_metrics
 from training.optim import OptimConfig, build_optimizers
@@ -358,3 +362,34 @@ def test_a_link_is_no_place_for_a_result(tmp_path: Path) -> None:
     for name in ("link.json", ".", "no/file.json"):
         with pytest.raises(ValueError, match=r"--out .* is no file that could be written"):
             check_file("--out", tmp_path / name)
+
+
+def test_a_terminal_that_is_closed_costs_nothing(world_dir: Path, tmp_path: Path) -> None:
+    config = pretrain_config(world_dir, tmp_path / "run", steps=20_000)
+    quiet = replace(config.run, save_every=10**6, eval_every=10**6, log_every=10**6)
+    write_json(tmp_path / "config.json", asdict(replace(config, run=quiet)))
+    command = [sys.executable, "train_pretrain.py", "--config", str(tmp_path / "config.json")]
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(ROOT)
+        os.execve(sys.executable, command, {**os.environ, "OMP_NUM_THREADS": "1"})
+    seen = b""
+    while b"loss " not in seen:
+        seen += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
+    (saved,) = checkpoints(tmp_path / "run")
+    assert read_meta(saved)["metrics"]["step"] > 0
+
+
+def test_what_somebody_has_in_a_folder_is_not_deleted(
+    runs: tuple[Path, Path], tmp_path: Path, fails: Any
+) -> None:
+    mine = tmp_path / "run" / "prepared_qa" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    (tmp_path / "bad.jsonl").write_text("{")
+    for name in ("nowhere.jsonl", "bad.jsonl"):
+        options = [f"--base={runs[0]}", f"--data.path={tmp_path / name}"]
+        fails(train_sft, *options, f"--run.dir={tmp_path / 'run'}")
+        assert mine.read_text() == "mine"

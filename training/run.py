@@ -53,6 +53,7 @@ class Run:
         # Of a run in this process that failed before it trained: this one takes its place.
         _locks.pop(self.folder, contextlib.ExitStack()).close()
         self._lock = _locks[self.folder] = contextlib.ExitStack()
+        self._is_taken = False
 
     def made_from(self, prepared: dict[str, Any], **origin: dict[str, Any] | None) -> None:
         """Notes what the run is made of; ValueError if its newest checkpoint is of other data."""
@@ -78,13 +79,13 @@ class Run:
 
     def _take(self) -> None:
         """Makes the folder this process's own until the run ends; ValueError if it is another's."""
-        if processes.is_first():
-            self._lock.close()
+        if processes.is_first() and not self._is_taken:
             self._lock.enter_context(lock(self.folder, "training in"))
             if find_checkpoint(self.folder, self.config) != self.newest:
                 self._lock.close()
                 what = f"another process was training in {self.folder}"
                 raise ValueError(f"{what}; the same command goes on")
+            self._is_taken = True
 
     def _is_own(self, folder: Path) -> bool:
         """Whether a folder is whole, and what the newest checkpoint was made from."""
@@ -107,9 +108,10 @@ class Run:
             try:
                 prepare()
             except ValueError:  # perhaps it is of a start with other Q&A, which was refused
+                # Bad Q&A, or something there that this project did not make.
+                if not Path(path).is_file() or not (folder / "meta.json").exists():
+                    raise
                 if self._is_own(folder):
-                    if not Path(path).is_file():
-                        raise
                     what = f"{self.newest} was made from another data than {path}"
                     raise ValueError(f"{what}; give another --run.dir") from None
                 shutil.rmtree(folder, ignore_errors=True)
