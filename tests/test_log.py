@@ -81,6 +81,17 @@ def test_it_says_where_validation_loss_was_lowest(
     assert "lowest" not in next(line for line in said if "step 3/" in line)
 
 
+@pytest.mark.parametrize("loss", ["NaN", "1e999", '"x"', "null", "[1]", "{}"])
+def test_an_edited_loss_is_no_lowest_one(loss: str, tmp_path: Path) -> None:
+    row = log_steps(make_log(tmp_path), 3)
+    rows = f'{{"step": 1, "val_loss": {loss}}}\n{{"step": 2, "val_loss": 1.5}}\n'
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    with make_log(tmp_path, row) as log:
+        log.add(result(4))
+        log.write(4, {"val_loss": 2.0})
+        assert log.overfitted == (2, 1.5, 2.0)
+
+
 def test_a_sample_takes_two_lines_of_a_terminal_and_is_whole_in_its_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

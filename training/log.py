@@ -54,7 +54,8 @@ class RunLog:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(self.run_dir / "config.json", asdict(self.config))
         kept, samples = self._kept("metrics.jsonl"), self._kept("samples.jsonl")
-        self._val_losses = {r["step"]: r["val_loss"] for r in kept if "val_loss" in r}
+        losses = ((r["step"], r.get("val_loss")) for r in kept)  # of a file that may be edited
+        self._val_losses = {s: v for s, v in losses if isinstance(v, float) and math.isfinite(v)}
         self._file = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8")
         numbers, left = MofNCompleteColumn(), TimeRemainingColumn()
         self._progress = Progress(
