@@ -25,7 +25,7 @@ from data.tokenizer import END_OF_TEXT, END_OF_TURN
 from hf.architecture import export_config, export_weights, import_weights, read_config
 from hf.tokenizer import export_tokenizer, import_tokenizer, marked
 from model.gpt import GPT, ModelConfig
-from runtime.cli import Parser, one_line_errors
+from runtime.cli import Parser, one_line_errors, say
 from runtime.device import environment
 from runtime.files import new_directory, read_json, sha256_file, write_json
 from training.checkpoint import load_checkpoint, save_checkpoint, writing
@@ -63,7 +63,7 @@ def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | 
     meta = meta | {"imported": {"from": source, "files": files}}
     step, metrics = meta.get("step", 0), meta.get("metrics", {})
     path = save_checkpoint(out, model, [], tokenizer, meta, step, metrics)
-    print(f"{meta['kind']} checkpoint of {model.n_params():,} parameters: {path}")
+    say(f"{meta['kind']} checkpoint of {model.n_params():,} parameters: {path}")
     return path
 
 
@@ -126,7 +126,7 @@ def export_checkpoint(path: str, out: Path) -> None:
         write_json(folder / "tokenizer_config.json", tokenizer_config)
         origin = {"weights": {weights.name: sha256_file(weights)}, "meta": checkpoint.meta}
         write_json(folder / ORIGIN_FILE, origin)
-    print(f"{out}: {kind} checkpoint of step {checkpoint.meta['step']} as a {config['model_type']}")
+    say(f"{out}: {kind} checkpoint of step {checkpoint.meta['step']} as a {config['model_type']}")
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 python sample.py --base out/quickstart/base --instruct out/quickstart/instruct --chat
 """
 
-import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.text import Text
 from data.chat import Message, raw_prompt, render_prompt
 from data.fitting import recent_turns
 from model.generate import Sampling, generate
-from runtime.cli import Parser, one_line_errors, visible
+from runtime.cli import Parser, one_line_errors, say, visible
 from runtime.files import check_file, write_json
 from training.checkpoint import Checkpoint, load_pair
 
@@ -40,7 +39,7 @@ def reply(checkpoint: Checkpoint, ids: list[int], sampling: Sampling) -> Reply:
     """Samples up to the end-of-turn token, which the text leaves out."""
     end = checkpoint.tokenizer.end_of_turn
     if note := unseen(checkpoint, ids):
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", error=True)
     new = generate(checkpoint.model, [ids], sampling, stop={end})[0]
     stopped = new[-1] == end
     return Reply(checkpoint.tokenizer.decode(new[:-1] if stopped else new), len(new), stopped)
@@ -93,10 +92,10 @@ def show(console: Console, prompt: str, replies: dict[str, Reply]) -> None:
         table.add_row(*(Text(texts[c]) for c in COLUMNS))
         console.print(table)
         return
-    print(f"prompt: {prompt}")
+    say(f"prompt: {prompt}")
     for c, text in texts.items():
-        print(f"[{COLUMNS[c]}] {text}")
-    print(flush=True)
+        say(f"[{COLUMNS[c]}] {text}")
+    say()
 
 
 Result = tuple[str, dict[str, Reply]]  # a prompt and its replies by column
@@ -105,12 +104,12 @@ Result = tuple[str, dict[str, Reply]]  # a prompt and its replies by column
 def chat(console: Console, base: Checkpoint, instruct: Checkpoint, how: Sampling) -> list[Result]:
     """Reads prompts until end of input; /reset begins again. Returns what was said."""
     results, conversation = list[Result](), Conversation(base, instruct, how)
-    print("Type a message to both models; /reset begins a new conversation, Ctrl-D ends.")
+    say("Type a message to both models; /reset begins a new conversation, Ctrl-D ends.")
     while True:
         try:
             prompt = input("you> ").strip()
         except (EOFError, KeyboardInterrupt):
-            print()
+            say()
             return results
         if prompt == "/reset":
             conversation = Conversation(base, instruct, how)

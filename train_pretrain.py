@@ -10,7 +10,7 @@ from pathlib import Path
 from data.pretrain import PretrainData, PretrainDataConfig
 from model.generate import Sampling, generate
 from model.gpt import GPT, RECIPES, ModelConfig
-from runtime.cli import recipes_help, run_cli
+from runtime.cli import recipes_help, run_cli, say
 from runtime.device import set_up
 from training.checkpoint import take_weights
 from training.config import RunConfig
@@ -68,7 +68,7 @@ def main(config: PretrainConfig) -> Path:
         return train_step(network, optimizers, data.micro_batches(step, rows), step, config.optim)
 
     epochs = config.optim.steps * config.data.batch_size / data.n_blocks
-    print(
+    say(
         f"{model.n_params():,} parameters on {device.type}; {data.n_tokens:,} training tokens, "
         f"{epochs:.1f} epochs; step {run.first_step} of {run.last_step}"
     )
@@ -82,7 +82,7 @@ def main(config: PretrainConfig) -> Path:
             if run.must_stop(step):
                 break
             run.log.add(run.within_memory(train, step))
-    print(f"base checkpoint: {run.checkpoint}")
+    say(f"base checkpoint: {run.checkpoint}")
     return run.checkpoint
 
 

@@ -11,7 +11,7 @@ from data.sft import SFTData, SFTDataConfig
 from model.check import check_range
 from model.generate import Sampling, generate
 from model.gpt import GPT
-from runtime.cli import run_cli
+from runtime.cli import run_cli, say
 from runtime.device import has_bf16, pick_device, set_up
 from runtime.processes import world_size
 from training.checkpoint import Checkpoint, load_checkpoint, origin_of
@@ -102,11 +102,11 @@ def main(config: SFTConfig) -> Path:
         batches, replayed = data.micro_batches(step, rows), data.replayed(step, rows)
         return train_step(network, optimizers, batches, step, config.optim, replayed)
 
-    print(
+    say(
         f"{model.n_params():,} parameters on {device.type}, from step {base.meta['step']} of "
         f"{config.base}; step {run.first_step} of {run.last_step}, {data.steps_per_epoch} an epoch"
     )
-    print(data.shares(run.rows))
+    say(data.shares(run.rows))
     with run:
         for step in run.steps():
             if run.must_save(step):
@@ -117,7 +117,7 @@ def main(config: SFTConfig) -> Path:
             if run.must_stop(step):
                 break
             run.log.add(run.within_memory(train, step))
-    print(f"instruct checkpoint: {run.checkpoint}")
+    say(f"instruct checkpoint: {run.checkpoint}")
     return run.checkpoint
 
 

@@ -22,7 +22,7 @@ from data.sources import read
 from data.tokenizer import CONTROL_TOKENS, Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 from model.check import check_range
-from runtime.cli import Parser, one_line_errors, visible
+from runtime.cli import Parser, one_line_errors, say, visible
 from runtime.files import read_meta, resolve_checkpoint, sha256_file
 
 
@@ -153,7 +153,7 @@ def fetch(
     meta = prepare(download(files, downloads, [(out, preparing, "prepare")]), out, given, **options)
     if tokenizer_of and "request" in read_meta(resolve_checkpoint(tokenizer_of)):
         tokenizer_of = None  # a data folder, not a base
-    print(f"next: {sets.next_command(named, out, tokenizer_of)}")
+    say(f"next: {sets.next_command(named, out, tokenizer_of)}")
     return meta
 
 

@@ -30,6 +30,7 @@ from data.chat import Message, render, template_fingerprint
 from data.sources.read import PIECE
 from data.tokenizer import Tokenizer
 from runtime import files
+from runtime.cli import say
 
 Meta = dict[str, Any]
 # An array, or one that lies in a file: that file, its type, and (n, 2) the first and end of parts.
@@ -251,7 +252,7 @@ def write_text(
         if not len(spans):
             raise ValueError("the corpus is empty: there is no text to train on")
         if empty := given - len(spans):
-            print(f"left out: {empty:,} empty document{'s' * (empty > 1)}")
+            say(f"left out: {empty:,} empty document{'s' * (empty > 1)}")
         meta: Meta = {"dtype": dtype.str, "documents": len(spans), "bytes": sum(sizes)}
         parts = split_documents(np.random.default_rng(seed).permutation(spans), val_fraction)
         if not shuffle:
@@ -341,7 +342,7 @@ def write_folder(out: Path, request: Meta, fill: Callable[[Path], tuple[Tokenize
     """Makes `out` by `fill`, sealed with meta.json; if it is there already, only checks it."""
     if meta := check_folder(out, request):
         check_files(out, meta["files"])
-        print(f"{out}: up to date, nothing to do")
+        say(f"{out}: up to date, nothing to do")
         return meta
     begin = time.perf_counter()
     with files.full_disk(out), files.new_directory(out) as folder:
@@ -351,12 +352,12 @@ def write_folder(out: Path, request: Meta, fill: Callable[[Path], tuple[Tokenize
         meta["seconds"] = round(time.perf_counter() - begin, 3)
         files.write_json(folder / HASHED, _file_states(folder, meta["files"]))
         files.write_meta(folder, meta)
-    print("{}: {kind} tokenizer of {n_vocab:,} entries".format(out, **meta["tokenizer"]))
+    say("{}: {kind} tokenizer of {n_vocab:,} entries".format(out, **meta["tokenizer"]))
     if text := meta.get("text"):
         line = "{documents:,} documents, {bytes:,} bytes -> {train_tokens:,} train + {val_tokens:,}"
-        print(f"  text: {line.format(**text)} val tokens")
+        say(f"  text: {line.format(**text)} val tokens")
     if qa := meta.get("qa"):
         line = "{train_examples:,} train + {val_examples:,} val conversations, {train_tokens:,}"
         share = qa["train_supervised"] / qa["train_tokens"]
-        print(f"  Q&A: {line.format(**qa)} train tokens, {share:.0%} supervised")
+        say(f"  Q&A: {line.format(**qa)} train tokens, {share:.0%} supervised")
     return meta

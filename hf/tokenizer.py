@@ -5,7 +5,7 @@ from typing import Any
 
 from data import tokenizer as ours
 from data.tokenizer import CONTROL_TOKENS, END_OF_TEXT, END_OF_TURN, Tokenizer
-from runtime.cli import listed, visible
+from runtime.cli import listed, say
 from runtime.files import read_json
 
 GPT2_VOCAB_SIZE = 50257
@@ -104,7 +104,7 @@ def import_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, int]:
         if special.get(token) != i:
             raise ValueError(f"the id of {token} in its {file.name} is not {i}, the first free one")
     if dropped := [token for token in special if token not in known]:
-        print(f"note: left out, with what was learned of them: {visible(listed(dropped))}")
+        say(f"note: left out, with what was learned of them: {listed(dropped)}")
     n_known = len(ranks) + len(known)
     if not words:
         return Tokenizer("byte", ours.BYTE_PATTERN, ranks), n_known

@@ -21,7 +21,7 @@ from typing import Any
 
 from lab import sweep
 from lab.tables import markdown
-from runtime.cli import Parser, one_line_errors
+from runtime.cli import Parser, one_line_errors, say
 from runtime.files import read_json, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def run(names: list[str], out: Path, page: Path, device: str) -> None:
     """Runs sweeps by name, in their order, and writes the page after each one."""
     done = []
     for name in names:
-        print(f"==== {name}")
+        say(f"==== {name}")
         folder = sweep.run(ROOT / "configs" / "sweeps" / f"{name}.toml", out, device)
         table = shortened(read_json(folder / "table.json"))
         kept = page.with_suffix("")
@@ -80,7 +80,7 @@ def run(names: list[str], out: Path, page: Path, device: str) -> None:
                 shutil.copy(picture, kept / f"{name}_{picture.name}")
         write_text(page, text)
         done.append(table)
-        print(f"hours so far, one process: {hours(done):.1f}")
+        say(f"hours so far, one process: {hours(done):.1f}")
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from data.chat import ROLES, Message, render_prompt, template_fingerprint
 from lab.likelihood import batches, of_tokens, predictions
 from lab.pair import origin
 from model.generate import Sampling, stream
-from runtime.cli import Parser, one_line_errors
+from runtime.cli import Parser, one_line_errors, say
 from runtime.device import environment, has_bf16, set_up
 from runtime.files import check_file, write_json
 from training.checkpoint import Checkpoint, load_checkpoint
@@ -199,7 +198,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         flags = list(cut)
         if any(flags):
             note = f"{sum(flags)} of {len(flags)} texts are too long; the model sees their ends"
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}", error=True)
 
     def progress(self, steps: Collection[list[int]]) -> Iterator[list[int]]:
         """The steps, with a bar on a terminal."""
@@ -269,9 +268,9 @@ def run(a: argparse.Namespace) -> None:
         task_manager=manager,
         log_samples=False,
     )
-    print(make_table(found))
+    say(make_table(found))
     if found.get("groups"):
-        print(make_table(found, "groups"))
+        say(make_table(found, "groups"))
     if a.out is not None:
         settings = {
             **{k: getattr(a, k) for k in ("chat", "limit", "num_fewshot", "batch_size")},
@@ -283,7 +282,7 @@ def run(a: argparse.Namespace) -> None:
         results = {key: found[key] for key in kept if key in found}
         of = {checkpoint.meta["kind"]: origin(checkpoint)}
         write_json(a.out, {"settings": settings, "runs": [of], **results})
-        print(f"written: {a.out}")
+        say(f"written: {a.out}")
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from data.world import FORMS, World, WorldConfig
 from lab.likelihood import reply_limit
 from lab.questions import facts_of, openings
 from lab.stats import lines, pool, to_json
-from runtime.cli import Parser, one_line_errors
+from runtime.cli import Parser, one_line_errors, say
 from runtime.device import environment
 from runtime.files import check_file, fingerprint, sha256_file, write_json
 from training.checkpoint import Checkpoint, identity, load_pair
@@ -117,7 +116,7 @@ def fitting(
     if not found:
         raise ValueError(f"no question fits into {room} tokens with a reply in {limit} more")
     if left_out := len(conversations) - len(found):
-        print(f"note: {left_out} of {len(conversations)} questions do not fit", file=sys.stderr)
+        say(f"note: {left_out} of {len(conversations)} questions do not fit", error=True)
     return found
 
 
@@ -135,7 +134,7 @@ def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
     if "world" not in prepared:
         if not tuned_from_it:
             note = "was not tuned from this base: the change between their weights means little"
-            print(f"note: {instruct.path} {note}", file=sys.stderr)
+            say(f"note: {instruct.path} {note}", error=True)
         return None
     if not tuned_from_it:
         raise ValueError(f"{instruct.path} was not tuned from {base.path}, but from another base")
@@ -278,12 +277,12 @@ def run_instrument(about: str, instrument: Callable[[Pair, int], Any], questions
         pairs = [open_pair(*paths, a.device, a.qa) for paths in pairs_of(a)]
         if pairs[0].world is not None:
             texts = sorted({replayed(pair.instruct.meta) for pair in pairs})
-            print(f"replayed in tuning: {'/'.join(texts)}")
+            say(f"replayed in tuning: {'/'.join(texts)}")
         result = to_json(pool([instrument(pair, a.questions) for pair in pairs]))
-        print("\n".join(lines(result)))
+        say("\n".join(lines(result)))
         if a.out is not None:
             device = pairs[0].base.model.wte.weight.device
             settings = {"questions": a.questions, "decoding": "greedy", **environment(device)}
             runs = [provenance(pair) for pair in pairs]
             write_json(a.out, {"settings": settings, "runs": runs, "result": result})
-            print(f"written: {a.out}")
+            say(f"written: {a.out}")

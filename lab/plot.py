@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 import warnings
 from itertools import product
 from pathlib import Path
@@ -24,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lab.figures import BASE, GREEN, GREY, INSTRUCT, PURPLE, SKY, STYLE, as_share, stack
-from runtime.cli import Parser, one_line_errors
+from runtime.cli import Parser, one_line_errors, say
 from runtime.files import check_file, new_file
 from training.log import read_metrics
 
@@ -78,7 +77,7 @@ def read_run(run: Path, against: str) -> Rows:
     with open(path, "rb") as f:
         if len(rows) < sum(1 for _ in f):
             note = f"note: {path} is drawn up to line {len(rows)}; the next one is not whole"
-            print(note, file=sys.stderr)
+            say(note, error=True)
     drawn = [key for keys in PANELS for key in keys]
     if not any(key in row for row in rows for key in drawn):
         raise ValueError(f"{path} holds nothing to draw, such as loss or lr")
@@ -206,7 +205,7 @@ def run(a: argparse.Namespace) -> None:
     check_file("--out", out)
     with mpl.rc_context(PAPER):
         write(plot(runs, a.against, a.smooth), out)
-    print(f"written: {out}")
+    say(f"written: {out}")
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from lab.stats import kind_of, pool, to_json
 from lab.trace import trace, traceable
 from lab.weights import weights
 from model.generate import Sampling
-from runtime.cli import one_line_errors
+from runtime.cli import one_line_errors, say
 from runtime.device import environment
 from runtime.files import (
     check_file,
@@ -129,7 +129,7 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
         results = [instrument(pair, max(1, questions // part)) for pair in pairs]
         report[name] = to_json(pool(results))
         seconds[name] = round(time.perf_counter() - start, 1)
-        print(f"{name}: {seconds[name]:.0f} s", flush=True)
+        say(f"{name}: {seconds[name]:.0f} s")
     sampling = Sampling(48)
     report["examples"] = []
     for prompts in illustrations(first):
@@ -286,7 +286,7 @@ def run(a: argparse.Namespace) -> None:
         # Without its fonts from the network: it must look the same offline.
         picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
         a.svg.write_text(picture, encoding="utf-8")
-    print(f"the whole report, to be opened in a browser: {a.out / 'report.html'}")
+    say(f"the whole report, to be opened in a browser: {a.out / 'report.html'}")
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ import copy
 import csv
 import itertools
 import json
+import math
 import random
 import time
 import tomllib
@@ -66,7 +67,7 @@ from lab.tables import markdown, named_cells
 from lab.trace import trace
 from lab.weights import weights
 from runtime import files
-from runtime.cli import Parser, listed, one_line_errors, parse_config
+from runtime.cli import Parser, listed, one_line_errors, parse_config, say
 from runtime.device import environment, pick_device
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
@@ -91,6 +92,7 @@ INSTRUMENTS: dict[str, Callable[[Pair, int], Any]] = {
 }
 STAGES = ("world", "pretrain", "more", "qa", "sft")
 OWN = ("seed", "run.seed", "run.dir", "data.path", "base", "init_from")  # set by the sweep itself
+MOST = 1000  # cells, or seeds
 T = TypeVar("T")
 Settings = dict[str, dict[str, Any]]  # of each stage, by key
 Row = dict[str, Share]
@@ -126,6 +128,9 @@ def read_sweep(path: Path) -> dict[str, Any]:
         if not isinstance(values, list) or not values:
             raise ValueError(f"{path}: {key} = {values}; the values on a grid are a list")
     seeds, n = spec["seeds"], spec["questions"]
+    n_cells = math.prod(len(values) for values in spec.get("grid", {}).values()) * len(cells)
+    if max(n_cells, len(seeds) if isinstance(seeds, list) else 0) > MOST:
+        raise ValueError(f"{path}: {n_cells:,} cells; a sweep has at most {MOST} of them, or seeds")
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
         raise ValueError(f"{path}: seeds = {seeds}; give a list such as [1, 2, 3]")
     if len(set(seeds)) < len(seeds) or any(cells_of(spec).count(c) > 1 for c in cells_of(spec)):
@@ -345,7 +350,7 @@ def run(path: Path, out: Path, device: str) -> Path:
     folder = out / path.stem
     runs, made_of = list[Measured](), list[Any]()
     for i, (cell, seed, plan) in enumerate(plans):
-        print(f"== run {i + 1} of {len(plans)}: seed {seed}, {label(cell) or 'no key varied'}")
+        say(f"== run {i + 1} of {len(plans)}: seed {seed}, {label(cell) or 'no key varied'}")
         pair = train(plan, device)
         runs.append(Measured(cell, seed, plan, replayed(pair.instruct.meta)))
         made_of.append([c.meta["files"] for c in (pair.base, pair.instruct)])
@@ -356,7 +361,7 @@ def run(path: Path, out: Path, device: str) -> Path:
     if (table := made_before(folder / "table.json", made_from)) is not None:
         write_tables(folder, table | {"about": spec["about"], "spec": spec})
         return folder
-    print(f"== measuring {len(runs)} runs")
+    say(f"== measuring {len(runs)} runs")
     begin = time.perf_counter()
     measured = [measured_run(r, spec, out, device) for r in runs]
     seconds = {"training": seconds_of(runs), "measuring": round(time.perf_counter() - begin)}
@@ -499,7 +504,7 @@ def main() -> None:
     p.add_argument("--device", default="auto", help="for measuring: auto (default), cpu, cuda, ...")
     with one_line_errors():
         a = p.parse_args()
-        print(f"table: {run(a.sweep, a.out, a.device)}")
+        say(f"table: {run(a.sweep, a.out, a.device)}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from lab.likelihood import predictions
 from lab.pair import qa_of, questions_about, read_qa, world_of
 from lab.shift import class_of, ranks_of
 from model.generate import Sampling, stream
-from runtime.cli import Parser, one_line_errors
+from runtime.cli import Parser, one_line_errors, say
 from sample import room_for, unseen
 from training.checkpoint import Checkpoint, load_pair
 
@@ -301,7 +301,7 @@ def main() -> None:
             ) from None
         at, port = listening.getsockname()[:2]
         app = make_app(*pair, [at, "localhost"] if at.startswith("127.") else ["*"])
-        print(f"open http://{a.host}:{port} in a browser; Ctrl-C ends", flush=True)
+        say(f"open http://{a.host}:{port} in a browser; Ctrl-C ends")
         config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run([listening])

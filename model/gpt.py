@@ -83,7 +83,8 @@ class ModelConfig:
         for switch, value in RECIPES[self.recipe].items():
             if getattr(self, switch) is None:
                 object.__setattr__(self, switch, value)
-        for size in ("n_layer", "n_head", "n_embd", "block_size"):
+        check_range("model.n_layer", self.n_layer, "1 to 4096", "each takes a while to build")
+        for size in ("n_head", "n_embd", "block_size"):
             check_range(f"model.{size}", getattr(self, size), "1 or more")
         check_range("model.dropout", self.dropout, "0 or more and below 1")
         check_range("model.logit_softcap", self.logit_softcap, "0 or more", "0 turns it off")

@@ -32,6 +32,11 @@ def visible(text: str) -> str:
     return UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)
 
 
+def say(text: str = "", *, error: bool = False) -> None:
+    """Prints a line, what a terminal would obey escaped; an `error` on standard error."""
+    print(visible(text), file=sys.stderr if error else sys.stdout, flush=True)
+
+
 def shortened(text: str, n: int) -> str:
     """A text of at most `n` characters: all of it, or its beginning and its end."""
     half = n // 2
@@ -48,10 +53,13 @@ class Parser(ArgumentParser):
     """An ArgumentParser whose errors are as short and as visible as all others."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As it was, but for a value `--`, of which argparse makes an empty list."""
+        """As it was, but for values that are empty, of which a path makes the current folder, or
+        `--`, of which argparse makes an empty list.
+        """
         args = sys.argv[1:] if args is None else args
-        if empty := [word for word in args if word.endswith("=--")]:
-            self.error(f"{empty[0]}: -- is no value")
+        for before, word in zip(["", *args], args, strict=False):
+            if re.fullmatch(r"(-[^=]*=)?(--)?", word) and word != "--":
+                self.error(f"{word or before or 'a value'}: nothing is no value")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -82,10 +90,10 @@ def one_line_errors() -> Iterator[None]:
             text = f"{error.strerror}: {error.filename or 'while writing a file'}"
         elif isinstance(error, RecursionError):
             text = "the input is nested too deeply"
-        print(shortened(f"error: {visible(text)}", LONGEST), file=sys.stderr)
+        say(shortened(f"error: {visible(text)}", LONGEST), error=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", error=True)
         raise SystemExit(130) from None
 
 
@@ -116,7 +124,7 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
         raise ValueError(f"{' '.join(str(error).split())} (--help lists every key)") from None
     config: Any = config_class(**{name: values[name] for name in hints})
     if values["print_config"]:
-        print(json.dumps(asdict(config), indent=2))  # not TOML, which has no null
+        say(json.dumps(asdict(config), indent=2))  # not TOML, which has no null
         raise SystemExit(0)
     return config
 

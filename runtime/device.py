@@ -15,6 +15,7 @@ import torch
 
 from model.gpt import GPT, ModelConfig
 from model.seen import Batch, document_bounds
+from runtime.cli import say
 from runtime.processes import world_size
 
 # FLOP/s of dense bf16 matrix products that the makers state, by the exact name that torch gives the
@@ -97,7 +98,7 @@ def compile_model(model: GPT, mode: Literal["auto", "on", "off"]) -> None:
         reason = f"torch.compile does not work here ({type(error).__name__})"
         if mode == "on":
             raise ValueError(f"run.compile=on: {reason}; use run.compile=off") from None
-        print(f"{reason}; going on without it")
+        say(f"{reason}; going on without it")
         return
     # Not its loop over chunks: each number of chunks would be compiled as another graph.
     model.chunked_loss = torch.compiler.disable(model.chunked_loss)  # type: ignore

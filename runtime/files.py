@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,21 +28,18 @@ def fingerprint(value: Any) -> str:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a temporary file, to be written anew, that replaces `path` in one rename, so that a
-    reader or a crash never meets half a file. Raises ValueError: another process is writing it.
+    reader or a crash never meets half a file.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    if temporary.is_symlink() or temporary.is_fifo():  # somebody put it there
-        temporary.unlink()
-    temporary.touch()
-    with _alone_in(temporary, f"another process is writing {path}"):
-        try:
-            yield temporary
-            with open(temporary, "rb") as f:
-                os.fsync(f.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.touch(exist_ok=False)  # follows no link
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,49 +73,44 @@ def new_directory(path: Path) -> Iterator[Path]:
         temporary.unlink()
     temporary.mkdir(parents=True, exist_ok=True)
     with _alone_in(temporary, f"another process is making {path}"):
-        yield from _filled(temporary, path)
-
-
-def _filled(temporary: Path, path: Path) -> Iterator[Path]:
-    try:
-        for left in temporary.iterdir():  # by a killed process
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~mask)  # safetensors keeps its files to their owner
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-        if path.exists():
-            raise FileExistsError(f"{path} already exists; delete it or choose another name")
-        temporary.rename(path)
-        if os.name == "posix":  # so that the rename survives a power cut
+        try:
+            for left in temporary.iterdir():  # by a killed process
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            yield temporary
+            for file in temporary.iterdir():
+                file.chmod(0o666 & ~_mask())  # safetensors keeps its files to their owner
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+            if path.exists():
+                raise FileExistsError(f"{path} already exists; delete it or choose another name")
+            temporary.rename(path)
             descriptor = os.open(path.parent, os.O_RDONLY)
-            os.fsync(descriptor)
+            os.fsync(descriptor)  # so that the rename survives a power cut
             os.close(descriptor)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _mask() -> int:
+    """The rights that new files lack; they can only be read by setting them."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager
 def _alone_in(folder: Path, otherwise: str) -> Iterator[None]:
-    """Keeps others out of a folder, or a file. Raises ValueError, `otherwise`: one is in it."""
-    if os.name != "posix":  # where folders cannot be locked
-        yield
-        return
-    import fcntl
-
+    """Keeps others out of a folder. Raises ValueError, `otherwise`: one is in it."""
     with contextlib.ExitStack() as stack:
         try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
             stack.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except OSError as error:  # others: of a file system without locks
                 if isinstance(error, BlockingIOError):
                     raise
             renamed = not os.path.samestat(os.fstat(descriptor), folder.stat())
@@ -176,11 +170,11 @@ def at_home(path: str) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parses a JSON file. Raises ValueError, which names it: missing, not UTF-8 or not JSON."""
+    """Parses a JSON file. Raises ValueError, which names it: no file, not UTF-8 or not JSON."""
+    if not path.is_file():  # to read a pipe might take for ever
+        raise ValueError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
     except ValueError as error:  # bad JSON and bad UTF-8 are both ValueErrors
         raise ValueError(f"{path} is not a JSON file: {error}") from None
 

@@ -77,10 +77,12 @@ class Tracker:
         """Logs the metrics of a step, and a table of its samples, unless wandb has that step."""
         if self._run is not None and row["step"] > self._told:
             with self._failure_ends_tracking():
-                table = samples and {
-                    "samples": self._wandb.Table(samples["columns"], samples["rows"])
-                }
-                self._run.log(row | (table or {}))
+                table: Row = {}
+                if samples:
+                    with contextlib.suppress(Exception):  # of a file that somebody edited
+                        made = self._wandb.Table(samples["columns"], samples["rows"])
+                        table = {"samples": made}
+                self._run.log(row | table)
                 self._told = row["step"]
 
     def finish(self, failed: bool) -> None:

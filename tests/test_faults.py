@@ -36,7 +36,7 @@ from tests.conftest import pretrain_config
 from training.checkpoint import load_checkpoint, resume, save_checkpoint
 from training.log import read_metrics
 from training.optim import OptimConfig, build_optimizers
-from training.run import find_checkpoint
+from training.run import set_aside
 
 ROOT = Path(__file__).parents[1]
 BYTE = create_tokenizer("byte", [])
@@ -70,13 +70,6 @@ def sealed_again(folder: Path) -> Path:
 
 
 def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.write_text("mine")
-    (tmp_path / ".a.json.tmp").symlink_to(victim)
-    write_json(tmp_path / "a.json", {"b": 1})
-    assert victim.read_text() == "mine"
-    assert not (tmp_path / "a.json").is_symlink()
-
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "kept").write_text("mine")
@@ -244,12 +237,14 @@ def test_a_checkpoint_without_its_meta_is_set_aside_before_training(
     (tmp_path / "step_000004").mkdir()
     (tmp_path / "step_000004" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "step_000004_mine").mkdir()
-    (tmp_path / "config.json").write_text("{}")
-    assert find_checkpoint(tmp_path, None) is None
-    assert "step_000004.incomplete" in capsys.readouterr().out
+    (tmp_path / "step_000004.incomplete").write_text("of an earlier time")
+    save(tmp_path, *fresh())
+    set_aside(tmp_path)
+    assert "step_000004.incomplete1" in capsys.readouterr().out
     names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["config.json", "step_000004.incomplete", "step_000004_mine"]
-    assert find_checkpoint(tmp_path, None) is None
+    aside = ["step_000004.incomplete", "step_000004.incomplete1"]
+    assert names == ["step_000001", *aside, "step_000004_mine"]
+    set_aside(tmp_path)
     assert not capsys.readouterr().out
 
 
@@ -258,12 +253,12 @@ def test_rows_after_a_damaged_one_are_kept_and_it_is_told(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     rows = [json.dumps({"step": step}) for step in (1, 2, 3)]
-    path.write_text(
-        "\n".join([rows[0], '{"step": 2, "lo', "[1]", "[" * 100_000, *rows[1:], '{"st'])
-    )
+    bad = ['{"step": 2, "lo', "[1]", "[" * 100_000, '{"step": 2, "loss": NaN}']
+    bad.append('{"step": 2, "loss": 1e999}')
+    path.write_text("\n".join((rows[0], *bad, *rows[1:], '{"st')))
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == f"note: {path}, line 2: damaged, left out (3 in all)"
+    assert line == f"note: {path}, line 2: damaged, left out (5 in all)"
 
 
 # ---- signals -------------------------------------------------------------------------------------
@@ -344,14 +339,25 @@ def test_empty_documents_are_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "left out: 2 empty documents" in capsys.readouterr().out
 
 
-def test_a_pipe_where_a_temporary_file_goes_hangs_nobody(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / ".a.json.tmp")
-    code = "import sys; from pathlib import Path; from runtime.files import write_json\n"
-    code += "write_json(Path(sys.argv[1]), [1])"
-    command = [sys.executable, "-c", code, str(tmp_path / "a.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
-    assert done.returncode == 0
-    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+PIPES = """
+import sys
+from pathlib import Path
+from runtime.files import read_meta, write_json
+from training.log import read_metrics
+folder = Path(sys.argv[1])
+assert read_metrics(folder / "metrics.jsonl") == []
+write_json(folder / "metrics.jsonl", [1])
+read_meta(folder)
+"""
+
+
+def test_a_pipe_where_a_file_of_a_run_is_expected_hangs_nobody(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "meta.json"):
+        os.mkfifo(tmp_path / name)
+    command = [sys.executable, "-c", PIPES, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, text=True)
+    assert "meta.json is no file" in done.stderr
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == [1]
 
 
 def test_a_link_is_no_place_for_a_result(tmp_path: Path) -> None:

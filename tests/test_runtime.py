@@ -78,16 +78,28 @@ def test_a_file_to_be_written_is_a_file_or_nothing(tmp_path: Path) -> None:
         check_file("--out", path)
 
 
-def test_of_two_who_write_a_file_the_second_says_so(tmp_path: Path) -> None:
-    with new_file(tmp_path / "a.json") as first:
-        first.write_text("whole")
-        busy = pytest.raises(ValueError, match=r"another process is writing .*a\.json")
-        with busy, new_file(tmp_path / "a.json"):
-            raise AssertionError("both write it")
+def test_of_two_who_write_a_file_each_writes_a_whole_one(tmp_path: Path) -> None:
+    with new_file(tmp_path / "a.json") as first, new_file(tmp_path / "a.json") as second:
+        first.write_text("one")
+        second.write_text("two")
     with pytest.raises(KeyError), new_file(tmp_path / "a.json"):
         raise KeyError
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    assert (tmp_path / "a.json").read_text() == "whole"
+    assert (tmp_path / "a.json").read_text() == "one"  # the inner one ended first
+
+
+def test_a_temporary_file_is_none_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.files.secrets.token_hex", lambda n: "guessed")
+    (tmp_path / "mine").write_text("mine")
+    planted = tmp_path / ".a.json.guessed.tmp"
+    for link in (planted.hardlink_to, planted.symlink_to):
+        link(tmp_path / "mine")
+        with pytest.raises(FileExistsError), new_file(tmp_path / "a.json"):
+            raise AssertionError("it was opened")
+        planted.unlink()
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_loop_of_links_is_an_error_of_the_system(tmp_path: Path) -> None:

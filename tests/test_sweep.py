@@ -213,6 +213,7 @@ def test_stages_that_are_asked_for_are_run_and_shared(
         ('[grid]\n"more.init_from" = ["x"]\n', "more.init_from is the sweep's own to set"),
         ('[grid]\n"qa.asked" = [0.1]\n', "questions = 12, but qa.asked=0.1 has 10 facts"),
         ('[cells]\n"sft.data.examples" = 4\n', "[[cells]]"),
+        (f'[grid]\n"sft.optim.lr" = {[*range(99)]}\n"sft.optim.beta2" = {[*range(99)]}', "9,801"),
         (GRID.replace("[grid]", "labels = 2\n[grid]"), "labels"),
         ("[grid\n", "tiny.toml"),
     ],
@@ -261,6 +262,7 @@ def test_the_shipped_sweeps_are_whole(path: Path, tmp_path: Path) -> None:
         ("seeds = []", "seeds"),
         ("seeds = 1", "seeds"),
         ("seeds = [1, 1]", "twice"),
+        (f"seeds = {[*range(2000)]}", "at most 1000"),
         ("questions = 0", "questions = 0"),
     ],
 )

@@ -44,6 +44,8 @@ class RunConfig:
     """Upload the last checkpoint there."""
 
     def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("run.dir is empty; name a folder")
         object.__setattr__(self, "dir", at_home(self.dir))
         check_range("run.seed", self.seed, f"0 or more and below {2**63}")
         for name in ("loss_chunk", "log_every", "eval_every", "save_every"):

@@ -12,7 +12,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from runtime.cli import shortened, visible
+from runtime.cli import say, shortened, visible
 from runtime.files import write_json, write_text
 from runtime.processes import is_first, world_size
 from runtime.tracking import Tracker
@@ -193,15 +193,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     kill cut short.
     """
     rows, bad = list[dict[str, Any]](), list[int]()
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     lines = text.splitlines(keepends=True)
     for i, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
+            json.dumps(row, allow_nan=False)  # raises of what JSON does not have
             rows.append({**row, "step": int(row["step"])})
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             if i < len(lines) or line.endswith("\n"):
                 bad.append(i)
     if bad:
-        print(f"note: {path}, line {bad[0]}: damaged, left out ({len(bad)} in all)")
+        say(f"note: {path}, line {bad[0]}: damaged, left out ({len(bad)} in all)")
     return rows

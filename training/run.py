@@ -2,11 +2,13 @@
 
 import contextlib
 import gc
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,7 +22,7 @@ from data.sources.read import QA_SUFFIXES
 from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from runtime import device, processes
-from runtime.cli import listed
+from runtime.cli import listed, say
 from runtime.files import checkpoints, is_checkpoint, lock, read_meta, verify_checksums
 from training.checkpoint import resume, save_checkpoint
 from training.config import changes, differences
@@ -74,7 +76,7 @@ class Run:
         """Whether there is nothing left to do, which it says."""
         if self.newest is None or not is_complete(self.newest, self.last_step):
             return False
-        print(f"{self.folder}: complete at step {self.last_step}, nothing to do")
+        say(f"{self.folder}: complete at step {self.last_step}, nothing to do")
         return True
 
     def _take(self) -> None:
@@ -85,6 +87,7 @@ class Run:
                 self._lock.close()
                 what = f"another process was training in {self.folder}"
                 raise ValueError(f"{what}; the same command goes on")
+            set_aside(self.folder)
             self._is_taken = True
 
     def _is_own(self, folder: Path) -> bool:
@@ -151,9 +154,9 @@ class Run:
             step, lowest, last = self.log.overfitted
             path = self.folder / f"step_{step:06d}"
             where = path if path.exists() else f"step {step}, of which no checkpoint was saved"
-            print(f"val_loss was lowest, {lowest:.4f}, at {where}; it is {last:.4f} now")
+            say(f"val_loss was lowest, {lowest:.4f}, at {where}; it is {last:.4f} now")
         if exception[0] is None and processes.any_process(self._signals.number > 0):
-            print(f"stopped at step {self._step} of {self.last_step}; the same command goes on")
+            say(f"stopped at step {self._step} of {self.last_step}; the same command goes on")
             raise SystemExit(128 + (self._signals.number or signal.SIGTERM))
 
     def steps(self) -> Iterator[int]:
@@ -195,16 +198,11 @@ class Run:
             self.rows //= 2
             self._state[0].zero_grad()
             torch.cuda.empty_cache()
-            print(f"out of memory: going on with micro-batches of {self.rows} rows, same step size")
+            say(f"out of memory: going on with micro-batches of {self.rows} rows, same step size")
 
 
 def find_checkpoint(folder: Path, config: Any) -> Path | None:
     """The checkpoint from which a run goes on, or None. Raises ValueError as `Run`."""
-    if processes.is_first():
-        for part in filter(is_checkpoint, folder.glob("step_*")):
-            if not (part / "meta.json").exists():  # copied while it was written: never ours
-                aside = part.rename(part.with_name(f"{part.name}.incomplete"))
-                print(f"{part} has no meta.json, so it is no whole checkpoint: now {aside.name}")
     if steps := checkpoints(folder):
         if changed := changes(read_meta(steps[-1]).get("config"), config):
             what = f"{folder} holds a run with another config: {listed(changed, '; ')}"
@@ -219,3 +217,15 @@ def find_checkpoint(folder: Path, config: Any) -> Path | None:
         if not ours:
             raise ValueError(f"{folder} is not empty and holds no run; give another --run.dir")
     return None
+
+
+def set_aside(folder: Path) -> None:
+    """Renames what has a checkpoint's name and is none, such as a folder that was copied while it
+    was written: its step is to be saved there.
+    """
+    for part in filter(is_checkpoint, folder.glob("step_*")):
+        if not (part / "meta.json").exists():
+            names = (f"{part.name}.incomplete{i or ''}" for i in count())
+            name = next(n for n in names if not os.path.lexists(folder / n))
+            part.rename(folder / name)
+            say(f"{part} has no meta.json, so it is no whole checkpoint: now {name}")

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -23,6 +24,7 @@ import requests
 from rich.markup import escape
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
+from runtime.cli import say
 from runtime.files import fingerprint, full_disk, lock, sha256_file
 
 RETRIES = 5  # failures in a row that bring no byte more than the best before them
@@ -30,6 +32,7 @@ CONNECT = 3  # seconds for a host's name and its connection: who has no network 
 BACKOFF = 1.0  # seconds before the first retry, doubled for each further one
 PATIENCE = 60  # seconds to wait at most where a server names a time
 BLOCK = 1 << 13  # bytes; a cut loses what has come of a block
+ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[\w./~-]*)?")
 PAGES, LISTING = 1000, 1 << 25  # most pages of a listing, and bytes of all: some 90,000 files
 OWN = "(text goes to `python -m data.prepare text FILES`, Q&A to `... qa`)"
 ELSEWHERE = f"set HTTPS_PROXY to a working proxy, or download it with a browser {OWN}"
@@ -56,8 +59,11 @@ class NoAnswer(requests.ConnectionError):
 
 
 def endpoint() -> str:
-    """The hub, or the mirror that HF_ENDPOINT names."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    """The hub, or the mirror that HF_ENDPOINT names. Raises ValueError: it names none."""
+    address = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
+    if not ADDRESS.fullmatch(address):  # which is not shown: a password may stand in it
+        raise ValueError("HF_ENDPOINT is no address such as https://hub.example.org; set it again")
+    return address
 
 
 def hub_files(repo: str, kind: Kind, patterns: Sequence[str]) -> list[RemoteFile]:
@@ -70,7 +76,7 @@ def hub_files(repo: str, kind: Kind, patterns: Sequence[str]) -> list[RemoteFile
         """A page, and the next one's query: no more, as a mirror may name the hub itself there."""
         with _get(f"{tree}?{query}") as response:
             body = b"".join(islice(response.iter_content(BLOCK), room // BLOCK))
-            return body, urlsplit(response.links.get("next", {}).get("url", "")).query
+            return body, response.links.get("next", {}).get("url", "").partition("?")[2]
 
     try:
         while query:
@@ -81,7 +87,7 @@ def hub_files(repo: str, kind: Kind, patterns: Sequence[str]) -> list[RemoteFile
                 raise KeyError(query)  # it would go round, or on, for ever
             for entry in (e for e in json.loads(body) if e["type"] == "file"):
                 name, size = entry["path"], entry["size"]
-                if type(name) is not str or type(size) is not int or size < 0:
+                if type(name) is not str or type(size) is not int or not 0 <= size < 1 << 63:
                     raise TypeError(entry)
                 url, lfs = f"{where}/resolve/main/{quote(name)}", entry.get("lfs") or {}
                 files.append(RemoteFile(name, url, size, lfs.get("oid")))
@@ -131,7 +137,7 @@ def download(files: Sequence[RemoteFile], folder: Path, later: Sequence[Need] = 
                 raise ValueError(f"{what}; give the same command again")
             part.replace(target)
             if bar.disable:
-                print(f"{target}: {file.size:,} bytes", flush=True)
+                say(f"{target}: {file.size:,} bytes")
     return [*targets]
 
 
@@ -190,7 +196,7 @@ def _patiently(work: Callable[[], Any], target: Path | None = None, *, first: bo
             asked = "" if answer is None else answer.headers.get("Retry-After", "")
             wanted = min(int(asked), PATIENCE) if asked.isdecimal() else 0
             pause = max(BACKOFF * 2 ** (failures - 1), wanted)
-            print(f"{_reason(error)}: again in {pause:g} s", flush=True)
+            say(f"{_reason(error)}: again in {pause:g} s")
             time.sleep(pause)
 
 

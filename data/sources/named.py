@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.sources.download import RemoteFile, hub_files
+from runtime.cli import say
 
 ROOT = Path(__file__).resolve().parents[2]
 # Into gpt2 tokens, measured on one core of an AMD EPYC.
@@ -86,13 +87,12 @@ def print_plan(
     named, size = NAMED[name], sum(file.size for file in files)
     folder.mkdir(parents=True, exist_ok=True)
     free, rate = shutil.disk_usage(folder).free, MEGABYTES_PER_SECOND[named.kind]
-    print(
+    say(
         f"{name}: {len(files)} file(s), {in_words(size)} from {named.source} ({named.licence})\n"
         f"disk: about {in_words(size + preparing)} for the download, the token files and "
         f"a scratch copy of them; {in_words(free)} are free\n"
         f"preparing: about {text_bytes(files) / 60e6 / rate / n_cores:.1f} minutes, at {rate} MB/s "
-        f"of text on each of {n_cores} core(s)",
-        flush=True,
+        f"of text on each of {n_cores} core(s)"
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from data.chat import ROLES, Message
-from runtime.cli import listed, visible
+from runtime.cli import listed, say
 
 T = TypeVar("T")
 Rows = Iterator[tuple[str, Any]]  # (place, JSON value); in place of what is not JSON a ValueError
@@ -249,7 +249,7 @@ def read_conversations(
         more = f" (and {n_bad - 1} more bad examples)" if n_bad > 1 else ""
         raise ValueError(f"{bad[0]}{more}; mend it, or `python -m data.prepare qa --skip-bad`")
     for line in [*bad, f"{n_bad:,} of {n_bad + n_good:,} examples"] if n_bad else []:
-        print(visible(f"skipped {line}"))
+        say(f"skipped {line}")
     if not n_good:
         raise ValueError(f"{listed(files)}: no usable example")
 
