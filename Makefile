@@ -1,11 +1,11 @@
-# make quickstart | test | lint | findings | bench | pins | clean. Each makes .venv from the pinned requirements if needed.
+# make quickstart | test | fuzz | lint | findings | bench | pins | clean. Each makes .venv from the pinned requirements if needed.
 PYTHON ?= python3
 BIN := .venv/bin
 # SEED=n: the same with another world and other first weights, in a folder of its own.
 QUICK := out/quickstart$(if $(SEED),-$(SEED))
 OTHER = $(if $(SEED),--run.seed=$(SEED) --data.path=$(QUICK)/data)
 
-.PHONY: quickstart test lint findings bench pins clean
+.PHONY: quickstart test fuzz lint findings bench pins clean
 .DELETE_ON_ERROR:
 
 .venv/runtime: requirements.txt constraints.txt
@@ -28,6 +28,11 @@ quickstart: .venv/runtime
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+# Broken inputs of each kind and command lines by the thousand (`make test` has 500): FUZZ=n of them,
+# FUZZ_SEED=n others. About an hour.
+fuzz: .venv/dev
+	FUZZ=$(or $(FUZZ),10000) $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_commands.py
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """Broken inputs by the thousand: each is read or refused in one line, and none hangs.
 
-FUZZ=10000 python -m pytest tests/test_fuzz.py    that many cases of each kind; FUZZ_SEED=n: others
+make fuzz                    10,000 cases of each kind; FUZZ=n: that many, FUZZ_SEED=n: others
 """
 
 from __future__ import annotations
@@ -62,15 +62,17 @@ def seconds_are_limited() -> Iterator[None]:
 
 def hold(action: Action, case: object, capsys: pytest.CaptureFixture[str]) -> None:
     """Holds one case to the law."""
+    capsys.readouterr()
     signal.alarm(SECONDS)
     try:
         with one_line_errors():
             action()
-    except SystemExit:
-        line = capsys.readouterr().err.rpartition("error: ")[2].rstrip("\n")
-        assert len(line) <= LONGEST, (case, line)
-        assert visible(line) == line, (case, line)
-        assert "\n" not in line, (case, line)
+    except SystemExit as end:
+        out, err = capsys.readouterr()
+        assert end.code == 1, (case, end.code)
+        assert err.startswith("error: "), (case, err)
+        assert err.index("\n") == len(err) - 1 <= LONGEST, (case, err)
+        assert visible(out + err) == out + err, (case, out, err)
     except BaseException as error:
         raise AssertionError(f"{type(error).__name__}: {error!s:.300} of {case!r:.600}") from error
     finally:

@@ -1,7 +1,7 @@
 """Hostile and mistaken command lines of every command: each does its work, or says in one line why
 not and leaves nothing behind.
 
-FUZZ=10000 python -m pytest tests/test_fuzz_commands.py    that many in all; FUZZ_SEED=n: others
+make fuzz                    10,000 of them; FUZZ=n: that many, FUZZ_SEED=n: others
 """
 
 from __future__ import annotations
