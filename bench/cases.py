@@ -14,7 +14,7 @@ import numpy as np
 from data.chat import template_fingerprint
 from data.shards import id_dtype, load_tokens, save_examples, save_tokens, write_folder
 from data.sources.read import read_documents
-from data.tokenizer import CONTROL_TOKENS, Tokenizer
+from data.tokenizer import CONTROL_TOKENS, WORD_PATTERN, Tokenizer
 
 Case = dict[str, Any]
 Figures = dict[str, Any]  # what is measured in one run, by name
@@ -38,7 +38,7 @@ def random_data(out: Path, n_vocab: int, n_tokens: int, lengths: Sequence[int]) 
 
     def fill(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
         ranks = {i.to_bytes(1 + (i > 255)): i for i in range(n_vocab - len(CONTROL_TOKENS))}
-        tokenizer = Tokenizer("bpe", r"[\s\S]", ranks)
+        tokenizer = Tokenizer("bpe", WORD_PATTERN, ranks)
         rng, dtype = np.random.default_rng(1), id_dtype(tokenizer)
         text: dict[str, Any] = {"dtype": dtype.str, "documents": 1, "bytes": 0}
         qa: dict[str, Any] = {"template": template_fingerprint()}

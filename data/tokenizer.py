@@ -105,7 +105,9 @@ class Tokenizer:
             verify_checksums(folder, {RANKS_FILE: meta["files"].get(RANKS_FILE, "")})
             entries = map(bytes.split, (folder / RANKS_FILE).read_bytes().splitlines())
             ranks = {base64.b64decode(token): int(rank) for token, rank in entries}
-            made = cls(meta["tokenizer"]["kind"], meta["tokenizer"]["pattern"], ranks)
+            if (pattern := meta["tokenizer"]["pattern"]) not in (WORD_PATTERN, BYTE_PATTERN):
+                raise ValueError(f"{folder}: its pattern is not ours")  # some make tiktoken panic
+            made = cls(meta["tokenizer"]["kind"], pattern, ranks)
             if made.n_vocab != meta["tokenizer"]["n_vocab"]:
                 raise ValueError(f"{folder}: its vocabulary is not of the size that it notes")
             return made
@@ -131,7 +133,7 @@ def create_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:
                 f"({type(error).__name__}). Set HTTPS_PROXY to a working proxy, TIKTOKEN_CACHE_DIR "
                 "to a folder that holds it, or use --tokenizer bpe:4096, which needs no download"
             ) from None
-        return Tokenizer("gpt2", gpt2._pat_str, gpt2._mergeable_ranks)
+        return Tokenizer("gpt2", WORD_PATTERN, gpt2._mergeable_ranks)
     name, _, size = spec.partition(":")
     if name != "bpe" or not size.isascii() or not size.isdecimal() or int(size) > 1_000_000:
         raise ValueError(f"unknown tokenizer {spec!r}; use gpt2, byte, or bpe:N such as bpe:4096")

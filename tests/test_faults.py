@@ -223,6 +223,15 @@ def test_a_state_that_is_not_ours_is_one_line(
 # ---- folders and logs ----------------------------------------------------------------------------
 
 
+def test_a_pattern_of_somebody_elses_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, *fresh())
+    meta = read_meta(path)
+    meta["tokenizer"]["pattern"] = r"(?:(a|a?)+\1)+(?!c)b$"  # a text of a's is a panic in tiktoken
+    write_meta(path, meta)
+    with pytest.raises(ValueError, match="its pattern is not ours"):
+        load_checkpoint(path)
+
+
 def test_a_copy_of_a_checkpoint_is_none(tmp_path: Path) -> None:
     path = save(tmp_path, *fresh())
     for name in ("step_000005_backup", "step_", "step_abc", "step_٣"):
