@@ -72,7 +72,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     if temporary.is_symlink():  # somebody put it there
         temporary.unlink()
     temporary.mkdir(parents=True, exist_ok=True)
-    with _alone_in(temporary, f"another process is making {path}"):
+    with _alone(temporary, os.O_RDONLY, f"another process is making {path}"):
         try:
             for left in temporary.iterdir():  # by a killed process
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -102,21 +102,34 @@ def _mask() -> int:
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path, otherwise: str) -> Iterator[None]:
-    """Keeps others out of a folder. Raises ValueError, `otherwise`: one is in it."""
+def lock(folder: Path, doing: str) -> Iterator[None]:
+    """Makes a folder this process's own for a while, by a file .lock in it. Raises ValueError:
+    another process holds it; `doing` says for what, as in "downloading into".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of a file that can be written, since NFS locks no others.
+    with _alone(folder / ".lock", os.O_RDWR | os.O_CREAT, f"another process is {doing} {folder}"):
+        yield
+
+
+@contextlib.contextmanager
+def _alone(path: Path, flags: int, otherwise: str) -> Iterator[None]:
+    """Holds a file or a folder for this process alone. Raises ValueError, `otherwise`: another one
+    has it, or has had it and given it another name.
+    """
     with contextlib.ExitStack() as stack:
         try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o666)
             stack.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:  # others: of a file system without locks
+            except OSError as error:  # without locks it works unguarded rather than not at all
                 if isinstance(error, BlockingIOError):
                     raise
-            renamed = not os.path.samestat(os.fstat(descriptor), folder.stat())
+            moved = not os.path.samestat(os.fstat(descriptor), path.stat())
         except (BlockingIOError, FileNotFoundError):
-            renamed = True
-        if renamed:
+            moved = True
+        if moved:
             raise ValueError(otherwise)
         yield
 
@@ -131,25 +144,6 @@ def full_disk(path: Path) -> Iterator[None]:
             raise
         what = f"{path}: the disk is full; make room and give the same command again"
         raise ValueError(what) from None
-
-
-@contextlib.contextmanager
-def lock(folder: Path, doing: str) -> Iterator[None]:
-    """Makes a folder this process's own for a while, by a file .lock in it. Raises ValueError:
-    another process holds it; `doing` says for what, as in "downloading into".
-    """
-    from filelock import FileLock, Timeout  # takes a while to import
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(FileLock(folder / ".lock", blocking=False, fallback_to_soft=False))
-        except Timeout:
-            raise ValueError(f"another process is {doing} {folder}") from None
-        except OSError as error:
-            if error.filename:  # .lock cannot be opened, or is a link that somebody put there
-                raise  # else a file system without locks: work unguarded rather than not at all
-        yield
 
 
 @contextlib.contextmanager
