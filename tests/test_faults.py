@@ -36,7 +36,7 @@ from tests.conftest import pretrain_config
 from training.checkpoint import load_checkpoint, resume, save_checkpoint
 from training.log import read_metrics
 from training.optim import OptimConfig, build_optimizers
-from training.run import set_aside
+from training.run import tidy
 
 ROOT = Path(__file__).parents[1]
 BYTE = create_tokenizer("byte", [])
@@ -240,20 +240,23 @@ def test_a_copy_of_a_checkpoint_is_none(tmp_path: Path) -> None:
         path = tmp_path / name
 
 
-def test_a_checkpoint_without_its_meta_is_set_aside_before_training(
+def test_a_checkpoint_without_its_meta_is_tidy_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "step_000004").mkdir()
     (tmp_path / "step_000004" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "step_000004_mine").mkdir()
     (tmp_path / "step_000004.incomplete").write_text("of an earlier time")
+    (tmp_path / ".step_000003.tmp").mkdir()
+    (tmp_path / ".step_000003.tmp" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".config.json.0123abcd.tmp").write_text("{")
     save(tmp_path, *fresh())
-    set_aside(tmp_path)
+    tidy(tmp_path)
     assert "step_000004.incomplete1" in capsys.readouterr().out
     names = sorted(p.name for p in tmp_path.iterdir())
     aside = ["step_000004.incomplete", "step_000004.incomplete1"]
     assert names == ["step_000001", *aside, "step_000004_mine"]
-    set_aside(tmp_path)
+    tidy(tmp_path)
     assert not capsys.readouterr().out
 
 

@@ -87,7 +87,7 @@ class Run:
                 self._lock.close()
                 what = f"another process was training in {self.folder}"
                 raise ValueError(f"{what}; the same command goes on")
-            set_aside(self.folder)
+            tidy(self.folder)
             self._is_taken = True
 
     def _is_own(self, folder: Path) -> bool:
@@ -219,10 +219,13 @@ def find_checkpoint(folder: Path, config: Any) -> Path | None:
     return None
 
 
-def set_aside(folder: Path) -> None:
-    """Renames what has a checkpoint's name and is none, such as a folder that was copied while it
-    was written: its step is to be saved there.
+def tidy(folder: Path) -> None:
+    """Deletes what a killed process left half written in a run's folder. Renames what has a
+    checkpoint's name and is none, such as a folder that was copied while it was written: its step
+    is to be saved there.
     """
+    for left in folder.glob(".*.tmp"):
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     for part in filter(is_checkpoint, folder.glob("step_*")):
         if not (part / "meta.json").exists():
             names = (f"{part.name}.incomplete{i or ''}" for i in count())
