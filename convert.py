@@ -26,9 +26,9 @@ from hf.architecture import export_config, export_weights, import_weights, read_
 from hf.tokenizer import export_tokenizer, import_tokenizer, marked
 from model.gpt import GPT, ModelConfig
 from runtime.cli import Parser, one_line_errors, say
-from runtime.device import environment
+from runtime.device import check_size, environment
 from runtime.files import new_directory, read_json, sha256_file, write_json
-from training.checkpoint import load_checkpoint, save_checkpoint, writing
+from training.checkpoint import check_meta, load_checkpoint, save_checkpoint, writing
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ORIGIN_FILE = "diptych.json"  # in an export: what its checkpoint's meta.json said
@@ -53,11 +53,16 @@ def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | 
             meta, config = origin["meta"], ModelConfig(**origin["meta"]["model"])
             if meta["kind"] not in ("base", "instruct"):
                 raise ValueError(f"its {ORIGIN_FILE} names an unknown kind")
+            check_meta(meta, f"its {ORIGIN_FILE}")
         else:
             meta = {"kind": "base", "config": {"data": {"path": None}}, "prepared": {}}
             meta |= {"data": {"fingerprint": None}, "environment": environment(torch.device("cpu"))}
         if dropout is not None:
             config = replace(config, dropout=dropout)
+        check_size(config, tokenizer.n_vocab)
+        sizes = sum(f.stat().st_size for f in folder.glob("model*.safetensors"))
+        if 0 < sizes < config.n_layer * config.n_embd**2:
+            raise ValueError("its config.json asks for more weights than its files hold")
         model = GPT(config, tokenizer.n_vocab)
         import_weights(model, folder, n_known)
     meta = meta | {"imported": {"from": source, "files": files}}
@@ -90,7 +95,14 @@ def _importing(folder: Path) -> Iterator[None]:
     """Names the folder in whose files something is not what it should be."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         reason, kind = next(iter(str(error).splitlines()), ""), type(error).__name__
         if not isinstance(error, ValueError):
             reason = f"something in its files is not as in a GPT-2's ({kind}: {reason or kind})"

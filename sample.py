@@ -14,7 +14,7 @@ from rich.text import Text
 from data.chat import Message, raw_prompt, render_prompt
 from data.fitting import recent_turns
 from model.generate import Sampling, generate
-from runtime.cli import Parser, one_line_errors, say, visible
+from runtime.cli import Parser, one_line_errors, read_text, say, visible
 from runtime.files import check_file, write_json
 from training.checkpoint import Checkpoint, load_pair
 
@@ -108,7 +108,7 @@ def chat(console: Console, base: Checkpoint, instruct: Checkpoint, how: Sampling
     while True:
         try:
             prompt = input("you> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: there is no input at all
             say()
             return results
         if prompt == "/reset":
@@ -121,7 +121,7 @@ def chat(console: Console, base: Checkpoint, instruct: Checkpoint, how: Sampling
 def read_prompts(file: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises ValueError: not UTF-8, or all blank."""
     try:
-        prompts = [p for p in file.read_text(encoding="utf-8-sig").splitlines() if p.strip()]
+        prompts = [p for p in read_text(file).splitlines() if p.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not UTF-8 text") from None
     if not prompts:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import BENCHES
-from runtime.files import as_ours, read_json
+from runtime.files import as_ours, check_file, read_json, write_text
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 Row = dict[str, Any]
@@ -77,8 +77,8 @@ def write_page(folder: Path, page: Path) -> None:
     """Replaces the generated part of a page. Raises ValueError: there are no results, or others
     than ours, or the page has not both marks, in order.
     """
-    files = [f for f in sorted(folder.glob("*.json")) if "-quick" not in f.name]
-    if not files:
+    check_file("--page", page)
+    if not (files := [f for f in sorted(folder.glob("*.json")) if "-quick" not in f.name]):
         raise ValueError(f"{folder} holds no results; run python -m bench train, ... first")
     text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
@@ -87,5 +87,5 @@ def write_page(folder: Path, page: Path) -> None:
         raise ValueError(f"{page.name} needs the lines {BEGIN} and {END}, in this order")
     with as_ours(folder):
         tables = render([read_json(f) for f in files])
-    page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
+    write_text(page, f"{before}{BEGIN}\n{tables}\n{END}{after}")
     print(f"written: {page.name}, from {len(files)} results")

@@ -214,6 +214,7 @@ def main() -> None:
         check_range("--val-fraction", a["val_fraction"], "above 0 and below 1")
         check_range("--files", a.get("n_files"), "1 or more")
         check_range("--seed", a["seed"], "0 or more")
+        check_range("--inspect", shown, "0 or more")
         if command == "fetch" and (a.pop("list") or not a["name"]):
             from data.sources.named import print_names
 

@@ -322,7 +322,8 @@ def check_folder(out: Path, request: Meta) -> Meta | None:
         return None
     meta = files.read_meta(out)
     # Older worlds have the template beside their request.
-    old = {"template": meta.get("qa", {}).get("template"), **meta.get("request", {})}
+    with files.as_ours(out):
+        old = {"template": meta.get("qa", {}).get("template"), **meta.get("request", {})}
     if keys := [k for k in {**old, **request} if not _agree(old.get(k), request.get(k))]:
         what = f"{out} holds data made from other inputs ({', '.join(keys)})"
         raise ValueError(f"{what}; delete it or choose another folder")

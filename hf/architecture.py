@@ -134,7 +134,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
         dropout=float(theirs.get(keys["dropout"].split()[0], 0.0)),
         activation=ours[given],
         tie_embeddings=tied,
-        logit_softcap=0.0 if gpt2 else theirs.get("final_logit_softcapping", 15.0) or 0.0,
+        logit_softcap=0.0 if gpt2 else float(theirs.get("final_logit_softcapping", 15.0) or 0.0),
     )
     unread = (keys["activation"], "architectures", "dtype", *keys["dropout"].split())
     expected = export_config(config, theirs["vocab_size"]) | {k: theirs.get(k) for k in unread}

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def run(names: list[str], out: Path, page: Path, device: str) -> None:
         text = fill(page.read_text(encoding="utf-8"), {name: markdown(table)})
         for picture in folder.glob("*.svg"):
             if f"/{name}_{picture.name})" in text:
-                shutil.copy(picture, kept / f"{name}_{picture.name}")
+                write_text(kept / f"{name}_{picture.name}", picture.read_text(encoding="utf-8"))
         write_text(page, text)
         done.append(table)
         say(f"hours so far, one process: {hours(done):.1f}")

@@ -28,7 +28,7 @@ from lab.questions import facts_of, openings
 from lab.stats import lines, pool, to_json
 from runtime.cli import Parser, one_line_errors, say
 from runtime.device import environment
-from runtime.files import check_file, fingerprint, sha256_file, write_json
+from runtime.files import as_ours, check_file, fingerprint, sha256_file, write_json
 from training.checkpoint import Checkpoint, identity, load_pair
 from training.run import PREPARED_QA
 
@@ -130,7 +130,7 @@ def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
     prepared, tuned_on = base.meta["prepared"], instruct.meta["prepared"]
     # Of all files: how runs before 2026-11-22 noted it.
     known_as = (identity(base.meta), fingerprint(base.meta["files"]))
-    tuned_from_it = instruct.meta["base"]["fingerprint"] in known_as
+    tuned_from_it = instruct.meta["base"].get("fingerprint") in known_as
     if "world" not in prepared:
         if not tuned_from_it:
             note = "was not tuned from this base: the change between their weights means little"
@@ -138,8 +138,9 @@ def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
         return None
     if not tuned_from_it:
         raise ValueError(f"{instruct.path} was not tuned from {base.path}, but from another base")
-    world = World(WorldConfig(**prepared["world"]))
-    if world.fingerprint != prepared["world_fingerprint"]:
+    with as_ours(base.path):
+        world = World(WorldConfig(**prepared["world"]))
+    if world.fingerprint != prepared.get("world_fingerprint"):
         raise ValueError(
             "data/world.py has changed since these checkpoints were trained, so what they learned "
             "can no longer be told right from wrong; make the data and train again"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import re
 import time
 from dataclasses import asdict
@@ -42,17 +43,17 @@ from model.generate import Sampling
 from runtime.cli import one_line_errors, say
 from runtime.device import environment
 from runtime.files import (
+    as_ours,
     check_file,
     fingerprint,
     read_json,
     read_meta,
-    resolve_checkpoint,
     sha256_file,
     write_json,
     write_text,
 )
 from sample import COLUMNS, Conversation, Reply, show
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, read_checkpoint
 from training.log import read_metrics
 
 # Each instrument, and of how many of --questions it uses one.
@@ -260,11 +261,11 @@ def run(a: argparse.Namespace) -> None:
     if a.questions < 1:
         raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
     paths = pairs_of(a)
-    metas = [read_meta(resolve_checkpoint(path)) for pair in paths for path in pair]
-    texts = [text_at(m.get("config", {}).get("data", {}).get("path") or "") for m in metas]
+    metas = [read_checkpoint(path)[1] for pair in paths for path in pair]
+    texts = [text_at(m["config"]["data"].get("path") or "") for m in metas]
     asked = None if a.qa is None else sorted(sha256_file(f) for f in qa_files(a.qa))
     code = [measured_by(), sha256_file(Path(__file__))]
-    files = [m.get("files") for m in metas]
+    files = [m["files"] for m in metas]
     made_from = fingerprint([files, a.questions, asked, texts, a.device, code])
     path = a.out / "report.json"
     try:
@@ -278,14 +279,15 @@ def run(a: argparse.Namespace) -> None:
         a.out.mkdir(parents=True, exist_ok=True)
         report = {"made_from": made_from, **make_report(pairs, a.questions)}
         write_json(path, report)
-    write_page(report, a.out / "report.html")
     console = Console(record=a.svg is not None, width=100 if a.svg else None)
-    print_report(report, console)
+    with contextlib.nullcontext() if stale else as_ours(path):
+        write_page(report, a.out / "report.html")
+        print_report(report, console)
     if a.svg is not None:
         picture = console.export_svg(title="make quickstart")
         # Without its fonts from the network: it must look the same offline.
         picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
-        a.svg.write_text(picture, encoding="utf-8")
+        write_text(a.svg, picture)
     say(f"the whole report, to be opened in a browser: {a.out / 'report.html'}")
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import io
 import itertools
 import json
 import math
@@ -63,11 +64,11 @@ from lab.qa import asked_about, conversations, strangers_taught
 from lab.questions import draw, openings
 from lab.shift import shift
 from lab.stats import Share, difference, pool, to_json
-from lab.tables import markdown, named_cells
+from lab.tables import markdown, named_cells, problem_of
 from lab.trace import trace
 from lab.weights import weights
 from runtime import files
-from runtime.cli import Parser, listed, one_line_errors, parse_config, say
+from runtime.cli import Parser, listed, one_line_errors, parse_config, read_text, say
 from runtime.device import environment, pick_device
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
@@ -105,13 +106,16 @@ def read_sweep(path: Path) -> dict[str, Any]:
         ValueError: it is missing, is not TOML, or has keys that mean nothing here.
     """
     try:
-        spec = tomllib.loads(path.read_text(encoding="utf-8"))
+        spec = tomllib.loads(read_text(path))
+        json.dumps(spec)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # the last: a date, which JSON does not have
         raise ValueError(f"{path}: {error}") from None
-    if not spec:
-        raise ValueError(f"{path} holds no key; configs/sweeps has examples")
+    if not spec or not isinstance(spec.get("about", ""), str):
+        raise ValueError(
+            f"{path} holds no key, or no text under about; configs/sweeps has examples"
+        )
     defaults: dict[str, Any] = {"about": "", "seeds": [1], "questions": 200}
     spec = defaults | spec
     own = ("about", "seeds", "labels", "questions", "grid", "cells", "instruments", "tables")
@@ -150,8 +154,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
             )
     tables = spec.get("tables", [])
     for wanted in tables if isinstance(tables, list) else [tables]:
-        if not isinstance(wanted, dict) or not isinstance(wanted.get("columns", {}), dict):
-            raise ValueError(f"{path}: tables are [[tables]], columns of theirs {{label = path}}")
+        if problem := problem_of(wanted):
+            raise ValueError(f"{path}: [[tables]]: {problem}")
     fixed = [f"{stage}.{key}" for stage in STAGES for key in spec.get(stage, {})]
     for key in (*fixed, *(key for cell in cells_of(spec) for key in cell)):
         stage, _, name = key.partition(".")
@@ -324,8 +328,9 @@ def cached_row(
         path.parent.mkdir(parents=True, exist_ok=True)
         found = measure_row(pair, n, known, strangers)
         files.write_json(path, {k: [s.hits, s.n, s.flags] for k, s in found.items()})
-    rows = files.read_json(path).items()
-    return {k: Share(hits, n, (), tuple(map(tuple, flags))) for k, (hits, n, flags) in rows}
+    with files.as_ours(path):
+        rows = files.read_json(path).items()
+        return {k: Share(hits, n, (), tuple(map(tuple, flags))) for k, (hits, n, flags) in rows}
 
 
 def run(path: Path, out: Path, device: str) -> Path:
@@ -359,7 +364,8 @@ def run(path: Path, out: Path, device: str) -> Path:
         [asked, made_of, device, measured_by(), files.sha256_file(Path(__file__))]
     )
     if (table := made_before(folder / "table.json", made_from)) is not None:
-        write_tables(folder, table | {"about": spec["about"], "spec": spec})
+        with files.as_ours(folder / "table.json"):
+            write_tables(folder, table | {"about": spec["about"], "spec": spec})
         return folder
     say(f"== measuring {len(runs)} runs")
     begin = time.perf_counter()
@@ -467,20 +473,21 @@ def write_tables(folder: Path, table: dict[str, Any]) -> None:
     files.write_text(folder / "tables.md", "\n\n".join(markdown(table)) + "\n")
     keys = list(dict.fromkeys(key for cell in table["cells"] for key in cell["cell"]))
     figures = [key for key in table["runs"][0] if key not in ("cell", "seed", "replayed")]
-    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow([*keys, "seed", "replayed", *figures])
-        for run in table["runs"]:
-            shares = (run[key]["share"] for key in figures)
-            texts = ["" if share is None else f"{share:.4f}" for share in shares]
-            writer.writerow(
-                [*(run["cell"].get(k, "") for k in keys), run["seed"], run["replayed"], *texts]
-            )
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow([*keys, "seed", "replayed", *figures])
+    for run in table["runs"]:
+        shares = (run[key]["share"] for key in figures)
+        texts = ["" if share is None else f"{share:.4f}" for share in shares]
+        writer.writerow(
+            [*(run["cell"].get(k, "") for k in keys), run["seed"], run["replayed"], *texts]
+        )
+    files.write_text(folder / "table.csv", lines.getvalue())
     for name, text in {
         "picture": sweep_plot(table),
         **instrument_plots(named_cells(table)),
     }.items():
-        (folder / f"{name}.svg").write_text(text, encoding="utf-8")
+        files.write_text(folder / f"{name}.svg", text)
 
 
 def same_questions(a: Share, b: Share) -> bool:

@@ -42,6 +42,20 @@ def markdown(table: dict[str, Any]) -> list[str]:
     return [made(named_cells(table), wanted) for wanted in table["spec"].get("tables", [])]
 
 
+def problem_of(wanted: Any) -> str:
+    """What is wrong with the shape of an entry of `[[tables]]`; empty if nothing."""
+    if not isinstance(wanted, dict):
+        return f"{wanted!r:.40} is no table"
+    for key in ("columns", "rows"):
+        paths = wanted.get(key, {})
+        if not isinstance(paths, dict) or not all(isinstance(p, str) for p in paths.values()):
+            return f"{key} = {paths!r:.40}; they are {{label = path}}"
+    for key in ("of", "columns_of"):
+        if not isinstance(wanted.get(key, ""), str):
+            return f"{key} = {wanted[key]!r:.40}; it is a path"
+    return ""
+
+
 def named_cells(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The cells of a sweep by their labels, or by their keys if it gives none."""
     cells = table["cells"]
@@ -73,7 +87,7 @@ def made(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> str:
             if "columns_of" in wanted:
                 columns = {key: key.replace(".", ":") for key in at(cell, wanted["columns_of"])}
             rows = [
-                [label, *(figure(at(cell, path.format(c))) for c in columns.values())]
+                [label, *(figure(at(cell, path.replace("{}", c))) for c in columns.values())]
                 for label, path in wanted["rows"].items()
             ]
         title = f"{name}:\n\n" if len(cells) > 1 else ""

@@ -294,7 +294,7 @@ def main() -> None:
         pair = load_pair(a.base, a.instruct, a.device, to_sample=True)
         try:
             listening = socket.create_server((a.host, a.port))
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, TypeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(
                 f"cannot listen at --host {a.host} --port {a.port}: {reason}"

@@ -72,7 +72,9 @@ class Parser(ArgumentParser):
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns a user's mistake into one line and exit code 1; a bug keeps its traceback."""
-    for stream in (sys.stdout, sys.stderr):  # a file's name may not be what they can write
+    for name in ("stdout", "stderr"):  # which may be closed, or not write every file's name
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -120,7 +122,7 @@ def parse_config(config_class: type[T], argv: list[str] | None = None, about: st
     args = _read_files(sys.argv[1:] if argv is None else argv, kinds)
     try:
         values = vars(parser.instantiate(parser.parse_args(args)))
-    except jsonargparse.ArgumentError as error:
+    except (jsonargparse.ArgumentError, ArithmeticError) as error:  # or a number beyond all floats
         raise ValueError(f"{' '.join(str(error).split())} (--help lists every key)") from None
     config: Any = config_class(**{name: values[name] for name in hints})
     if values["print_config"]:
@@ -192,12 +194,30 @@ def _read_files(argv: list[str], kinds: dict[str, Any]) -> list[str]:
 def _load(option: str, value: str, kind: Any) -> str:
     """What a file of TOML or JSON holds, checked, as JSON; a value that is JSON stands for one."""
     try:
-        text = value if value.startswith("{") else Path(value).read_text(encoding="utf-8-sig")
-        data: Any = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+        text = value if value.startswith("{") else read_text(Path(value))
+        is_json = text.lstrip().startswith("{")
+        data: Any = json.loads(text, object_pairs_hook=_once) if is_json else tomllib.loads(text)
         _check_keys(data, kind)
     except (OSError, ValueError) as error:  # no such file, not UTF-8, not TOML, a wrong key, ...
         raise ValueError(f"{option} {value}: {getattr(error, 'strerror', None) or error}") from None
     return json.dumps(data)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which a key stands once, as in TOML."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key stands twice among {listed(key for key, _ in pairs)}")
+    return found
+
+
+def read_text(file: Path) -> str:
+    """A file that people write. Raises ValueError: not UTF-8, or of more than 16 MB."""
+    with open(file, encoding="utf-8-sig") as f:
+        text = f.read(1 << 24)
+        if f.read(1):
+            raise ValueError(f"{file} is larger than what people write")
+    return text
 
 
 def _check_keys(data: Any, kind: Any, section: str = "") -> None:

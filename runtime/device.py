@@ -7,6 +7,7 @@ import platform
 import signal
 import stat
 import subprocess
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Self
@@ -38,9 +39,10 @@ def pick_device(name: str) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # also to refuse "meta", which computes nothing
-    except (RuntimeError, AssertionError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of names that torch has given up
+            device = torch.device(name)
+            torch.zeros(1, device=device).item()  # also to refuse "meta", which computes nothing
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} is not available here ({reason})") from None
     return device

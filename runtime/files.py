@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -15,7 +16,9 @@ from typing import Any
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes, read as a stream."""
+    """Hex digest of a file's bytes, read as a stream. Raises ValueError: it is no file."""
+    if not path.is_file():  # to read a pipe might take for ever
+        raise ValueError(f"{path} is no file" if path.exists() else f"{path} not found")
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -30,7 +33,7 @@ def new_file(path: Path) -> Iterator[Path]:
     """Yields a temporary file, to be written anew, that replaces `path` in one rename, so that a
     reader or a crash never meets half a file.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     temporary.touch(exist_ok=False)  # follows no link
     try:
         yield temporary
@@ -68,14 +71,13 @@ def new_directory(path: Path) -> Iterator[Path]:
     FileExistsError: `path` exists and is not empty. Raises ValueError: another process makes it.
     """
     path = Path(os.path.realpath(path))  # resolve() raises of a loop of links
-    temporary = path.with_name(f".{path.name}.tmp")
-    if temporary.is_symlink():  # somebody put it there
-        temporary.unlink()
-    temporary.mkdir(parents=True, exist_ok=True)
-    with _alone(temporary, os.O_RDONLY, f"another process is making {path}"):
+    temporary, busy = _temporary(path), f"another process is making {path}"
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with _alone(left, os.O_DIRECTORY, busy):  # else a killed one was
+            shutil.rmtree(left)
+    temporary.mkdir(parents=True)
+    with _alone(temporary, os.O_DIRECTORY, busy):
         try:
-            for left in temporary.iterdir():  # by a killed process
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             yield temporary
             for file in temporary.iterdir():
                 file.chmod(0o666 & ~_mask())  # safetensors keeps its files to their owner
@@ -92,6 +94,11 @@ def new_directory(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _temporary(path: Path) -> Path:
+    """The name of something new beside a path."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _mask() -> int:
@@ -196,13 +203,18 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first (a folder counts once its rename happened)."""
-    found = [p for p in run_dir.glob("step_*") if (p / "meta.json").exists()]
-    return sorted(filter(is_checkpoint, found), key=lambda p: (len(p.name), p.name))
+    found = filter(is_checkpoint, run_dir.iterdir() if run_dir.is_dir() else ())
+    return sorted((p for p in found if (p / "meta.json").exists()), key=step_of)
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder has the name of a checkpoint; a copy of one has another."""
-    return re.fullmatch(r"step_\d+", path.name, re.ASCII) is not None
+    return re.fullmatch(r"step_(\d{6}|[1-9]\d{6,17})", path.name, re.ASCII) is not None
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(path.name.removeprefix("step_"))
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

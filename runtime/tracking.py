@@ -47,7 +47,8 @@ class Tracker:
         import wandb  # slow, so only where it is used
 
         self._wandb, unfinished, online = wandb, self._state["open"], self._config.wandb == "online"
-        if unfinished and re.fullmatch(r"offline-run-[\w-]+", unfinished):
+        ours = not (self._folder / "wandb").is_symlink()
+        if ours and unfinished and re.fullmatch(r"offline-run-[\w-]+", unfinished):
             shutil.rmtree(self._folder / "wandb" / unfinished, ignore_errors=True)  # logged again
         options: dict[str, Any] = {"resume": "allow", "reinit": "create_new", "settings": TIMEOUTS}
         options |= {"project": self._config.wandb_project, "name": self._folder.name}

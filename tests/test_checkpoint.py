@@ -26,7 +26,8 @@ from training.step import train_step
 
 ROOT = Path(__file__).parent.parent
 BYTE = create_tokenizer("byte", [])
-META = {"kind": "base", "data": {"fingerprint": "a"}}
+META = {"kind": "base", "data": {"fingerprint": "a"}, "config": {"data": {}}}
+META |= {"prepared": {}, "environment": {}}
 METRICS = {"step": 1, "loss": 2.5}
 CONFIG = {"optim": {"lr": 0.1, "steps": 9}, "run": {"dir": "out/x", "seed": 1}}
 Optimizers = list[torch.optim.Optimizer]
@@ -107,7 +108,7 @@ def test_a_checkpoint_is_whole_or_absent(
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    stale = tmp_path / ".step_000002.tmp"
+    stale = tmp_path / ".step_000002.0123abcd.tmp"
     stale.mkdir()
     (stale / "junk").write_text("half")
     path = save(tmp_path, 2)

@@ -105,6 +105,9 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_it(
         ('{"data": {"path": "p"}, "run": {"dir": "d"}, "model": null}', "model"),
         ('{"data": {"path": "p"}, "run": {"dir": "d"}, "model": ["gpt2"]}', "model"),
         ('{"data.path": "p", "run": {"dir": "d"}}', "data.path"),
+        ('{"data": {"path": "p"}, "run": {"dir": "d"}, "data": {}}', "a key stands twice"),
+        (TOML.replace("lr = 0.5", f"lr = 1{'0' * 400}"), "too large"),
+        ("#" * (1 << 25), "larger than what people write"),
         ("", "data.path"),
     ],
 )

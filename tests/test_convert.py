@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lab import report
 from lab.pair import open_pair
 from model.generate import Sampling, generate
 from model.gpt import GPT, RECIPES, ModelConfig
+from runtime.files import sha256_file
 from tests.conftest import GPT2_CACHE, Fails, sft_config
 from tests.hub import Hub
 from training.checkpoint import Checkpoint, load_checkpoint, load_pair, save_checkpoint
@@ -82,6 +83,7 @@ def make_checkpoint(
         for head in (model.wte.weight, model.lm_head.weight):
             head[tokenizer.n_vocab :] = 0.0  # as it is from the first step on
     meta = {"kind": kind, "config": {"data": {"path": None}}, "prepared": {}, "data": {"x": 1}}
+    meta |= {"environment": {}, "base": {}, "template": "t"}
     path = save_checkpoint(folder / "run", model, [], tokenizer, meta, 7, {"val_loss": 1.5})
     return load_checkpoint(path)
 
@@ -484,6 +486,20 @@ def configured(**values: Any) -> Callable[[Path], None]:
     return change
 
 
+def described(**values: Any) -> Callable[[Path], None]:
+    """Says of an export what its checkpoint's meta.json said."""
+
+    def change(folder: Path) -> None:
+        weights = {"model.safetensors": sha256_file(folder / "model.safetensors")}
+        sizes = asdict(ModelConfig("gpt2", n_layer=2, n_head=2, n_embd=32, block_size=64))
+        meta = {"kind": "base", "step": 1, "vocab_size": 9, "model": sizes, "metrics": {}}
+        meta |= {"config": {"data": {}}, "prepared": {}, "tokenizer": {}, "files": {}}
+        meta |= {"environment": {}, **values}
+        (folder / "diptych.json").write_text(json.dumps({"weights": weights, "meta": meta}))
+
+    return change
+
+
 def tokenizer_with(**values: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         made = json.loads((folder / "tokenizer.json").read_text())
@@ -563,7 +579,13 @@ def a_list(folder: Path) -> None:
         (configured(resid_pdrop=None), "TypeError"),
         (configured(activation_function=["gelu"]), "TypeError"),
         (configured(tie_word_embeddings="0.1"), "neither true nor false"),
-        (configured(n_positions=10**15), "RuntimeError"),
+        (configured(n_positions=10**15), "this machine has"),
+        (configured(n_positions=10**30), "this machine has"),
+        (configured(n_layer=4096), "more weights than its files hold"),
+        (configured(resid_pdrop=10**400), "OverflowError"),
+        (described(step="x"), "step is missing"),
+        (described(metrics=5), "metrics is missing"),
+        (described(config=None), "config is missing"),
         (lambda folder: (folder / "diptych.json").write_text("[]"), "AttributeError"),
         (no_json, "not a JSON file"),
         (a_list, "not the config of a model"),

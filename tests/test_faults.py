@@ -36,7 +36,7 @@ from tests.conftest import pretrain_config
 from training.checkpoint import load_checkpoint, resume, save_checkpoint
 from training.log import read_metrics
 from training.optim import OptimConfig, build_optimizers
-from training.run import tidy
+from training.run import find_checkpoint, tidy
 
 ROOT = Path(__file__).parents[1]
 BYTE = create_tokenizer("byte", [])
@@ -55,7 +55,8 @@ def fresh() -> tuple[GPT, list[torch.optim.Optimizer]]:
 
 
 def save(run: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step: int = 1) -> Path:
-    return save_checkpoint(run, model, optimizers, BYTE, {"kind": "base"}, step, {"step": step})
+    meta = {"kind": "base", "config": {"data": {}}, "prepared": {}, "environment": {}}
+    return save_checkpoint(run, model, optimizers, BYTE, meta, step, {"step": step})
 
 
 def sealed_again(folder: Path) -> Path:
@@ -73,11 +74,19 @@ def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "kept").write_text("mine")
-    (tmp_path / ".new.tmp").symlink_to(folder)
+    (tmp_path / ".new.0123abcd.tmp").symlink_to(folder)
+    with pytest.raises(OSError, match="0123abcd"), new_directory(tmp_path / "new"):
+        raise AssertionError("it was taken for what a killed process left")
+    assert [p.name for p in folder.iterdir()] == ["kept"]
+
+
+def test_a_folder_of_somebody_elses_beside_a_new_one_is_left_alone(tmp_path: Path) -> None:
+    for name in (".new.tmp", ".new.mine.tmp", ".newer.0123abcd.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").write_text("mine")
     with new_directory(tmp_path / "new") as made:
         (made / "file").write_text("new")
-    assert [p.name for p in folder.iterdir()] == ["kept"]
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["file"]
+    assert len([*tmp_path.glob("*/kept")]) == 3
 
 
 # ---- two at once ---------------------------------------------------------------------------------
@@ -109,13 +118,13 @@ def test_one_process_makes_a_folder_and_a_second_one_says_so(tmp_path: Path) -> 
 
 
 def test_what_a_killed_process_left_is_gone_from_a_new_folder(tmp_path: Path) -> None:
-    left = tmp_path / ".new.tmp"
+    left = tmp_path / ".new.0123abcd.tmp"
     (left / "deep").mkdir(parents=True)
     (left / "deep" / "file").write_text("half")
     (left / "link").symlink_to(tmp_path)
     with new_directory(tmp_path / "new") as made:
         assert not list(made.iterdir())
-    assert tmp_path.is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 
 # ---- what a terminal would obey ------------------------------------------------------------------
@@ -234,7 +243,7 @@ def test_a_pattern_of_somebody_elses_is_refused(tmp_path: Path) -> None:
 
 def test_a_copy_of_a_checkpoint_is_none(tmp_path: Path) -> None:
     path = save(tmp_path, *fresh())
-    for name in ("step_000005_backup", "step_", "step_abc", "step_٣"):
+    for name in ("step_000005_backup", "step_", "step_abc", "step_٣", "step_0000000010"):
         path.rename(tmp_path / name)
         assert checkpoints(tmp_path) == []
         path = tmp_path / name
@@ -258,6 +267,20 @@ def test_a_checkpoint_without_its_meta_is_tidy_before_training(
     assert names == ["step_000001", *aside, "step_000004_mine"]
     tidy(tmp_path)
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("noted", [4, 10**30, "x", -1, None])
+def test_a_checkpoint_under_another_ones_name_is_not_believed(noted: Any, tmp_path: Path) -> None:
+    path = save(tmp_path, *fresh())
+    meta = read_meta(path)
+    meta["config"] = asdict(config := pretrain_config(tmp_path, tmp_path, 4))
+    if noted == 4:
+        path = path.rename(tmp_path / "step_000004")
+    else:
+        meta["metrics"]["step"] = noted
+    write_meta(path, meta)
+    with pytest.raises(ValueError, match=r"is of step 1; name it so|metrics is missing"):
+        find_checkpoint(tmp_path, config)
 
 
 def test_rows_after_a_damaged_one_are_kept_and_it_is_told(
@@ -354,21 +377,26 @@ def test_empty_documents_are_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
 PIPES = """
 import sys
 from pathlib import Path
-from runtime.files import read_meta, write_json
+from runtime.files import read_meta, sha256_file, write_json
 from training.log import read_metrics
 folder = Path(sys.argv[1])
 assert read_metrics(folder / "metrics.jsonl") == []
 write_json(folder / "metrics.jsonl", [1])
+try:
+    sha256_file(folder / "weights")
+except ValueError as error:
+    print(error)
 read_meta(folder)
 """
 
 
 def test_a_pipe_where_a_file_of_a_run_is_expected_hangs_nobody(tmp_path: Path) -> None:
-    for name in ("metrics.jsonl", "meta.json"):
+    for name in ("metrics.jsonl", "meta.json", "weights"):
         os.mkfifo(tmp_path / name)
     command = [sys.executable, "-c", PIPES, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, text=True)
     assert "meta.json is no file" in done.stderr
+    assert "weights is no file" in done.stdout
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == [1]
 
 

@@ -31,6 +31,7 @@ from data.shards import load_examples
 from data.sources import download as downloads
 from data.sources.download import RemoteFile, download, hub_files
 from data.sources.named import NAMED, next_command
+from data.sources.read import read_conversations
 from data.tokenizer import Tokenizer, create_tokenizer
 from runtime.files import lock, read_meta, sha256_file, write_meta
 from tests.hub import Hub
@@ -836,6 +837,15 @@ def test_trees_end_even_if_a_message_answers_itself(tmp_path: Path) -> None:
     options: dict[str, Any] = {"val_fraction": 0.1, "seed": 1, "skip_bad": True, "trees": True}
     prepare.prepare_qa([file], tmp_path / "qa", base, **options)
     assert len(conversations(tmp_path / "qa")) == 3
+
+
+@pytest.mark.parametrize("odd", [{"parent_id": []}, {"message_id": [1]}, {"rank": "x"}])
+def test_a_message_of_a_tree_of_another_shape_is_one_clear_error(
+    odd: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([*tree(0), {**tree(1)[0], **odd}]))
+    with pytest.raises(ValueError, match="of a message of a tree is no"):
+        list(read_conversations([tmp_path / "a.jsonl"], skip_bad=False, trees=True))
 
 
 def test_a_damaged_shard_is_one_clear_error_and_no_folder(hub: Hub, tmp_path: Path) -> None:

@@ -24,19 +24,21 @@ from data.pretrain import PretrainData, PretrainDataConfig
 from data.sft import SFTData, SFTDataConfig
 from data.sources.read import read_conversations, read_documents, read_files
 from data.tokenizer import Tokenizer
+from lab.pair import open_pair
 from lab.sweep import cells_of, make_plan, read_sweep, settings_of
 from runtime.cli import LONGEST, one_line_errors, parse_config, visible
 from runtime.files import fingerprint, read_meta, resolve_checkpoint, sha256_file, write_meta
 from train_pretrain import PretrainConfig
 from train_sft import SFTConfig
-from training.checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint, resume
 from training.log import read_metrics
+from training.optim import OptimConfig, build_optimizers
 
 ROOT = Path(__file__).parents[1]
 CASES, SEED = int(os.environ.get("FUZZ", 500)), int(os.environ.get("FUZZ_SEED", 1))
 SECONDS = 10  # that one case may take
 NASTY: list[Any] = [
-    *(None, True, False, 0, -1, 1, 3, 10**9, -(10**9), 10**30, 0.5, 1e308, -1e-45, 1e999),
+    *(None, True, False, 0, -1, 1, 3, 10**400, 10**9, -(10**9), 10**30, 0.5, 1e308, -1e-45, 1e999),
     *(float("nan"), "", " ", "x", "nan", "1e5", "null", "true", "\x1b[2J", "\ud800", "\u202e", "~"),
     *("~nobody/x", "/dev/null", "../..", "a" * 10_000, "cuda:99", "meta", "{}", "[1]", "@x"),
     *([], {}, [[]], [1, 2], {"": ""}, ["x"] * 100, {"class_path": "os.system"}),
@@ -332,10 +334,17 @@ def test_checkpoints(
     runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = resolve_checkpoint(runs[1])
+    model = load_checkpoint(checkpoint).model
+    optimizers = build_optimizers(model, OptimConfig(4))
     for rng in cases("checkpoint"):
         folder = copied(checkpoint, tmp_path / "step_000006")
         case = forge(folder, rng)
-        hold(lambda: load_checkpoint(folder), case, capsys)  # noqa: B023
+        uses: list[Action] = [
+            lambda: load_checkpoint(folder),  # noqa: B023
+            lambda: resume(folder, model, optimizers),  # noqa: B023
+            lambda: open_pair(str(runs[0]), str(folder), "cpu", None),  # noqa: B023
+        ]
+        hold(rng.choice(uses), case, capsys)
 
 
 def test_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

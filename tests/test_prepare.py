@@ -287,11 +287,28 @@ def test_killed_half_way_leaves_nothing(
         with pytest.raises(kind):
             text(file, out=out)
     assert list(tmp_path.iterdir()) == [file]
-    (tmp_path / ".out.tmp").mkdir()  # what kill -9 leaves behind
-    (tmp_path / ".out.tmp" / "junk").write_text("")
+    (tmp_path / ".out.0123abcd.tmp").mkdir()  # what kill -9 leaves behind
+    (tmp_path / ".out.0123abcd.tmp" / "junk").write_text("")
     text(file, out=out)
     assert set(tmp_path.iterdir()) == {file, out}
     assert not (out / "junk").exists()
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def closed(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    corpus(tmp_path / "in" / "a.jsonl")
+    monkeypatch.setattr("os.scandir", closed)
+    with pytest.raises(PermissionError):
+        text(tmp_path / "in", out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("part", ["text", "qa"])

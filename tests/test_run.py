@@ -41,7 +41,7 @@ def make_config(folder: Path, steps: int = 9, **run: Any) -> PretrainConfig:
 
 
 def save(run: Path, step: int, config: Any = ()) -> Path:
-    meta = {"kind": "base", **ORIGIN}
+    meta = {"kind": "base", "prepared": {}, "environment": {}, **ORIGIN}
     meta["config"] = asdict(make_config(run)) if config == () else config
     return save_checkpoint(run, GPT(TINY, BYTE.n_vocab), [], BYTE, meta, step, {"step": step})
 
@@ -209,8 +209,17 @@ def test_a_key_that_today_lacks_is_a_difference(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recorded", [[], None, 3, "text"])
 def test_a_recorded_config_that_is_no_table_is_one_line(recorded: Any, tmp_path: Path) -> None:
     save(tmp_path, 1, recorded)
-    with pytest.raises(ValueError, match="config is damaged"):
+    with pytest.raises(ValueError, match="is damaged: config is missing"):
         Run("base", make_config(tmp_path))
+
+
+def test_what_the_same_ctrl_c_has_ended_too_is_no_bug(tmp_path: Path) -> None:
+    interrupted, whole = make_run(tmp_path / "r"), make_run(tmp_path / "s")
+    interrupted._signals.number = signal.SIGINT
+    with pytest.raises(SystemExit, match="130"), interrupted:
+        raise RuntimeError("the compiler was interrupted")
+    with pytest.raises(RuntimeError, match="a bug"), whole:
+        raise RuntimeError("a bug")
 
 
 def test_differences_name_every_leaf() -> None:
@@ -297,6 +306,7 @@ def test_a_run_of_another_beginning_is_refused_either_way(tmp_path: Path) -> Non
     for folder, noted, named in (("a", began, None), ("b", None, began)):
         config = make_config(tmp_path / folder)
         meta = {"kind": "base", **ORIGIN, "init_from": noted, "config": asdict(config)}
+        meta |= {"prepared": {}, "environment": {}}
         model = GPT(TINY, BYTE.n_vocab)
         save_checkpoint(tmp_path / folder, model, [], BYTE, meta, 6, {"step": 6})
         config = make_config(tmp_path / folder)

@@ -216,6 +216,11 @@ def test_stages_that_are_asked_for_are_run_and_shared(
         (f'[grid]\n"sft.optim.lr" = {[*range(99)]}\n"sft.optim.beta2" = {[*range(99)]}', "9,801"),
         (GRID.replace("[grid]", "labels = 2\n[grid]"), "labels"),
         ("[grid\n", "tiny.toml"),
+        ('[grid]\n"pretrain.optim.lr" = [2020-01-01]\n', "date"),
+        ("about = 5\n" + GRID, "about"),
+        ("[[tables]]\ncolumns = {a = 5}\n", "columns"),
+        ("[[tables]]\nrows = 5\n", "rows"),
+        ("[[tables]]\nof = 5\n", "of = 5"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_trains(
@@ -234,6 +239,23 @@ def test_a_mistake_is_one_line_before_anything_trains(
     assert message in error
     assert error.count("\n") == 1
     assert counts[0].steps == 0
+
+
+def test_what_a_sweep_writes_follows_no_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "sweep_plot", lambda table: "<svg/>")
+    monkeypatch.setattr(sweep, "instrument_plots", lambda cells: {})
+    (tmp_path / "mine").write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    names = ("table.json", "table.csv", "tables.md", "picture.svg")
+    for name in names:
+        (out / name).symlink_to(tmp_path / "mine")
+    run = {"cell": {}, "seed": 1, "replayed": "none"}
+    sweep.write_tables(out, {"cells": [], "spec": {}, "runs": [run]})
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not any((out / name).is_symlink() for name in names)
 
 
 def test_a_device_that_is_not_there_is_told_before_anything_trains(

@@ -205,6 +205,7 @@ def test_command_lines_that_cannot_work_end_in_one_line(
         ((base, instruct, "--device", "abacus"), "device 'abacus'"),
         ((base, instruct, "--port", taken.getsockname()[1]), "already in use"),
         ((base, instruct, "--port", 70_000), "--port 70000"),
+        ((base, instruct, "--host", "é..é"), "cannot listen"),
     ):
         arguments = ["web", "--base", options[0], "--instruct", *options[1:]]
         monkeypatch.setattr(sys, "argv", list(map(str, arguments)))

@@ -105,14 +105,41 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """The model in eval mode, its tokenizer and meta, from a checkpoint or a run (its newest).
+def read_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a checkpoint, or of a run's newest, and what its meta.json says.
     Raises ValueError: not a checkpoint of this project, or one that is damaged.
     """
     folder = files.resolve_checkpoint(path)
     meta = files.read_meta(folder)
     if meta.get("kind") not in ("base", "instruct"):
         raise ValueError(f"{folder} is not a checkpoint (prepared data?)")
+    check_meta(meta, f"{folder}/meta.json")
+    return folder, meta
+
+
+def check_meta(meta: dict[str, Any], where: str) -> None:
+    """Raises ValueError: a key of a checkpoint's meta.json is missing, or of another type."""
+    wanted: dict[str, Any] = {"step": int, "vocab_size": int, "environment": dict}
+    wanted |= dict.fromkeys(("metrics", "model", "config", "prepared", "tokenizer", "files"), dict)
+    wanted |= {"template": str, "base": dict} if meta["kind"] == "instruct" else {}
+    wrong = [key for key, kind in wanted.items() if type(meta.get(key)) is not kind]
+    if not wrong:
+        data, world = meta["config"].get("data"), meta["prepared"].get("world", {})
+        text = isinstance(data, dict) and isinstance(data.get("path"), str | None)
+        counts = [meta["metrics"].get(key, 0) for key in ("step", "tokens", "seconds")]
+        numbers = all(type(n) in (int, float) and 0 <= n < 1 << 63 for n in counts)
+        right = {"config": text, "prepared": isinstance(world, dict), "metrics": numbers}
+        right["step"] = 0 <= meta["step"] < 10**18
+        wrong = [key for key, is_right in right.items() if not is_right]
+    if wrong:
+        raise ValueError(f"{where} is damaged: {wrong[0]} is missing, or not what it should be")
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """The model in eval mode, its tokenizer and meta, from a checkpoint or a run (its newest).
+    Raises ValueError: not a checkpoint of this project, or one that is damaged.
+    """
+    folder, meta = read_checkpoint(path)
     with files.as_ours(folder):
         files.verify_checksums(folder, {WEIGHTS_FILE: meta["files"][WEIGHTS_FILE]})
         tokenizer = Tokenizer.load(folder)
@@ -159,7 +186,7 @@ def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> d
     """Puts model, optimizers and random generators back as `path` has them; returns its metrics."""
     saved = load_checkpoint(path)
     model.load_state_dict(saved.model.state_dict())
-    files.verify_checksums(path, {STATE_FILE: saved.meta["files"][STATE_FILE]})
+    files.verify_checksums(path, {STATE_FILE: saved.meta["files"].get(STATE_FILE, "")})
     try:
         with warnings.catch_warnings(action="ignore"):  # of how it is pickled
             state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")

@@ -23,8 +23,8 @@ from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from runtime import device, processes
 from runtime.cli import listed, say
-from runtime.files import checkpoints, is_checkpoint, lock, read_meta, verify_checksums
-from training.checkpoint import resume, save_checkpoint
+from runtime.files import checkpoints, is_checkpoint, lock, read_meta, step_of, verify_checksums
+from training.checkpoint import read_checkpoint, resume, save_checkpoint
 from training.config import changes, differences
 from training.log import RunLog, is_complete, is_due
 from training.step import StepResult
@@ -92,7 +92,7 @@ class Run:
 
     def _is_own(self, folder: Path) -> bool:
         """Whether a folder is whole, and what the newest checkpoint was made from."""
-        with contextlib.suppress(ValueError, KeyError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             meta, mine = read_meta(folder), read_meta(self.newest or folder)["prepared"]
             verify_checksums(folder, meta["files"])
             return bool(meta["request"] == mine["request"])
@@ -155,6 +155,10 @@ class Run:
             path = self.folder / f"step_{step:06d}"
             where = path if path.exists() else f"step {step}, of which no checkpoint was saved"
             say(f"val_loss was lowest, {lowest:.4f}, at {where}; it is {last:.4f} now")
+        if isinstance(exception[1], RuntimeError) and self._signals.number:
+            # Such as a compiler that the same Ctrl-C has ended.
+            say(f"interrupted: {exception[1]!s:.80}")
+            raise SystemExit(128 + self._signals.number)
         if exception[0] is None and processes.any_process(self._signals.number > 0):
             say(f"stopped at step {self._step} of {self.last_step}; the same command goes on")
             raise SystemExit(128 + (self._signals.number or signal.SIGTERM))
@@ -204,10 +208,14 @@ class Run:
 def find_checkpoint(folder: Path, config: Any) -> Path | None:
     """The checkpoint from which a run goes on, or None. Raises ValueError as `Run`."""
     if steps := checkpoints(folder):
-        if changed := changes(read_meta(steps[-1]).get("config"), config):
+        meta = read_checkpoint(steps[-1])[1]
+        if changed := changes(meta["config"], config):
             what = f"{folder} holds a run with another config: {listed(changed, '; ')}"
             remedy = "Give the same config to go on with it, or another --run.dir"
             raise ValueError(f"{what}. {remedy}")
+        noted = meta["metrics"].get("step", meta["step"])
+        if not meta["step"] == noted == step_of(steps[-1]):
+            raise ValueError(f"{steps[-1]} is of step {meta['step']}; name it so, or delete it")
         return steps[-1]
     if folder.exists() and not (folder / "config.json").exists():
         # What a start that failed early leaves behind is ours: prepared Q&A, dotted names.
@@ -226,7 +234,7 @@ def tidy(folder: Path) -> None:
     """
     for left in folder.glob(".*.tmp"):
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-    for part in filter(is_checkpoint, folder.glob("step_*")):
+    for part in filter(is_checkpoint, folder.iterdir()):
         if not (part / "meta.json").exists():
             names = (f"{part.name}.incomplete{i or ''}" for i in count())
             name = next(n for n in names if not os.path.lexists(folder / n))

@@ -40,6 +40,7 @@ MIRROR = "set HTTPS_PROXY to a working proxy, HF_ENDPOINT to a mirror, or fetch 
 BY_HAND = {"datasets": f"{MIRROR} {OWN}", "models": f"{MIRROR} and give their folder"}
 REMEDIES = dict.fromkeys((401, 404), "check the name, and set HF_TOKEN if it is private")
 REMEDIES[403] = "accept its terms in a browser, then set HF_TOKEN to your access token"
+NEVER = (ValueError, requests.TooManyRedirects, requests.exceptions.ContentDecodingError)  # passes
 Kind = Literal["models", "datasets"]
 Need = tuple[Path, float, str]  # a folder, the bytes that it needs, and a verb that says what for
 
@@ -191,7 +192,7 @@ def _patiently(work: Callable[[], Any], target: Path | None = None, *, first: bo
             there, answer = _part(target)[1] if target else 0, error.response
             failures, best = 1 if there > best else failures + 1, max(there, best)
             first = first and isinstance(error, NoAnswer)
-            if first or failures > RETRIES or isinstance(error, ValueError):  # which never passes
+            if first or failures > RETRIES or isinstance(error, NEVER):
                 raise
             asked = "" if answer is None else answer.headers.get("Retry-After", "")
             wanted = min(int(asked), PATIENCE) if asked.isdecimal() else 0

@@ -39,13 +39,20 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} not found")
-        inside = [f.relative_to(path) for f in (path, *sorted(path.rglob("*")))]
-        shown = [path / f for f in inside if not any(p.startswith(".") for p in f.parts)]
+        walk: Iterable[Any] = [(path.parent, [], [path.name])]
+        if path.is_dir():
+            walk = os.walk(path, onerror=_raise)
+        inside = sorted(Path(at, name) for at, _, names in walk for name in names)
+        shown = [f for f in inside if not any(p[0] == "." for p in f.relative_to(path).parts)]
         found = [f for f in shown if f.is_file() and f.name.lower().endswith(TEXT_SUFFIXES)]
         if not found:
             raise ValueError(f"{path}: no text there; it can be {', '.join(TEXT_SUFFIXES)}")
         files += found
     return distinct(files)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def distinct(files: Sequence[Path]) -> list[Path]:
@@ -211,6 +218,10 @@ def _best_paths(rows: Iterable[tuple[str, Any]]) -> Rows:
     for place, row in rows:
         if not isinstance(row, dict) or not row.keys() >= set(TREE_KEYS[:4]):
             yield place, ValueError(f"no message of a tree: needs {', '.join(TREE_KEYS[:4])}")
+        elif not all(isinstance(row[key], str | None) for key in TREE_KEYS[:2]):
+            yield place, ValueError("the id of a message of a tree is no text")
+        elif not isinstance(row.get("rank") or 0, int | float):
+            yield place, ValueError("the rank of a message of a tree is no number")
         elif row.get("lang", "en") == "en" and not row.get("deleted"):
             replies.setdefault(row["parent_id"], []).append((place, row))
     for place, row in replies.pop(None, []):
