@@ -27,7 +27,7 @@ from hf.tokenizer import export_tokenizer, import_tokenizer, marked
 from model.gpt import GPT, ModelConfig
 from runtime.cli import Parser, one_line_errors, say
 from runtime.device import check_size, environment
-from runtime.files import new_directory, read_json, sha256_file, write_json
+from runtime.files import ODD, new_directory, read_json, sha256_file, write_json
 from training.checkpoint import check_meta, load_checkpoint, save_checkpoint, writing
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -95,14 +95,7 @@ def _importing(folder: Path) -> Iterator[None]:
     """Names the folder in whose files something is not what it should be."""
     try:
         yield
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        ValueError,
-    ) as error:
+    except (*ODD, ValueError) as error:
         reason, kind = next(iter(str(error).splitlines()), ""), type(error).__name__
         if not isinstance(error, ValueError):
             reason = f"something in its files is not as in a GPT-2's ({kind}: {reason or kind})"

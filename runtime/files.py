@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# What is raised of values that a file of this project does not hold.
+ODD = (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes, read as a stream. Raises ValueError: it is no file."""
@@ -158,7 +161,7 @@ def as_ours(folder: str | Path) -> Iterator[None]:
     """Turns what reading a folder raises that this project did not write into a ValueError."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except ODD as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{folder} is damaged or of another version ({what:.150})") from None
 

@@ -232,7 +232,7 @@ def tidy(folder: Path) -> None:
     checkpoint's name and is none, such as a folder that was copied while it was written: its step
     is to be saved there.
     """
-    for left in folder.glob(".*.tmp"):
+    for left in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     for part in filter(is_checkpoint, folder.iterdir()):
         if not (part / "meta.json").exists():
