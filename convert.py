@@ -27,7 +27,7 @@ from hf.tokenizer import export_tokenizer, import_tokenizer, marked
 from model.gpt import GPT, ModelConfig
 from runtime.cli import Parser, one_line_errors, say
 from runtime.device import check_size, environment
-from runtime.files import ODD, new_directory, read_json, sha256_file, write_json
+from runtime.files import ODD, new_directory, read_json, read_meta, sha256_file, write_json
 from training.checkpoint import check_meta, load_checkpoint, save_checkpoint, writing
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -68,6 +68,8 @@ def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | 
     meta = meta | {"imported": {"from": source, "files": files}}
     step, metrics = meta.get("step", 0), meta.get("metrics", {})
     path = save_checkpoint(out, model, [], tokenizer, meta, step, metrics)
+    if read_meta(path).get("imported") != meta["imported"]:
+        raise ValueError(f"another process has made {path}")
     say(f"{meta['kind']} checkpoint of {model.n_params():,} parameters: {path}")
     return path
 
