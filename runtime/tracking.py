@@ -80,7 +80,8 @@ class Tracker:
             with self._failure_ends_tracking():
                 table: Row = {}
                 if samples:
-                    with contextlib.suppress(Exception):  # of a file that somebody edited
+                    # Where samples.jsonl was edited by somebody.
+                    with contextlib.suppress(LookupError, TypeError, ValueError, AssertionError):
                         made = self._wandb.Table(samples["columns"], samples["rows"])
                         table = {"samples": made}
                 self._run.log(row | table)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from train_sft import SFTConfig
 from train_sft import main as sft
 from training.config import RunConfig
 from training.optim import OptimConfig
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has told to be ignored
 
 Fails = Callable[..., str]
 GPT2_CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken-cache"

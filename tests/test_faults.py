@@ -417,7 +417,6 @@ def test_a_terminal_that_is_closed_costs_nothing(world_dir: Path, tmp_path: Path
     command = [sys.executable, "train_pretrain.py", "--config", str(tmp_path / "config.json")]
     process, terminal = pty.fork()
     if not process:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.chdir(ROOT)
         os.execve(sys.executable, command, {**os.environ, "OMP_NUM_THREADS": "1"})
     seen = b""
