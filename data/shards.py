@@ -116,6 +116,7 @@ def load_examples(folder: str | Path, part: str) -> list[tuple[np.ndarray, np.nd
     fits = ids.ndim == mask.ndim == offsets.ndim == 1 and len(ids) == len(mask)
     fits = fits and (ids.dtype.kind, mask.dtype.kind, offsets.dtype.kind) == ("u", "u", "i")
     fits = fits and len(offsets) > 0 and (offsets[0], offsets[-1]) == (0, len(ids))
+    fits = fits and bool((offsets[:-1] < offsets[1:]).all())  # a difference may overflow
     # A conversation has two tokens or more, and begins with one that is not supervised.
     if not fits or (np.diff(offsets) < 2).any() or mask[offsets[:-1]].any():
         raise ValueError(f"{folder}: its files qa_{part}_*.npy do not fit together")

@@ -13,12 +13,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import train_sft
 from data.prepare import prepare_text
+from data.shards import load_examples
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, ModelConfig
 from runtime.cli import LONGEST, listed, one_line_errors, shortened, visible
@@ -230,6 +232,15 @@ def test_a_state_that_is_not_ours_is_one_line(
 
 
 # ---- folders and logs ----------------------------------------------------------------------------
+
+
+def test_offsets_whose_differences_overflow_are_refused(tmp_path: Path) -> None:
+    values = {"ids": np.zeros(9, "<u2"), "mask": np.array([0, 1] * 4 + [1], np.uint8)}
+    values["offsets"] = np.array([0, 2**62, 2**63 - 1, -(2**62), 9])
+    for name, array in values.items():
+        np.save(tmp_path / f"qa_train_{name}.npy", array)
+    with pytest.raises(ValueError, match="do not fit together"):
+        load_examples(tmp_path, "train")
 
 
 def test_a_pattern_of_somebody_elses_is_refused(tmp_path: Path) -> None:
