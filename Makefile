@@ -30,7 +30,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest
 
 # Broken inputs of each kind and command lines by the thousand (`make test` has 500): FUZZ=n of them,
-# FUZZ_SEED=n others. About an hour.
+# FUZZ_SEED=n others.
 fuzz: .venv/dev
 	FUZZ=$(or $(FUZZ),10000) $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_commands.py
 
