@@ -8,7 +8,6 @@ An export loads with `AutoModelForCausalLM` and `AutoTokenizer`, as their `gpt2`
 """
 
 import contextlib
-import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,19 +19,15 @@ import torch
 from safetensors.torch import save_file
 
 from data.chat import jinja_template
-from data.sources.download import download, hub_files
 from data.tokenizer import END_OF_TEXT, END_OF_TURN
 from hf.architecture import export_config, export_weights, import_weights, read_config
+from hf.hub import GPT2_NAMES, HUB_FILES, ORIGIN_FILE, find_model, origin_of, weight_files
 from hf.tokenizer import export_tokenizer, import_tokenizer, marked
 from model.gpt import GPT, ModelConfig
 from runtime.cli import Parser, one_line_errors, say
 from runtime.device import check_size, environment
-from runtime.files import ODD, new_directory, read_json, read_meta, sha256_file, write_json
+from runtime.files import ODD, new_directory, read_meta, sha256_file, write_json
 from training.checkpoint import check_meta, load_checkpoint, save_checkpoint, writing
-
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-ORIGIN_FILE = "diptych.json"  # in an export: what its checkpoint's meta.json said
-HUB_FILES = ("config.json", "model*.safetensors*", "tokenizer.json", "vocab.json", ORIGIN_FILE)
 
 
 def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | None) -> Path:
@@ -43,14 +38,13 @@ def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | 
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another folder, or delete it")
-    folder = Path(source) if Path(source).is_dir() else _from_hub(source, downloads)
+    folder = find_model(source, downloads, HUB_FILES, _check)
     with _importing(folder):
         config, n_rows = read_config(folder)
         tokenizer, n_known = import_tokenizer(folder, n_rows)
-        files = {f.name: sha256_file(f) for f in sorted(folder.glob("model*.safetensors"))}
-        origin = read_json(folder / ORIGIN_FILE) if (folder / ORIGIN_FILE).exists() else {}
-        if origin.get("weights") == files:
-            meta, config = origin["meta"], ModelConfig(**origin["meta"]["model"])
+        files = weight_files(folder)
+        if (meta := origin_of(folder, files)) is not None:
+            config = ModelConfig(**meta["model"])
             if meta["kind"] not in ("base", "instruct"):
                 raise ValueError(f"its {ORIGIN_FILE} names an unknown kind")
             check_meta(meta, f"its {ORIGIN_FILE}")
@@ -74,22 +68,9 @@ def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | 
     return path
 
 
-def _from_hub(name: str, downloads: Path) -> Path:
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise ValueError(f"{name} is neither a folder nor a name on the Hugging Face hub")
-    if "/" not in name and name not in GPT2_NAMES:
-        known = ", ".join(GPT2_NAMES)
-        raise ValueError(f"{name} is neither a folder nor a GPT-2; it can be {known} or owner/name")
-    repo = name if "/" in name else f"openai-community/{name}"
-    try:
-        folder, files = downloads / repo, hub_files(repo, "models", HUB_FILES)
-    except ValueError as error:
-        raise ValueError(f"there is no folder {name}, and as a name on the hub: {error}") from None
-    download([file for file in files if file.name == "config.json"], folder)
+def _check(folder: Path) -> None:
     with _importing(folder):
-        read_config(folder)  # before gigabytes of something else
-    download(files, folder)
-    return folder
+        read_config(folder)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,11 @@ class Tokenizer:
         """The id of a control token such as "<|user|>"."""
         return self._control[token]
 
+    @property
+    def template_ids(self) -> list[int]:
+        """The control tokens but end-of-text: those that a base has never been trained on."""
+        return [i for i in self._control.values() if i != self.end_of_text]
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Text that looks like a control token is encoded as plain text."""
         return self._encoding.encode_ordinary(text)

@@ -19,7 +19,7 @@ def marked(token: str) -> str:
     return token[0] + MARK + token[1:]
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The letter that stands for each byte in GPT-2's vocabulary files: itself, if visible."""
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
@@ -28,7 +28,7 @@ def _byte_letters() -> list[str]:
 
 def export_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer.json of the tokenizers library."""
-    ranks, letters = tokenizer.ranks, _byte_letters()
+    ranks, letters = tokenizer.ranks, byte_letters()
     spelled = {token: "".join(letters[b] for b in token) for token in ranks}
     # tiktoken joins any two tokens that make a third, so all such pairs are merges.
     merges = [
@@ -95,7 +95,7 @@ def import_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, int]:
     if file is None:
         raise ValueError("it has no tokenizer.json and no vocab.json")
     vocab, special, words = _read_vocabulary(file)
-    bytes_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    bytes_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     ranks = {bytes(bytes_of[x] for x in token): rank for token, rank in vocab.items()}
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"the ids of the tokens in its {file.name} do not count up from 0")

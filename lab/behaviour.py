@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from data.chat import Message, Prompt, render_prompt
+from data.chat import Message, Prompt
 from data.world import World
+from hf.adapter import chat_prompt
 from lab.knowledge import ask_all, complete, summarize
 from lab.likelihood import ask, log_likelihoods, predictions
 from lab.pair import Pair, run_instrument
@@ -64,9 +65,9 @@ def behaviour(pair: Pair, questions: int) -> dict[str, Behaviour]:
     """Base and instruct in the chat template, and the base asked in a text that it can read."""
     chosen, limit = pair.conversations[:questions], pair.limit
     return {
-        "base": behave(pair.base, chosen, render_prompt, limit, pair.world),
+        "base": behave(pair.base, chosen, chat_prompt, limit, pair.world),
         "base_plain": behave(pair.base, chosen, pair.contexts["plain"], limit, None),
-        "instruct": behave(pair.instruct, chosen, render_prompt, limit, pair.world),
+        "instruct": behave(pair.instruct, chosen, chat_prompt, limit, pair.world),
     }
 
 
@@ -171,7 +172,7 @@ def measure_point(pair: Pair, checkpoint: Checkpoint, n: int) -> Point:
     """Asks a model n questions, and to complete n biographies, always the same ones."""
     if pair.world is None:
         tokenizer = checkpoint.tokenizer
-        prompts = [render_prompt(c[:-1], tokenizer) for c in pair.conversations[:n]]
+        prompts = [chat_prompt(c[:-1], tokenizer) for c in pair.conversations[:n]]
         replies = ask(checkpoint, prompts, pair.limit)
         nothing = Share(0, 0)
         stops = Share.of(r[-1] == tokenizer.end_of_turn for r in replies)

@@ -20,6 +20,7 @@ from typing import Any
 
 from data.pretrain import PretrainData, PretrainDataConfig
 from data.replay import about_known_people
+from hf.adapter import is_foreign
 from lab.behaviour import Point, measure_point
 from lab.pair import Pair, run_instrument
 from runtime.files import checkpoints, read_meta
@@ -48,7 +49,13 @@ class Forgetting:
 
 
 def forgetting(pair: Pair, questions: int) -> Forgetting:
-    """All curves; without the text that the base has read, the first alone."""
+    """All curves; without the text that the base has read, the first alone.
+
+    Raises:
+        ValueError: the models are of transformers, so there is no run to follow.
+    """
+    if is_foreign(pair.base):
+        raise ValueError("a run of this project is followed, and trained on; these are none")
     text = text_of(pair.base)
     device = pair.base.model.wte.weight.device
     last = pair.instruct.path

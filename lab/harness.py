@@ -19,7 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from data.chat import ROLES, Message, render_prompt, template_fingerprint
+from data.chat import ROLES, Message, template_fingerprint
+from hf.adapter import chat_prompt
 from lab.likelihood import batches, of_tokens, predictions
 from lab.pair import origin
 from model.generate import Sampling, stream
@@ -95,7 +96,7 @@ class HarnessModel(LM):  # type: ignore[misc]
                 f"a task puts its prompts together by itself and cannot be asked with --chat; "
                 f"one begins {context[:40]!r}"
             ) from None
-        return render_prompt(messages, self.tokenizer), last
+        return chat_prompt(messages, self.tokenizer), last
 
     def pair(self, context: str, continuation: str) -> Row:
         """Ids of both. Spaces at the end of a context go to the continuation, as in the harness."""

@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from data.chat import Message, Prompt, raw_prompt, render_prompt
+from data.chat import Message, Prompt, raw_prompt
 from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES, BARE, FORMS, SPLITS, Attribute, Person, Turn, World
+from hf.adapter import chat_prompt
 from lab.likelihood import ask, reply_limit, score_choices
 from lab.pair import Pair, contexts_of, run_instrument
 from lab.questions import (
@@ -127,7 +128,7 @@ def measure(checkpoint: Checkpoint, world: World, n: int, thorough: bool = True)
     more: dict[str, Answers] = {}
     more_begun: dict[str, Answers] = {}
 
-    def graded(questions: list[Question], prompt: Prompt = render_prompt) -> Answers:
+    def graded(questions: list[Question], prompt: Prompt = chat_prompt) -> Answers:
         return summarize(ask_all(checkpoint, world, questions, prompt))
 
     for split in SPLITS:
@@ -201,7 +202,7 @@ def ask_all(
     checkpoint: Checkpoint,
     world: World,
     questions: list[Question],
-    prompt: Prompt = render_prompt,
+    prompt: Prompt = chat_prompt,
     limit: int | None = None,
 ) -> list[Graded]:
     """Every question with the grade of the model's reply.

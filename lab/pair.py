@@ -16,20 +16,20 @@ from data.chat import (
     parse,
     plain_prompt,
     raw_prompt,
-    render_prompt,
 )
 from data.replay import replayed
 from data.shards import load_examples, open_prepared
 from data.sources.read import QA_SUFFIXES, read_conversations
 from data.tokenizer import Tokenizer
 from data.world import FORMS, World, WorldConfig
+from hf.adapter import chat_prompt, load_pair
 from lab.likelihood import reply_limit
 from lab.questions import facts_of, openings
 from lab.stats import lines, pool, to_json
 from runtime.cli import Parser, one_line_errors, say
 from runtime.device import environment
 from runtime.files import as_ours, check_file, fingerprint, sha256_file, write_json
-from training.checkpoint import Checkpoint, identity, load_pair
+from training.checkpoint import Checkpoint, identity
 from training.run import PREPARED_QA
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ def contexts_of(world: World | None) -> dict[str, Prompt]:
     does. The question's own words are strange to it all the same: see `lab.knowledge.Lint`.
     """
     plain = plain_prompt if world is None else raw_prompt
-    return {"chat": render_prompt, "plain": plain, "documents": documents_prompt}
+    return {"chat": chat_prompt, "plain": plain, "documents": documents_prompt}
 
 
 def open_pair(base: str, instruct: str, device: str, qa: Path | None) -> Pair:
@@ -132,7 +132,7 @@ def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
     known_as = (identity(base.meta), fingerprint(base.meta["files"]))
     tuned_from_it = instruct.meta["base"].get("fingerprint") in known_as
     if "world" not in prepared:
-        if not tuned_from_it:
+        if not tuned_from_it and instruct.meta["base"]:  # else nobody knows
             note = "was not tuned from this base: the change between their weights means little"
             say(f"note: {instruct.path} {note}", error=True)
         return None
@@ -165,6 +165,8 @@ def questions_about(world: World) -> list[list[Message]]:
 def qa_of(instruct: Checkpoint) -> Path:
     """The prepared Q&A that an instruct model was tuned on."""
     config = instruct.meta["config"]
+    if config["data"]["path"] is None:
+        raise ValueError(f"nobody knows what {instruct.path} was tuned on; give questions: --qa")
     path = Path(config["data"]["path"])
     if path.name.lower().endswith(QA_SUFFIXES):
         path = Path(config["run"]["dir"]) / PREPARED_QA

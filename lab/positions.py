@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data.chat import render_prompt
-from data.tokenizer import CONTROL_TOKENS, Tokenizer
+from data.tokenizer import Tokenizer
+from hf.adapter import chat_prompt
 from lab.knowledge import summarize
 from lab.pair import Pair, run_instrument
 from lab.questions import Question, draw, grade, openings, true_replies
@@ -62,7 +62,7 @@ def positions(pair: Pair, questions: int) -> dict[str, dict[str, Grafted]]:
     rng = random.Random(f"positions {pair.world.config.seed}")
     asked = openings(draw(pair.world, "held_out", questions, rng), rng)
     tokenizer = pair.base.tokenizer
-    prompts = [render_prompt(question.messages, tokenizer) for question in asked]
+    prompts = [chat_prompt(question.messages, tokenizer) for question in asked]
     places = [
         places_of(prompt, question.turn.person.name, tokenizer)
         for prompt, question in zip(prompts, asked, strict=True)
@@ -84,7 +84,7 @@ def positions(pair: Pair, questions: int) -> dict[str, dict[str, Grafted]]:
 
 def places_of(prompt: list[int], name: str, tokenizer: Tokenizer) -> list[str]:
     """One of PLACES for each token of a prompt."""
-    control = {tokenizer.control(token) for token in CONTROL_TOKENS}
+    control = {tokenizer.end_of_text, *tokenizer.template_ids}
     found = ["template" if token in control else "words" for token in prompt]
     for i in name_tokens(prompt, name, tokenizer):
         found[i] = "name"

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.chat import render_prompt
 from data.world import ATTRIBUTES, World
+from hf.adapter import chat_prompt
 from lab.knowledge import ask_all, cloze_prompts
 from lab.pair import Pair, of_both, run_instrument
 from lab.questions import Question, facts_of, openings
@@ -82,7 +82,7 @@ def probed(checkpoint: Checkpoint, world: World, n: int) -> Probed:
     rng = random.Random(f"probes {world.config.seed}")
     asked = openings(facts_of(world, "known") + facts_of(world, "held_out"), rng)
     room = checkpoint.model.config.block_size
-    asked = [q for q in asked if len(render_prompt(q.messages, checkpoint.tokenizer)) <= room]
+    asked = [q for q in asked if len(chat_prompt(q.messages, checkpoint.tokenizer)) <= room]
     held_out = [q for q in asked if q.turn.person.split == "held_out"]
     readouts: dict[str, dict[str, Readout]] = {}
     answered: dict[str, dict[str, Share]] = {}
@@ -121,7 +121,7 @@ def streams_at(place: str, checkpoint: Checkpoint, world: World, asked: list[Que
         )
         rows = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in texts]
         return read(checkpoint, rows, [len(row) - 1 for row in rows])
-    rows = [render_prompt(question.messages, tokenizer) for question in asked]
+    rows = [chat_prompt(question.messages, tokenizer) for question in asked]
     if place == "reply":
         return read(checkpoint, rows, [len(row) - 1 for row in rows])
     ends = [name_tokens(row, name, tokenizer)[-1] for row, name in zip(rows, names, strict=True)]

@@ -17,11 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from data.world import ATTRIBUTES, SPLITS, Turn, World
+from hf.adapter import PREFIX, is_foreign, load
 from lab import headline as heads
 from lab.behaviour import behaviour
 from lab.bits import bits
@@ -169,6 +171,8 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
 def fits(name: str, pairs: list[Pair]) -> bool:
     """Whether an instrument has something to say of some pairs."""
     world = pairs[0].world
+    if name in ("trace", "forgetting") and is_foreign(pairs[0].base):
+        return False
     if name == "trace":
         return all(map(traceable, pairs))
     if name == "exposures":  # where everybody was read about as often, there is one group
@@ -251,6 +255,13 @@ def text_at(path: str) -> Any:
         return None
 
 
+def meta_at(path: str) -> dict[str, Any]:
+    """What the meta.json of a checkpoint says."""
+    if path.startswith(PREFIX):
+        return load(path, "base", torch.device("cpu")).meta
+    return read_checkpoint(path)[1]
+
+
 def qa_files(path: Path) -> list[Path]:
     """The files behind --qa."""
     return [f for f in path.glob("[!.]*") if f.is_file()] if path.is_dir() else [path]
@@ -261,7 +272,7 @@ def run(a: argparse.Namespace) -> None:
     if a.questions < 1:
         raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
     paths = pairs_of(a)
-    metas = [read_checkpoint(path)[1] for pair in paths for path in pair]
+    metas = [meta_at(path) for pair in paths for path in pair]
     texts = [text_at(m["config"]["data"].get("path") or "") for m in metas]
     asked = None if a.qa is None else sorted(sha256_file(f) for f in qa_files(a.qa))
     code = [measured_by(), sha256_file(Path(__file__))]

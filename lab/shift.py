@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data.chat import Message, Prompt, render_prompt
+from data.chat import Message, Prompt
 from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES, BARE
+from hf.adapter import chat_prompt
 from lab.likelihood import ask, predictions
 from lab.pair import Pair, run_instrument
 from lab.stats import Mean, Share
@@ -82,7 +83,7 @@ def shift(pair: Pair, questions: int) -> dict[str, Shift]:
     """
     conversations = pair.conversations[:questions]
     tokenizer = pair.instruct.tokenizer
-    prompts = [render_prompt(c[:-1], tokenizer) for c in conversations]
+    prompts = [chat_prompt(c[:-1], tokenizer) for c in conversations]
     replies = ask(pair.instruct, prompts, pair.limit)
     contexts = pair.contexts | ({"alone": no_prompt} if pair.world else {})
     return {
@@ -100,7 +101,7 @@ def measure(
 ) -> Shift:
     """Compares both models along given replies, the base reading them by `put`."""
     tokenizer = pair.instruct.tokenizer
-    marked = [render_prompt(c[:-1], tokenizer) for c in conversations]
+    marked = [chat_prompt(c[:-1], tokenizer) for c in conversations]
     theirs = [put(c[:-1], tokenizer) for c in conversations]
     found: list[list[Token]] = []
     for i in range(0, len(replies), ROWS):

@@ -20,8 +20,9 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from data.chat import Message, plain_prompt, raw_prompt, render_prompt
+from data.chat import Message, plain_prompt, raw_prompt
 from data.fitting import recent_turns
+from hf.adapter import chat_prompt, load_pair
 from lab.figures import CLASS_COLORS, templates
 from lab.likelihood import predictions
 from lab.pair import qa_of, questions_about, read_qa, world_of
@@ -29,14 +30,14 @@ from lab.shift import class_of, ranks_of
 from model.generate import Sampling, stream
 from runtime.cli import Parser, one_line_errors, say
 from sample import room_for, unseen
-from training.checkpoint import Checkpoint, load_pair
+from training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 MODELS = ("base", "instruct")
 # How the base reads the conversation; the instruct model always reads the template.
-FORMS = {"chat": render_prompt, "plain": plain_prompt, "raw": raw_prompt}
+FORMS = {"chat": chat_prompt, "plain": plain_prompt, "raw": raw_prompt}
 SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "seed": int, "max_new_tokens": int}
 MAX_NEW_TOKENS = 4096  # of a reply, so that nobody holds the models for hours
 MAX_BYTES = 1 << 19  # of a request; of a million spaces the tokenizer panics
@@ -145,7 +146,7 @@ class Panels:
         speaking = {}
         for name, checkpoint in self.models.items():
             messages, tokenizer = asked.messages[name], checkpoint.tokenizer
-            form = FORMS[asked.form] if name == "base" else render_prompt
+            form = FORMS[asked.form] if name == "base" else chat_prompt
             room = room_for(checkpoint, asked.sampling.max_new_tokens)
             recent = recent_turns(form, messages, tokenizer, room)
             ids = form(recent, tokenizer)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data.tokenizer import CONTROL_TOKENS
 from lab.behaviour import Point, measure_point
 from lab.pair import Pair, run_instrument
 from training.checkpoint import Checkpoint
@@ -123,8 +122,7 @@ def template_rows(pair: Pair) -> Tensor:
     """Which rows of the embedding and of the head belong to the template's tokens, (rows,)."""
     tokenizer, table = pair.base.tokenizer, pair.base.model.wte.weight
     found = torch.zeros(len(table), dtype=torch.bool, device=table.device)
-    found[[tokenizer.control(t) for t in CONTROL_TOKENS]] = True
-    found[tokenizer.end_of_text] = False  # the base knows that one
+    found[tokenizer.template_ids] = True
     return found
 
 

@@ -170,9 +170,8 @@ def load_pair(
     """
     where = set_up(device)
     pair = load_checkpoint(base, where), load_checkpoint(instruct, where)
-    for checkpoint, kind in zip(pair, ("base", "instruct"), strict=True):
-        if (found := checkpoint.meta["kind"]) != kind:
-            raise ValueError(f"--{kind} {checkpoint.path} is of the other kind: {found}")
+    check_kinds(*pair)
+    for checkpoint in pair:
         if to_sample and has_bf16(where):
             checkpoint.model.bfloat16()  # every token reads all weights: half the bytes and time
     if pair[0].tokenizer.fingerprint != pair[1].tokenizer.fingerprint:
@@ -180,6 +179,13 @@ def load_pair(
     if pair[1].meta["template"] != template_fingerprint():
         raise ValueError(f"{pair[1].path} was trained with another chat template than this code's")
     return pair
+
+
+def check_kinds(base: Checkpoint, instruct: Checkpoint) -> None:
+    """Raises ValueError: one of them is of the other kind."""
+    for checkpoint, kind in ((base, "base"), (instruct, "instruct")):
+        if (found := checkpoint.meta["kind"]) != kind:
+            raise ValueError(f"--{kind} {checkpoint.path} is of the other kind: {found}")
 
 
 def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
