@@ -52,6 +52,13 @@ def recent_turns(
     return messages[2 * bisect_left(range(n_earlier), True, key=fits) :]
 
 
+def after_examples(prompt: Prompt, examples: list[Message]) -> Prompt:
+    """A format that puts answered questions before a conversation (URIAL, Lin et al. 2023, arXiv
+    2312.01552): what a base makes of it owes nothing to tuning.
+    """
+    return lambda messages, tokenizer: prompt([*examples, *messages], tokenizer)
+
+
 def pack(lengths: list[int], room: int) -> list[list[int]]:
     """Lays out items of some lengths in rows of at most `room`, as indices of the lengths."""
     rows, left = list[list[int]](), list[int]()

@@ -62,11 +62,13 @@ class Behaviour:
 
 
 def behaviour(pair: Pair, questions: int) -> dict[str, Behaviour]:
-    """Base and instruct in the chat template, and the base asked in a text that it can read."""
+    """Base and instruct in the chat template; the base asked in a text that it can read, and there
+    after examples, if the pair has some."""
     chosen, limit = pair.conversations[:questions], pair.limit
+    texts = {k: put for k, put in pair.contexts.items() if k in ("plain", "examples")}
     return {
         "base": behave(pair.base, chosen, chat_prompt, limit, pair.world),
-        "base_plain": behave(pair.base, chosen, pair.contexts["plain"], limit, None),
+        **{f"base_{k}": behave(pair.base, chosen, put, limit, None) for k, put in texts.items()},
         "instruct": behave(pair.instruct, chosen, chat_prompt, limit, pair.world),
     }
 

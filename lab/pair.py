@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from data.chat import (
     plain_prompt,
     raw_prompt,
 )
+from data.fitting import after_examples
 from data.replay import replayed
 from data.shards import load_examples, open_prepared
 from data.sources.read import QA_SUFFIXES, read_conversations
@@ -26,6 +27,7 @@ from hf.adapter import chat_prompt, load_pair
 from lab.likelihood import reply_limit
 from lab.questions import facts_of, openings
 from lab.stats import lines, pool, to_json
+from model.check import check_range
 from runtime.cli import Parser, one_line_errors, say
 from runtime.device import environment
 from runtime.files import as_ours, check_file, fingerprint, sha256_file, write_json
@@ -45,6 +47,8 @@ class Pair:
             about held-out people of the world, else from the instruct model's validation set.
             All fit into the model's context, however they are put.
         limit: tokens in which a reply to one of them must end.
+        examples: answered questions that the base is also given before each question; none of them
+            is asked.
     """
 
     base: Checkpoint
@@ -52,15 +56,16 @@ class Pair:
     world: World | None
     conversations: list[list[Message]]
     limit: int
+    examples: list[Message] = field(default_factory=list)
 
     @property
     def contexts(self) -> dict[str, Prompt]:
         """How a conversation can be put to the base; a reply has the same tokens after each."""
-        return contexts_of(self.world)
+        return contexts_of(self.world, self.examples)
 
 
-def contexts_of(world: World | None) -> dict[str, Prompt]:
-    """The chat template, plain text, and each message as a document.
+def contexts_of(world: World | None, examples: list[Message] | None = None) -> dict[str, Prompt]:
+    """The chat template, plain text, each message as a document; plain text after examples.
 
     Plain text is as near as a question comes to what a base has read: `Question: ... Answer:`
     where that is real text. Of a world's biographies it has seen neither these words nor a new
@@ -68,15 +73,18 @@ def contexts_of(world: World | None) -> dict[str, Prompt]:
     does. The question's own words are strange to it all the same: see `lab.knowledge.Lint`.
     """
     plain = plain_prompt if world is None else raw_prompt
-    return {"chat": chat_prompt, "plain": plain, "documents": documents_prompt}
+    contexts = {"chat": chat_prompt, "plain": plain, "documents": documents_prompt}
+    return contexts | ({"examples": after_examples(plain, examples)} if examples else {})
 
 
-def open_pair(base: str, instruct: str, device: str, qa: Path | None) -> Pair:
+def open_pair(base: str, instruct: str, device: str, qa: Path | None, shots: int = 0) -> Pair:
     """Loads two checkpoints and finds what to ask them.
 
     Args:
         qa: conversations to use instead, as if there were no world: a Q&A file, or a folder of
             prepared ones.
+        shots: how many answered questions the base is also given before each question: about known
+            people of a world, else the first of the conversations, which are then not asked.
 
     Raises:
         ValueError: they are no pair, have different shapes, or there is nothing to ask.
@@ -88,11 +96,14 @@ def open_pair(base: str, instruct: str, device: str, qa: Path | None) -> Pair:
     world = world_of(*pair)
     if qa is None and world is not None:
         conversations = questions_about(world)
+        shown = questions_about(world, "known")[:shots]
     else:
         world, conversations = None, read_qa(qa or qa_of(pair[1]))
+        shown, conversations = conversations[:shots], conversations[shots:]
     limit = reply_limit(pair[0], (c[-1]["content"] for c in conversations))
-    conversations = fitting(conversations, pair[0], limit, contexts_of(world))
-    return Pair(*pair, world, conversations, limit)
+    examples = [message for conversation in shown for message in conversation]
+    conversations = fitting(conversations, pair[0], limit, contexts_of(world, examples))
+    return Pair(*pair, world, conversations, limit, examples)
 
 
 def fitting(
@@ -153,10 +164,10 @@ def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
     return world
 
 
-def questions_about(world: World) -> list[list[Message]]:
-    """Every fact about held-out people once, in random order, as tuning would ask for it."""
-    rng = random.Random(f"questions about held-out people {world.config.seed}")
-    facts = facts_of(world, "held_out")
+def questions_about(world: World, split: str = "held_out") -> list[list[Message]]:
+    """Every fact about some people once, in random order, as tuning would ask for it."""
+    rng = random.Random(f"questions about {split.replace('_', '-')} people {world.config.seed}")
+    facts = facts_of(world, split)
     rng.shuffle(facts)
     asked = openings(facts, rng, FORMS)
     return [[*q.messages, Message(role="assistant", content=q.reply)] for q in asked]
@@ -215,6 +226,9 @@ def pair_arguments(about: str) -> argparse.ArgumentParser:
         "--seeds", nargs="+", help="pool several pairs: each of these for {seed} in both paths"
     )
     p.add_argument("--qa", type=Path, help="ask from this Q&A file or folder, not about the world")
+    p.add_argument(
+        "--shots", type=int, default=0, help="also ask the base after so many answered questions"
+    )
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     return p
 
@@ -226,6 +240,7 @@ def pairs_of(a: argparse.Namespace) -> list[tuple[str, str]]:
         ValueError: several seeds for one path, or a place for a seed without one.
     """
     both = (a.base, a.instruct)
+    check_range("--shots", a.shots, "0 to 1000")
     if a.seeds is None:
         if any("{seed}" in path for path in both):
             raise ValueError("a path holds {seed}; say which with --seeds 1 2 3")
@@ -277,7 +292,7 @@ def run_instrument(about: str, instrument: Callable[[Pair, int], Any], questions
         if a.questions < 1:
             raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
         check_file("--out", a.out)
-        pairs = [open_pair(*paths, a.device, a.qa) for paths in pairs_of(a)]
+        pairs = [open_pair(*paths, a.device, a.qa, a.shots) for paths in pairs_of(a)]
         if pairs[0].world is not None:
             texts = sorted({replayed(pair.instruct.meta) for pair in pairs})
             say(f"replayed in tuning: {'/'.join(texts)}")
@@ -285,7 +300,8 @@ def run_instrument(about: str, instrument: Callable[[Pair, int], Any], questions
         say("\n".join(lines(result)))
         if a.out is not None:
             device = pairs[0].base.model.wte.weight.device
-            settings = {"questions": a.questions, "decoding": "greedy", **environment(device)}
+            settings = {"questions": a.questions, "decoding": "greedy", "shots": a.shots}
+            settings |= environment(device)
             runs = [provenance(pair) for pair in pairs]
             write_json(a.out, {"settings": settings, "runs": runs, "result": result})
             say(f"written: {a.out}")

@@ -277,7 +277,7 @@ def run(a: argparse.Namespace) -> None:
     asked = None if a.qa is None else sorted(sha256_file(f) for f in qa_files(a.qa))
     code = [measured_by(), sha256_file(Path(__file__))]
     files = [m["files"] for m in metas]
-    made_from = fingerprint([files, a.questions, asked, texts, a.device, code])
+    made_from = fingerprint([files, a.questions, asked, texts, a.device, code, a.shots])
     path = a.out / "report.json"
     try:
         report = read_json(path)
@@ -286,7 +286,7 @@ def run(a: argparse.Namespace) -> None:
         stale = True
     check_file("--svg", a.svg)
     if stale:
-        pairs = [open_pair(*both, a.device, a.qa) for both in paths]
+        pairs = [open_pair(*both, a.device, a.qa, a.shots) for both in paths]
         a.out.mkdir(parents=True, exist_ok=True)
         report = {"made_from": made_from, **make_report(pairs, a.questions)}
         write_json(path, report)

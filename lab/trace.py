@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data.chat import render
 from data.shards import load_tokens
+from hf.adapter import is_foreign
 from lab.forgetting import text_of
 from lab.likelihood import ask
 from lab.pair import Pair, qa_of, read_qa, run_instrument
@@ -78,8 +79,11 @@ def trace(pair: Pair, questions: int) -> Trace:
     """The difference over `questions` documents.
 
     Raises:
-        ValueError: the text that the base was trained on is gone, or has changed.
+        ValueError: the text that the base was trained on is gone, or has changed; or the models are
+            of transformers.
     """
+    if is_foreign(pair.base):
+        raise ValueError("the text of a run of this project is needed; these models have none")
     text = text_of(pair.base)
     if text is None:
         raise ValueError(f"the text that {pair.base.path} was trained on is no longer there")
