@@ -254,6 +254,13 @@ def load(path: str, kind: str, device: torch.device) -> Checkpoint:
         raise ValueError(f"{folder} cannot be used: {reason:.200}") from None
 
 
+def load_checkpoint(path: str, device: torch.device, kind: str) -> Checkpoint:
+    """`training.checkpoint.load_checkpoint`, or a model that `hf:...` names as of a kind."""
+    if path.startswith(PREFIX):
+        return load(path, kind, device)
+    return checkpoint.load_checkpoint(path, device)
+
+
 def check_config(folder: Path) -> None:
     """Raises ValueError: a config.json of no such model, or of more weights than there are."""
     its = read_json(folder / "config.json")

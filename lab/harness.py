@@ -1,9 +1,12 @@
-"""The tasks of EleutherAI's lm-evaluation-harness, asked of one of our checkpoints.
+"""The tasks of EleutherAI's lm-evaluation-harness, asked of one checkpoint, or of a pair.
 
 Each text begins a document, as in training; with --chat each question is put in the chat template.
-Where a text is longer than the model's context, its newest tokens are seen.
+Where a text is longer than the model's context, its newest tokens are seen. Of a pair the base
+reads plain text and the instruct model, with --chat, its template; both get the same items, and
+once more each item with another one's question: what is still right did not depend on it.
 
 python -m lab.harness out/quickstart/base --tasks lambada_openai,arc_easy --limit 100
+python -m lab.harness --base out/quickstart/base --instruct out/quickstart/instruct --tasks arc_easy
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,21 +22,26 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from data.chat import ROLES, Message, template_fingerprint
-from hf.adapter import chat_prompt
+from data.chat import ROLES, Message, Prompt, plain_prompt, template_fingerprint
+from data.fitting import after_examples
+from hf.adapter import chat_prompt, load_checkpoint, load_pair
 from lab.likelihood import batches, of_tokens, predictions
-from lab.pair import origin
+from lab.pair import asked_of, origin
+from lab.paired import Compared, compared, scores_of
+from lab.stats import lines, to_json
+from model.check import check_range
 from model.generate import Sampling, stream
 from runtime.cli import Parser, one_line_errors, say
 from runtime.device import environment, has_bf16, set_up
-from runtime.files import check_file, write_json
-from training.checkpoint import Checkpoint, load_checkpoint
+from runtime.files import check_file, write_json, write_text
+from training.checkpoint import Checkpoint
 
 try:
     from lm_eval.api.model import LM
 except ModuleNotFoundError:  # the rest of the lab works without it; `run` says what is missing
     LM = object
 
+SWAPPED = ", swapped"  # in the name of a column
 MAX_NEW = 256  # tokens of a reply for which a task sets no limit: the harness's own default
 # Settings of Hugging Face's that some tasks name, at the values that leave things as they are.
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "min_p": 0.0, "temperature": 1.0}
@@ -50,13 +58,23 @@ class HarnessModel(LM):  # type: ignore[misc]
         checkpoint: base or instruct.
         chat: whether prompts are conversations; `simple_evaluate` must be told the same.
         batch_size: rows at once; None for as many as the lab takes.
+        swapped: whether each item is asked with the question of the one after it.
+        prompt: how a conversation is put.
+        until: texts that end every reply.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, chat: bool = False, batch_size: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        chat: bool = False,
+        batch_size: int | None = None,
+        swapped: bool = False,
+        prompt: Prompt = chat_prompt,
+        until: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.checkpoint, self.chat, self.batch_size = checkpoint, chat, batch_size
+        self.prompt, self.until, self.swapped = prompt, list(until), swapped
         self.tokenizer, self.model = checkpoint.tokenizer, checkpoint.model
         self.block_size = self.model.config.block_size
         self._device = self.model.wte.weight.device
@@ -96,7 +114,19 @@ class HarnessModel(LM):  # type: ignore[misc]
                 f"a task puts its prompts together by itself and cannot be asked with --chat; "
                 f"one begins {context[:40]!r}"
             ) from None
-        return chat_prompt(messages, self.tokenizer), last
+        return self.prompt(messages, self.tokenizer), last
+
+    def swap(self, requests: list[Any]) -> None:
+        """If swapped, gives each request the question of the item after its own, the last one that
+        of the first; of several questions of one item the one in the same place."""
+        items: dict[Any, dict[int, Any]] = {}
+        for request in requests if self.swapped else []:  # a repeated one is the same object
+            items.setdefault((request.task_name, request.doc_id), {})[id(request)] = request
+        own = [[request.args[0] for request in item.values()] for item in items.values()]
+        for item, others in zip(items.values(), [*own[1:], *own[:1]], strict=True):
+            for i, request in enumerate(item.values()):
+                other = others[min(i, len(others) - 1)]
+                request.arguments = (other, *request.args[1:])
 
     def pair(self, context: str, continuation: str) -> Row:
         """Ids of both. Spaces at the end of a context go to the continuation, as in the harness."""
@@ -109,6 +139,7 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         """The log-likelihood of each continuation, and whether greedy decoding would write it."""
+        self.swap(requests)
         pairs = [self.pair(*request.args) for request in requests]
         self.tell(len(c) + len(k) > self.block_size + 1 for c, k in pairs)
         return self.score([self.windows(*pair) for pair in pairs])
@@ -150,6 +181,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         replies = [""] * len(requests)
         groups: dict[str, list[int]] = defaultdict(list)
         asked: dict[str, int] = defaultdict(int)
+        self.swap(requests)
         for i, request in enumerate(requests):
             settings = json.dumps(request.args[1], sort_keys=True)
             # Asked again, a question is sampled with another seed.
@@ -167,7 +199,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             prompts = [prompt[-room:] for prompt in prompts]
             lengths = [len(prompt) for prompt in prompts]
             for chosen in self.progress(batches(self.checkpoint, lengths, self.batch_size)):
-                texts = self.write([prompts[j] for j in chosen], sampling, until)
+                texts = self.write([prompts[j] for j in chosen], sampling, until + self.until)
                 for j, text in zip(chosen, texts, strict=True):
                     replies[members[j]] = text
         return replies
@@ -245,12 +277,9 @@ def run(a: argparse.Namespace) -> None:
     if a.include_path is not None and not a.include_path.is_dir():
         raise ValueError(f"--include-path {a.include_path} is no folder")
     check_file("--out", a.out)
-    checkpoint = load_checkpoint(a.checkpoint, set_up(a.device))
-    if a.chat and checkpoint.meta.get("template", template_fingerprint()) != template_fingerprint():
-        raise ValueError(f"{checkpoint.path} was trained with another chat template")
-    device = checkpoint.model.wte.weight.device
-    if has_bf16(device):
-        checkpoint.model.bfloat16()
+    check_file("--log", a.log)
+    check_range("--shots", a.shots, "0 to 1000")
+    columns = models_of(a)
 
     from lm_eval import simple_evaluate, tasks
     from lm_eval.utils import make_table
@@ -260,44 +289,126 @@ def run(a: argparse.Namespace) -> None:
     names = [name.strip() for name in a.tasks.split(",") if name.strip()]
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(f"--tasks: the harness has no {', '.join(unknown)}; `lm_eval ls tasks`")
-    found = simple_evaluate(
-        HarnessModel(checkpoint, a.chat, a.batch_size),
-        tasks=names,
-        num_fewshot=a.num_fewshot,
-        limit=a.limit,
-        apply_chat_template=a.chat,
-        task_manager=manager,
-        log_samples=False,
-    )
-    say(make_table(found))
-    if found.get("groups"):
-        say(make_table(found, "groups"))
+    every: dict[str, Any] = {}
+    for column, model in columns.items():
+        found = every[column] = simple_evaluate(
+            model,
+            tasks=names,
+            num_fewshot=a.num_fewshot,
+            limit=a.limit,
+            apply_chat_template=model.chat,
+            task_manager=manager,
+        )
+        if not model.swapped:
+            say(f"{column}:" if a.checkpoint is None else "")
+            say(make_table(found))
+            if found.get("groups"):
+                say(make_table(found, "groups"))
+    comparison = {}
+    if a.checkpoint is None:
+        comparison = to_json(compare(every))
+        say("\n".join(lines(comparison)))
+    kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+    results = {c: {key: f[key] for key in kept if key in f} for c, f in every.items()}
+    if a.log is not None:
+        write_text(a.log, "".join(json.dumps(row) + "\n" for row in logged(every)))
+        say(f"every reply: {a.log}")
     if a.out is not None:
+        checkpoints = {m.checkpoint.meta["kind"]: m.checkpoint for m in columns.values()}
+        first = next(iter(checkpoints.values()))
+        weight = first.model.wte.weight
         settings = {
-            **{k: getattr(a, k) for k in ("chat", "limit", "num_fewshot", "batch_size")},
+            **{k: getattr(a, k) for k in ("chat", "shots", "limit", "num_fewshot", "batch_size")},
             "lm_eval": version("lm_eval"),
-            "precision": str(checkpoint.model.wte.weight.dtype).removeprefix("torch."),
-            **environment(device),
+            "precision": str(weight.dtype).removeprefix("torch."),
+            **environment(weight.device),
         }
-        kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
-        results = {key: found[key] for key in kept if key in found}
-        of = {checkpoint.meta["kind"]: origin(checkpoint)}
-        write_json(a.out, {"settings": settings, "runs": [of], **results})
+        of = {kind: origin(checkpoint) for kind, checkpoint in checkpoints.items()}
+        whole = {"compared": comparison, "columns": results}
+        written = results[""] if a.checkpoint is not None else whole
+        write_json(a.out, {"settings": settings, "runs": [of], **written})
         say(f"written: {a.out}")
+
+
+def models_of(a: argparse.Namespace) -> dict[str, HarnessModel]:
+    """What a command line asks of, by column; one checkpoint alone is in a column without a name.
+
+    Raises:
+        ValueError: neither a checkpoint nor a pair, or they cannot be loaded.
+    """
+    of_pair = (a.base, a.instruct)
+    if (a.checkpoint is None) != all(of_pair) or (a.checkpoint and any(of_pair)):
+        raise ValueError("name one checkpoint, or --base and --instruct")
+    if a.checkpoint is not None:
+        kind = "instruct" if a.chat else "base"
+        checkpoints = [load_checkpoint(a.checkpoint, set_up(a.device), kind)]
+    else:
+        checkpoints = list(load_pair(a.base, a.instruct, a.device))
+    for checkpoint in checkpoints:
+        noted = checkpoint.meta.get("template", template_fingerprint())
+        if a.chat and noted != template_fingerprint():
+            raise ValueError(f"{checkpoint.path} was trained with another chat template")
+        if has_bf16(checkpoint.model.wte.weight.device):
+            checkpoint.model.bfloat16()
+    if a.checkpoint is not None:
+        return {"": HarnessModel(checkpoints[0], a.chat, a.batch_size)}
+    base, instruct = checkpoints
+    ways: dict[str, Any] = {"base": (base, False), "instruct": (instruct, a.chat)}
+    if a.shots:
+        examples = asked_of((base, instruct), a.qa, a.shots)[2]
+        put = after_examples(plain_prompt, examples)
+        ways["base_examples"] = (base, True, put, ["\nQuestion:"])
+    return {
+        f"{name}{SWAPPED * swapped}": HarnessModel(model, chat, a.batch_size, swapped, *how)
+        for name, (model, chat, *how) in ways.items()
+        for swapped in (False, True)
+    }
+
+
+def compare(every: dict[str, Any]) -> dict[str, Compared]:
+    """By task and metric: all columns. Of metrics that are means over items."""
+    scores = {column: scores_of(found) for column, found in every.items()}
+    result = {}
+    for name in scores["base"]:
+        asked = {c: found[name] for c, found in scores.items() if not c.endswith(SWAPPED)}
+        swapped = {c: scores[c + SWAPPED][name] for c in asked}
+        result[name] = compared(asked, swapped)
+    return result
+
+
+def logged(every: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each item of each column: the question, the target, what came of it, the scores."""
+    for column, found in every.items():
+        for task, rows in found["samples"].items():
+            for row in rows:
+                yield {
+                    **{"column": column, "task": task, "item": row["doc_id"]},
+                    **{"filter": row["filter"], "target": row["target"]},
+                    "asked": [request[0] for request in row["arguments"]],
+                    "replies": row["filtered_resps"],
+                    "scores": {metric: row[metric] for metric in row["metrics"]},
+                }
 
 
 def main() -> None:
     """Runs one command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoint", help="base or instruct checkpoint, or its run")
+    p.add_argument("checkpoint", nargs="?", help="base or instruct checkpoint, or its run")
+    p.add_argument("--base", help="or a pair: base checkpoint, or its run; hf:NAME of transformers")
+    p.add_argument("--instruct", help="instruct checkpoint, or its run; hf:NAME of transformers")
     p.add_argument("--tasks", required=True, help="names of the harness, with commas between them")
     p.add_argument("--chat", action="store_true", help="put questions in the chat template")
+    p.add_argument(
+        "--shots", type=int, default=0, help="also ask the base after so many answered questions"
+    )
+    p.add_argument("--qa", type=Path, help="take these from this Q&A file or folder")
     p.add_argument("--limit", type=int, help="examples of each task (default: all)")
     p.add_argument("--num-fewshot", type=int, help="examples with answers before each question")
     p.add_argument("--batch-size", type=int, help="rows at once (default: as the rest of the lab)")
     p.add_argument("--include-path", type=Path, help="a folder with tasks of your own, in YAML")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     p.add_argument("--out", type=Path, help="a .json file to write, settings and run included")
+    p.add_argument("--log", type=Path, help="a .jsonl file of every item, reply and score")
     with one_line_errors():
         run(p.parse_args())
 

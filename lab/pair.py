@@ -93,6 +93,18 @@ def open_pair(base: str, instruct: str, device: str, qa: Path | None, shots: int
     shapes = [(c.meta["model"], c.meta["vocab_size"]) for c in pair]
     if shapes[0] != shapes[1]:
         raise ValueError("the two checkpoints have different model shapes; they cannot be compared")
+    world, conversations, examples = asked_of(pair, qa, shots)
+    limit = reply_limit(pair[0], (c[-1]["content"] for c in conversations))
+    conversations = fitting(conversations, pair[0], limit, contexts_of(world, examples))
+    return Pair(*pair, world, conversations, limit, examples)
+
+
+def asked_of(
+    pair: tuple[Checkpoint, Checkpoint], qa: Path | None, shots: int
+) -> tuple[World | None, list[list[Message]], list[Message]]:
+    """The world to ask a pair about, the conversations to ask, and `shots` answered ones as
+    examples. Arguments and errors as those of `open_pair`.
+    """
     world = world_of(*pair)
     if qa is None and world is not None:
         conversations = questions_about(world)
@@ -100,10 +112,7 @@ def open_pair(base: str, instruct: str, device: str, qa: Path | None, shots: int
     else:
         world, conversations = None, read_qa(qa or qa_of(pair[1]))
         shown, conversations = conversations[:shots], conversations[shots:]
-    limit = reply_limit(pair[0], (c[-1]["content"] for c in conversations))
-    examples = [message for conversation in shown for message in conversation]
-    conversations = fitting(conversations, pair[0], limit, contexts_of(world, examples))
-    return Pair(*pair, world, conversations, limit, examples)
+    return world, conversations, [message for c in shown for message in c]
 
 
 def fitting(

@@ -126,7 +126,7 @@ class Difference:
     """The mean of paired differences.
 
     Attributes:
-        value: from -1 to 1; None of nothing.
+        value: of shares from -1 to 1; None of nothing.
         low, high: 95 %.
         n: questions that were asked on both sides.
         clusters: people they were about; questions about one person are not independent.
@@ -144,20 +144,38 @@ class Difference:
 def difference(a: Share, b: Share) -> Difference:
     """a - b on the same questions, clustered by the person that they are about.
 
-    The variance is that of the clusters' sums (Liang & Zeger 1986), times C / (C - 1).
-
     Raises:
         ValueError: the two are not about the same questions.
     """
     if [topic for topic, _ in a.flags] != [topic for topic, _ in b.flags]:
         raise ValueError("a paired difference is of the same questions in the same order")
-    n = len(a.flags)
+    both = zip(a.flags, b.flags, strict=True)
+    differences = [(topic.partition("/")[0], left - right) for (topic, left), (_, right) in both]
+    return clustered(differences)
+
+
+def paired(a: dict[str, float], b: dict[str, float]) -> Difference:
+    """a - b of the scores of the same items, by item.
+
+    Raises:
+        ValueError: they are of other items.
+    """
+    if a.keys() != b.keys():
+        raise ValueError("a paired difference is of the same items")
+    return clustered([(item, a[item] - b[item]) for item in a])
+
+
+def clustered(differences: list[tuple[str, float]]) -> Difference:
+    """The mean of some differences, each with the name of its cluster.
+
+    The variance is that of the clusters' sums (Liang & Zeger 1986), times C / (C - 1).
+    """
+    n = len(differences)
     if not n:
         return Difference(None, None, None, 0, 0)
-    mean, sums = (a.hits - b.hits) / n, dict[str, float]()
-    for (topic, left), (_, right) in zip(a.flags, b.flags, strict=True):
-        person = topic.partition("/")[0]
-        sums[person] = sums.get(person, 0.0) + left - right - mean
+    mean, sums = math.fsum(d for _, d in differences) / n, dict[str, float]()
+    for cluster, value in differences:
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
     clusters = len(sums)
     if clusters < 2:
         return Difference(mean, None, None, n, clusters)
