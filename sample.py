@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data.chat import Message, raw_prompt, render_prompt
+from data.chat import Message, raw_prompt
 from data.fitting import recent_turns
+from hf.adapter import chat_prompt, load_pair
 from model.generate import Sampling, generate
 from runtime.cli import Parser, one_line_errors, read_text, say, visible
 from runtime.files import check_file, write_json
-from training.checkpoint import Checkpoint, load_pair
+from training.checkpoint import Checkpoint
 
 # What is shown of each prompt: the column's title by its name in the JSON.
 COLUMNS = {
@@ -71,7 +72,7 @@ class Conversation:
         """The replies to the next prompt, by column. Old turns that do not fit are forgotten."""
         replies = {}
         for column, model in self.models.items():
-            form = raw_prompt if column == "base_raw" else render_prompt
+            form = raw_prompt if column == "base_raw" else chat_prompt
             room = room_for(model, self.sampling.max_new_tokens)
             said = [*self.messages[column], Message(role="user", content=prompt)]
             said = recent_turns(form, said, model.tokenizer, room)

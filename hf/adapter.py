@@ -243,7 +243,7 @@ def load(path: str, kind: str, device: torch.device) -> Checkpoint:
         if bad := not_finite(inner.state_dict()) or next(iter(notes["missing_keys"]), ""):
             raise ValueError(f"{bad} is missing or not finite")
         tokenizer = ForeignTokenizer(transformers.AutoTokenizer.from_pretrained(folder, **given))
-        model = ForeignModel(inner.to(device).eval(), tokenizer.n_vocab)
+        model = ForeignModel(inner.to(device), tokenizer.n_vocab).eval()
         if (rows := len(model.wte.weight)) < tokenizer.n_vocab:
             raise ValueError(f"{rows} embeddings are too few for {tokenizer.n_vocab} tokens")
         model.check()

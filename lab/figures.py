@@ -118,7 +118,11 @@ def report_plots(report: dict[str, Any]) -> dict[str, str]:
             "matrices": matrices_plot(report["weights"]["matrices"]),
             "interpolation": interpolation_plot(report["weights"]),
             "grafts": grafts_plot(report["weights"]["grafts"]),
-            "forgetting": forgetting_plot(report["forgetting"]),
+            **(
+                {"forgetting": forgetting_plot(report["forgetting"])}
+                if report["forgetting"]
+                else {}
+            ),
             "bits": bits_plot({"": report["bits"]}),
             **({"places": places_plot(report["positions"])} if report["positions"] else {}),
             **({"probes": probes_plot({"": report["probes"]})} if report["probes"] else {}),

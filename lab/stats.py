@@ -165,7 +165,7 @@ def paired(a: dict[str, float], b: dict[str, float]) -> Difference:
     return clustered([(item, a[item] - b[item]) for item in a])
 
 
-def clustered(differences: list[tuple[str, float]]) -> Difference:
+def clustered(differences: Sequence[tuple[str, float]]) -> Difference:
     """The mean of some differences, each with the name of its cluster.
 
     The variance is that of the clusters' sums (Liang & Zeger 1986), times C / (C - 1).

@@ -120,7 +120,8 @@ def graft(into: State, source: State, part: Part) -> State:
 
 def template_rows(pair: Pair) -> Tensor:
     """Which rows of the embedding and of the head belong to the template's tokens, (rows,)."""
-    tokenizer, table = pair.base.tokenizer, pair.base.model.wte.weight
+    tokenizer = pair.base.tokenizer
+    table = dict(pair.base.model.named_parameters())["wte.weight"]
     found = torch.zeros(len(table), dtype=torch.bool, device=table.device)
     found[tokenizer.template_ids] = True
     return found
