@@ -18,6 +18,7 @@ from data.chat import Message, render_prompt
 from data.tokenizer import CONTROL_TOKENS
 from lab import harness
 from lab.harness import HarnessModel, sampling_of
+from lab.paired import compared
 from model.generate import Sampling, generate
 from training.checkpoint import Checkpoint, load_checkpoint
 
@@ -352,6 +353,129 @@ def test_a_reply_that_is_begun_goes_on(runs: Runs) -> None:
     kept = tokenizer.encode("It is")
     rest = tokenizer.encode("It is Ada")[len(kept) :]
     assert model.pair(prompt, "Ada") == (asked + kept, rest)
+
+
+# ---- a pair on the same items ---------------------------------------------------------------
+
+
+class Reader(HarnessModel):
+    """Gives a choice that stands in its question, or one of a list, the higher likelihood."""
+
+    favourites: tuple[str, ...] = ()
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        self.swap(requests)
+        found = [request.args for request in requests]
+        return [
+            (float(choice in (self.favourites or question)), False) for question, choice in found
+        ]
+
+
+@pytest.fixture
+def reading(folder: Path) -> Path:
+    """A task whose every question holds its answer."""
+    words = ["ada", "bob", "cyd", "eve"]
+    docs = [{"question": f"say {w} ", "choices": [w, words[i - 3]]} for i, w in enumerate(words)]
+    file = folder / "reading.json"
+    file.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    files = {"dataset_path": "json", "test_split": "test"}
+    files["dataset_kwargs"] = {"data_files": {"test": str(file)}}  # type: ignore[assignment]
+    task = {"task": "reading", **files, **TASKS["tiny_choice"]}
+    (folder / "reading.yaml").write_text(json.dumps(task))
+    return folder
+
+
+def test_what_does_not_depend_on_the_question_is_exposed_by_another_items(
+    runs: Runs, reading: Path
+) -> None:
+    checkpoint = load_checkpoint(runs[0])
+    every = {}
+    for column, favourites in {"base": ("ada", "bob"), "instruct": ()}.items():
+        for swapped in (False, True):
+            model = Reader(checkpoint, swapped=swapped)
+            model.favourites = favourites
+            every[column + harness.SWAPPED * swapped] = evaluate(model, reading, "reading")
+    (found,) = harness.compare(every).values()
+    assert found.scores["instruct"].mean == 1
+    assert found.swapped["instruct"].mean == 0  # the other item's question holds the other choice
+    assert found.scores["base"].mean == found.swapped["base"].mean
+    assert found.differences["base - swapped"].value == 0
+    assert found.differences["instruct - swapped"].value == 1
+    assert found.scores["base"].mean == 0.75  # wrong only of eve, whose other choice is ada
+    assert found.differences["instruct - base"].value == 0.25
+    assert (found.gained, found.lost) == (["3"], [])
+
+
+def test_identical_models_differ_by_zero(runs: Runs, folder: Path) -> None:
+    found = {t: evaluate(HarnessModel(load_checkpoint(runs[1])), folder, t) for t in TASKS}
+    for task, result in found.items():
+        columns = ("base", "instruct")
+        every = {c + s: result for c in columns for s in ("", harness.SWAPPED)}
+        compared = harness.compare(every)
+        assert bool(compared) == (task != "tiny_text")  # bits a byte are no mean over items
+        for metric in compared.values():
+            assert metric.differences["instruct - base"].value == 0
+            assert (metric.gained, metric.lost) == ([], [])
+
+
+def test_a_planted_difference_is_found_with_its_sign_and_interval() -> None:
+    base = {str(i): float(i % 4 == 0) for i in range(40)}
+    instruct = {str(i): float(i % 4 != 1) for i in range(40)}
+    found = compared({"base": base, "instruct": instruct}, {"base": base, "instruct": base})
+    difference = found.differences["instruct - base"]
+    assert difference.value == pytest.approx(0.5)
+    assert difference.low is not None
+    assert 0 < difference.low < 0.5
+    assert found.differences["instruct - swapped"] == difference
+    assert found.gained == [str(i) for i in range(40) if i % 4 in (2, 3)]
+    assert found.lost == []
+    back = compared({"base": instruct, "instruct": base}, {"base": base, "instruct": base})
+    assert back.differences["instruct - base"].value == pytest.approx(-0.5)
+    assert (back.gained, back.lost) == ([], found.gained)
+    with pytest.raises(ValueError, match="same items"):
+        compared({"base": base, "instruct": {"0": 1.0}}, {})
+
+
+def test_a_pair_is_asked_the_same_items_and_every_reply_is_logged(
+    runs: Runs,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, log = tmp_path / "out.json", tmp_path / "log.jsonl"
+    pair = ["--base", runs[0], "--instruct", runs[1], "--device", "cpu", "--chat", "--shots", 1]
+    options = ["--tasks", "tiny_choice,tiny_reply", "--include-path", folder]
+    call(monkeypatch, *pair, *options, "--out", out, "--log", log)
+    printed = capsys.readouterr().out
+    assert "tiny_choice acc.differences.instruct - base_examples" in printed
+    written = json.loads(out.read_text())
+    assert written["runs"][0].keys() == {"base", "instruct"}
+    assert written["settings"]["shots"] == 1
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    columns = {f"{c}{s}" for c in ("base", "instruct", "base_examples") for s in ("", ", swapped")}
+    assert {row["column"] for row in rows} == columns == written["columns"].keys()
+    assert len(rows) == len(columns) * 2 * len(DOCS)
+    asked = {(r["column"], r["item"]): r["asked"][0] for r in rows if r["task"] == "tiny_reply"}
+    for i, doc in enumerate(DOCS):
+        assert asked["base", i] == doc["question"]
+        assert asked["base, swapped", i] == DOCS[(i + 1) % len(DOCS)]["question"]
+    acc = written["compared"]["tiny_choice acc"]
+    for column in ("base", "instruct", "base_examples"):
+        alone = written["columns"][column]["results"]["tiny_choice"]["acc,none"]
+        assert acc["scores"][column]["mean"] == pytest.approx(alone)
+    call(monkeypatch, runs[1], *options, "--chat", "--out", out)
+    alone = json.loads(out.read_text())["results"]
+    assert alone == written["columns"]["instruct"]["results"]
+
+
+@pytest.mark.parametrize("given", [[], ["--base", "a"], ["a", "--base", "b", "--instruct", "c"]])
+def test_neither_one_checkpoint_nor_a_pair_is_told(
+    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        call(monkeypatch, *given, "--tasks", "tiny_choice")
+    assert "name one checkpoint, or --base and --instruct" in capsys.readouterr().err
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
