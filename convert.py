@@ -18,7 +18,7 @@ import data  # isort: skip  # noqa: F401  (before torch: see there)
 import torch
 from safetensors.torch import save_file
 
-from data.chat import jinja_template
+from data.chat import jinja_template, template_fingerprint
 from data.tokenizer import END_OF_TEXT, END_OF_TURN
 from hf.architecture import export_config, export_weights, import_weights, read_config
 from hf.hub import GPT2_NAMES, HUB_FILES, ORIGIN_FILE, find_model, origin_of, weight_files
@@ -26,15 +26,18 @@ from hf.tokenizer import export_tokenizer, import_tokenizer, marked
 from model.gpt import GPT, ModelConfig
 from runtime.cli import Parser, one_line_errors, say
 from runtime.device import check_size, environment
-from runtime.files import ODD, new_directory, read_meta, sha256_file, write_json
+from runtime.files import ODD, new_directory, read_json, read_meta, sha256_file, write_json
 from training.checkpoint import check_meta, load_checkpoint, save_checkpoint, writing
 
 
-def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | None) -> Path:
+def import_checkpoint(
+    source: str, out: Path, downloads: Path, dropout: float | None, kind: str = "base"
+) -> Path:
     """Makes a run's folder with one checkpoint of a folder, or a name on the hub; returns it.
-    An export of this project, unchanged since, becomes what it was, bit for bit; all else a base.
-    `dropout` is that of training from here on; None for what config.json says. Raises ValueError:
-    not a GPT-2, damaged, not to be had, or `out` is not empty.
+    An export of this project, unchanged since, becomes what it was, bit for bit; all else is of
+    `kind`. `dropout` is that of training from here on; None for what config.json says. Raises
+    ValueError: not a GPT-2, damaged, not to be had, an instruct model with another chat template
+    than ours, or `out` is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another folder, or delete it")
@@ -49,8 +52,11 @@ def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | 
                 raise ValueError(f"its {ORIGIN_FILE} names an unknown kind")
             check_meta(meta, f"its {ORIGIN_FILE}")
         else:
-            meta = {"kind": "base", "config": {"data": {"path": None}}, "prepared": {}}
+            meta = {"kind": kind, "config": {"data": {"path": None}}, "prepared": {}}
             meta |= {"data": {"fingerprint": None}, "environment": environment(torch.device("cpu"))}
+            if kind == "instruct":
+                check_template(folder)
+                meta |= {"template": template_fingerprint(), "base": {}}
         if dropout is not None:
             config = replace(config, dropout=dropout)
         check_size(config, tokenizer.n_vocab)
@@ -66,6 +72,15 @@ def import_checkpoint(source: str, out: Path, downloads: Path, dropout: float | 
         raise ValueError(f"another process has made {path}")
     say(f"{meta['kind']} checkpoint of {model.n_params():,} parameters: {path}")
     return path
+
+
+def check_template(folder: Path) -> None:
+    """Raises ValueError: an instruct model has not our chat template, or tokens for it."""
+    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    text = read_json(settings).get("chat_template", "") if settings.exists() else ""
+    text = file.read_text(encoding="utf-8") if file.exists() else text
+    if text != jinja_template(marked("<|")):
+        raise ValueError("its chat template is not this project's; compare it as hf:FOLDER")
 
 
 def _check(folder: Path) -> None:
@@ -124,6 +139,7 @@ def main() -> None:
     i = commands.add_parser("import", help="from transformers: a base; of an export, what it was")
     i.add_argument("source", help=f"{', '.join(GPT2_NAMES)}, owner/name on the hub, or a folder")
     i.add_argument("out", type=Path, help="folder to make: a run with one checkpoint")
+    i.add_argument("--kind", choices=("base", "instruct"), default="base", help="(default base)")
     i.add_argument("--dropout", type=float, help="of training from here on (default: its own)")
     i.add_argument("--downloads", type=Path, default="out/downloads", help="(default %(default)s)")
     e = commands.add_parser("export", help="a folder for transformers")
@@ -132,7 +148,7 @@ def main() -> None:
     a = p.parse_args()
     with one_line_errors():
         if a.command == "import":
-            import_checkpoint(a.source, a.out, a.downloads, a.dropout)
+            import_checkpoint(a.source, a.out, a.downloads, a.dropout, a.kind)
         else:
             export_checkpoint(a.checkpoint, a.out)
 

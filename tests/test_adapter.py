@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sample
-from convert import export_checkpoint
+from convert import export_checkpoint, import_checkpoint
 from data.chat import Message
 from hf import adapter
 from hf.adapter import ForeignTokenizer, chat_prompt, load, load_pair
@@ -24,6 +24,8 @@ from lab.stats import to_json
 from model.generate import Sampling, generate
 from tests.conftest import Fails
 from tests.hub import Hub
+from training import checkpoint
+from training.checkpoint import load_checkpoint
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -367,3 +369,19 @@ def test_the_report_and_sample_take_such_a_pair(
 def test_mistakes_are_told_in_one_line(fails: Fails, tmp_path: Path) -> None:
     gone = ("--base", f"hf:{tmp_path}/gone", "--instruct", "hf:x/y", "--prompt", "So?")
     assert "neither a folder nor" in fails(sample, *gone)
+
+
+def test_an_instruct_model_alone_is_imported_if_its_template_is_ours(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    export_checkpoint(str(runs[1]), tmp_path / "export")
+    (tmp_path / "export" / "diptych.json").unlink()  # as if somebody had gone on training it
+    import_checkpoint(str(tmp_path / "export"), tmp_path / "run", tmp_path, None, "instruct")
+    found, expected = load_checkpoint(tmp_path / "run"), load_checkpoint(runs[1])
+    assert found.meta["kind"] == "instruct"
+    assert torch.equal(found.model.wte.weight, expected.model.wte.weight)
+    pair = checkpoint.load_pair(str(runs[0]), str(tmp_path / "run"), "cpu")
+    assert pair[1].tokenizer.fingerprint == expected.tokenizer.fingerprint
+    edit(tmp_path / "export", "tokenizer_config.json", chat_template=CHATML)
+    with pytest.raises(ValueError, match="compare it as hf:FOLDER"):
+        import_checkpoint(str(tmp_path / "export"), tmp_path / "x", tmp_path, None, "instruct")
