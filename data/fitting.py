@@ -66,6 +66,11 @@ def pack(lengths: list[int], room: int) -> list[list[int]]:
     return rows
 
 
+def rows_at_once(tokens: int) -> int:
+    """How many rows of so many tokens are computed at once, so that memory stays small."""
+    return max(1, min(100, (1 << 14) // tokens))
+
+
 def computed_tokens(lengths: list[int], layout: list[list[int]], rows: int) -> int:
     """Tokens that a layout makes the model compute, so many rows at a time, padding included."""
     filled = [sum(lengths[i] for i in row) for row in layout]

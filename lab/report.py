@@ -52,7 +52,7 @@ from runtime.files import (
     write_json,
     write_text,
 )
-from sample import COLUMNS, Conversation, Reply, show
+from sample import COLUMNS, History, Reply, ask, show
 from training.checkpoint import Checkpoint, read_checkpoint
 from training.log import read_metrics
 
@@ -131,12 +131,12 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
         report[name] = to_json(pool(results))
         seconds[name] = round(time.perf_counter() - start, 1)
         say(f"{name}: {seconds[name]:.0f} s")
-    sampling = Sampling(48)
+    sampling, models = Sampling(48), {"base": first.base, "instruct": first.instruct}
     report["examples"] = []
     for prompts in illustrations(first):
-        conversation = Conversation(first.base, first.instruct, sampling)
+        history = History()
         for prompt in prompts:
-            replies = conversation.ask(prompt)
+            (replies,) = ask(models, [history], [prompt], sampling)
             report["examples"].append(
                 {"prompt": prompt, **{column: asdict(r) for column, r in replies.items()}}
             )

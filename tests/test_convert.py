@@ -426,7 +426,9 @@ def test_an_imported_gpt2_is_tuned_sampled_and_exported_again(
     assert "--data.replay_path" in fails(train_sft, *options)
     train_sft.main(replace(config, data=replace(config.data, replay=0.0)))
     pair = load_pair(str(base), str(instruct), "cpu")
-    assert sample.Conversation(*pair, Sampling(4)).ask("1?").keys() == sample.COLUMNS.keys()
+    models = dict(zip(("base", "instruct"), pair, strict=True))
+    (replies,) = sample.ask(models, [{}], ["1?"], Sampling(4))
+    assert replies.keys() == sample.COLUMNS.keys()
     monkeypatch.setattr(sys, "argv", ["report", f"--base={base}", f"--instruct={instruct}"])
     sys.argv += ["--questions=2", f"--out={tmp_path}/report", "--device=cpu"]
     report.main()

@@ -162,24 +162,35 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     return Checkpoint(model.to(device).eval(), tokenizer, meta, folder)
 
 
+def load_models(
+    paths: dict[str, str | None], device: str, to_sample: bool = False
+) -> dict[str, Checkpoint]:
+    """Those that are given of the checkpoints "base" and "instruct"; `to_sample` in bf16 where the
+    device computes in it. Raises ValueError: none is given, they are not of these kinds, or do not
+    share a tokenizer and this template.
+    """
+    where = set_up(device)
+    found = {kind: load_checkpoint(path, where) for kind, path in paths.items() if path}
+    for kind, checkpoint in found.items():
+        if (other := checkpoint.meta["kind"]) != kind:
+            raise ValueError(f"--{kind} {checkpoint.path} is of the other kind: {other}")
+        if kind == "instruct" and checkpoint.meta["template"] != template_fingerprint():
+            raise ValueError(f"{checkpoint.path} was trained with another chat template than ours")
+        if to_sample and has_bf16(where):
+            checkpoint.model.bfloat16()  # every token reads all weights: half the bytes and time
+    if not found:
+        raise ValueError("there is no model to ask; give --base, --instruct or both")
+    if len({checkpoint.tokenizer.fingerprint for checkpoint in found.values()}) > 1:
+        raise ValueError("the two checkpoints have different tokenizers; they cannot be compared")
+    return found
+
+
 def load_pair(
     base: str, instruct: str, device: str, to_sample: bool = False
 ) -> tuple[Checkpoint, Checkpoint]:
-    """A base and an instruct checkpoint; `to_sample` in bf16 where the device computes in it.
-    Raises ValueError: they are not of these kinds, or do not share a tokenizer and this template.
-    """
-    where = set_up(device)
-    pair = load_checkpoint(base, where), load_checkpoint(instruct, where)
-    for checkpoint, kind in zip(pair, ("base", "instruct"), strict=True):
-        if (found := checkpoint.meta["kind"]) != kind:
-            raise ValueError(f"--{kind} {checkpoint.path} is of the other kind: {found}")
-        if to_sample and has_bf16(where):
-            checkpoint.model.bfloat16()  # every token reads all weights: half the bytes and time
-    if pair[0].tokenizer.fingerprint != pair[1].tokenizer.fingerprint:
-        raise ValueError("the two checkpoints have different tokenizers; they cannot be compared")
-    if pair[1].meta["template"] != template_fingerprint():
-        raise ValueError(f"{pair[1].path} was trained with another chat template than this code's")
-    return pair
+    """A base and an instruct checkpoint, see `load_models`."""
+    found = load_models({"base": base, "instruct": instruct}, device, to_sample)
+    return found["base"], found["instruct"]
 
 
 def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
