@@ -58,10 +58,8 @@ def reply(checkpoint: Checkpoint, prompts: list[list[int]], sampling: Sampling) 
 
 def unseen(checkpoint: Checkpoint, ids: list[int]) -> str:
     """A note on a prompt of which the model sees the end only; empty if it sees all."""
-    block_size = checkpoint.model.config.block_size
-    if len(ids) <= block_size:
-        return ""
-    return f"of the {len(ids)} tokens of this prompt, the model sees the last {block_size}"
+    n, seen = len(ids), checkpoint.model.config.block_size
+    return "" if n <= seen else f"of the {n} tokens of this prompt, the model sees the last {seen}"
 
 
 def room_for(checkpoint: Checkpoint, max_new_tokens: int) -> int:
@@ -73,8 +71,8 @@ def room_for(checkpoint: Checkpoint, max_new_tokens: int) -> int:
 def ask(
     models: Models, histories: list[History], prompts: Sequence[str], sampling: Sampling
 ) -> list[dict[str, Reply]]:
-    """The replies by column to the next prompt of each of some conversations, whose histories both
-    are added to. Old turns that do not fit are forgotten.
+    """The replies by column to the next prompt of each of some conversations, all at once. Their
+    histories grow by both; old turns that do not fit are forgotten.
     """
     replies: list[dict[str, Reply]] = [{} for _ in prompts]
     for column, (kind, form) in ASKED.items():
@@ -129,7 +127,7 @@ def chat(models: Models, sampling: Sampling) -> Iterator[Result]:
 
 
 def answer(models: Models, prompts: list[str], sampling: Sampling) -> Iterator[Result]:
-    """Yields each prompt answered with each seed, many computed at once."""
+    """Yields each prompt answered with each of `sampling.seeds`, many rows at a time."""
     rows = [(prompt, seed) for prompt in prompts for seed in sampling.seeds]
     size = rows_at_once(max(m.model.config.block_size for m in models.values()))
     for i in range(0, len(rows), size):
