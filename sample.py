@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data.chat import Message, Prompt, raw_prompt, render_prompt
+from data.chat import Message, raw_prompt, render_prompt
 from data.fitting import recent_turns, rows_at_once
 from model.check import check_range
 from model.generate import Sampling, generate
@@ -26,12 +26,6 @@ COLUMNS = {
     "base_raw": "base, continuing the text",
     "base_chat": "base, given the chat template",
     "instruct": "instruct",
-}
-# Which model a column asks, and in which form.
-ASKED: dict[str, tuple[str, Prompt]] = {
-    "base_raw": ("base", raw_prompt),
-    "base_chat": ("base", render_prompt),
-    "instruct": ("instruct", render_prompt),
 }
 Models = dict[str, Checkpoint]  # "base", "instruct" or both
 History = dict[str, list[Message]]  # a conversation by column, each with its own replies
@@ -75,8 +69,9 @@ def ask(
     histories grow by both; old turns that do not fit are forgotten.
     """
     replies: list[dict[str, Reply]] = [{} for _ in prompts]
-    for column, (kind, form) in ASKED.items():
-        if model := models.get(kind):
+    for column in COLUMNS:
+        form = raw_prompt if column == "base_raw" else render_prompt
+        if model := models.get("instruct" if column == "instruct" else "base"):
             room, rows = room_for(model, sampling.max_new_tokens), []
             for history, prompt in zip(histories, prompts, strict=True):
                 said = [*history.get(column, []), Message(role="user", content=prompt)]

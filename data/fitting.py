@@ -32,8 +32,7 @@ def too_long(lengths: list[tuple[int, int]], limit: int) -> str:
     out, cut, share = (kept == 0).sum(), ((0 < kept) & (kept < whole)).sum(), lost / whole.sum()
     needed = int(np.quantile(whole, 0.95, method="higher")) - 1
     what = f"{out:,} conversations left out, the ends of {cut:,} cut off: {lost:,} tokens"
-    needs = f"{needed:,} tokens would hold 95 % of all whole"
-    return f"\nlonger than {limit} tokens: {what} ({share:.1%}); {needs}"
+    return f"\nlonger than {limit}: {what} ({share:.1%}); {needed:,} tokens hold 95 % of all whole"
 
 
 def recent_turns(

@@ -712,9 +712,8 @@ def test_each_instance_of_an_instruction_is_a_conversation(name: str, tmp_path: 
         {"id": "seed_task_0", "instruction": "add", "instances": first},
         {"id": "seed_task_1", "instruction": "greet", "instances": [{"input": "", "output": "Hi"}]},
     ]
-    dump = {"a.json": json.dumps, "a.jsonl": jsonl}
-    content = parquet(rows) if name == "a.parquet" else dump[name](rows).encode()
-    (tmp_path / name).write_bytes(content)
+    written = {"a.json": json.dumps(rows).encode(), "a.jsonl": jsonl(rows).encode()}
+    (tmp_path / name).write_bytes(written.get(name) or parquet(rows))
     found = list(read_conversations([tmp_path / name], skip_bad=False))
     said = [[m["content"] for m in conversation] for conversation in found]
     assert said == [["add\n\n2, 2", "4"], ["add", "0"], ["greet", "Hi"]]

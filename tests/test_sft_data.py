@@ -220,11 +220,9 @@ def test_what_does_not_fit_is_cut_or_dropped_and_counted(folders: Path) -> None:
     out, lost = lengths.count(0), sum(len(ids) for ids, _ in RENDERED) - sum(lengths)
     assert min(out, cut, lost) > 0
     _, line = data.shares(30).splitlines()
-    said = (
-        f"longer than 25 tokens: {out} conversations left out, the ends of {cut} cut off: {lost:,}"
-    )
+    said = f"longer than 25: {out} conversations left out, the ends of {cut} cut off: {lost:,}"
     assert line.startswith(said)
-    needed = int(line.split("; ")[1].removesuffix(" tokens would hold 95 % of all whole"))
+    needed = int(line.split("; ")[1].removesuffix(" tokens hold 95 % of all whole"))
     fit = [sum(len(ids) <= n + 1 for ids, _ in RENDERED) for n in (needed - 1, needed)]
     assert fit[0] < 0.95 * len(RENDERED) <= fit[1]
     wide = SFTData(folders / "qa", SFTDataConfig("unused", 30), BYTE, 10**5, 1)
