@@ -172,12 +172,12 @@ def test_a_chat_on_a_terminal_recalls_what_was_typed(runs: Runs, tmp_path: Path)
     settings = {"INPUTRC": os.devnull, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, "--max-new-tokens=1"],
-        **dict.fromkeys(("stdin", "stdout"), theirs),  # type: ignore[call-overload]
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),  # type: ignore[call-overload]
         cwd=Path(__file__).parents[1],
         env=os.environ | settings,
     )
     os.close(theirs)
-    for typed in (b"ho?\x01W\n", b"\x10\n", b"\x04"):  # to the line's begin; the line before
+    for typed in (b"Who?\n", b"\x10\n", b"\x04"):  # a line; the line before it; the end
         shown = b""
         while b"you> " not in shown:
             shown += os.read(ours, 1 << 16)
