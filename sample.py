@@ -1,21 +1,25 @@
-"""The two checkpoints side by side: same prompt, same seed, same sampler.
+"""A base and an instruct checkpoint side by side, same prompt, same seed; or one of them alone.
 
 python sample.py --base out/quickstart/base --instruct out/quickstart/instruct --chat
 """
 
+import contextlib
 from argparse import Namespace, RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data.chat import Message, raw_prompt
-from data.fitting import recent_turns
-from hf.adapter import chat_prompt, load_pair
+from data.chat import Message, Prompt, plain_prompt, raw_prompt
+from data.fitting import after_examples, recent_turns, rows_at_once
+from data.sources.read import read_conversations
+from hf.adapter import chat_prompt, load_models
+from model.check import check_range
 from model.generate import Sampling, generate
-from runtime.cli import Parser, one_line_errors, read_text, say, visible
+from runtime.cli import Parser, one_line_errors, read_text, say, shortened, visible
 from runtime.files import check_file, write_json
 from training.checkpoint import Checkpoint
 
@@ -23,8 +27,25 @@ from training.checkpoint import Checkpoint
 COLUMNS = {
     "base_raw": "base, continuing the text",
     "base_chat": "base, given the chat template",
+    "base_examples": "base, after examples",
     "instruct": "instruct",
 }
+Columns = dict[str, tuple[Checkpoint, Prompt]]  # which model answers, and how it is asked
+History = dict[str, list[Message]]  # a conversation by column, each with its own replies
+
+
+def columns_of(models: dict[str, Checkpoint], examples: Sequence[Message] = ()) -> Columns:
+    """The columns of a base, an instruct model, or both; `examples` are for another of the base."""
+    columns: Columns = {}
+    if base := models.get("base"):
+        columns["base_raw"] = base, raw_prompt
+        if base.tokenizer.has_template:
+            columns["base_chat"] = base, chat_prompt
+        if examples:
+            columns["base_examples"] = base, after_examples(plain_prompt, [*examples])
+    if instruct := models.get("instruct"):
+        columns["instruct"] = instruct, chat_prompt
+    return columns
 
 
 @dataclass(frozen=True)
@@ -36,22 +57,20 @@ class Reply:
     stopped: bool
 
 
-def reply(checkpoint: Checkpoint, ids: list[int], sampling: Sampling) -> Reply:
-    """Samples up to the end-of-turn token, which the text leaves out."""
-    end = checkpoint.tokenizer.end_of_turn
-    if note := unseen(checkpoint, ids):
-        say(f"note: {note}", error=True)
-    new = generate(checkpoint.model, [ids], sampling, stop={end})[0]
-    stopped = new[-1] == end
-    return Reply(checkpoint.tokenizer.decode(new[:-1] if stopped else new), len(new), stopped)
+def reply(checkpoint: Checkpoint, prompts: list[list[int]], sampling: Sampling) -> list[Reply]:
+    """Samples up to the end-of-turn token, which the texts leave out."""
+    end, decode = checkpoint.tokenizer.end_of_turn, checkpoint.tokenizer.decode
+    notes = ((unseen(checkpoint, ids), shortened(decode(ids), 80)) for ids in prompts)
+    for note in dict.fromkeys(f"note: {note}: {text}" for note, text in notes if note):
+        say(note, error=True)
+    replies = generate(checkpoint.model, prompts, sampling, stop={end})
+    return [Reply(decode([i for i in r if i != end]), len(r), r[-1] == end) for r in replies]
 
 
 def unseen(checkpoint: Checkpoint, ids: list[int]) -> str:
     """A note on a prompt of which the model sees the end only; empty if it sees all."""
-    block_size = checkpoint.model.config.block_size
-    if len(ids) <= block_size:
-        return ""
-    return f"of the {len(ids)} tokens of this prompt, the model sees the last {block_size}"
+    n, seen = len(ids), checkpoint.model.config.block_size
+    return "" if n <= seen else f"of the {n} tokens of this prompt, the model sees the last {seen}"
 
 
 def room_for(checkpoint: Checkpoint, max_new_tokens: int) -> int:
@@ -60,26 +79,26 @@ def room_for(checkpoint: Checkpoint, max_new_tokens: int) -> int:
     return block_size - min(max_new_tokens, block_size // 2)
 
 
-class Conversation:
-    """One conversation with each of the three columns, each with its own replies as history."""
-
-    def __init__(self, base: Checkpoint, instruct: Checkpoint, sampling: Sampling) -> None:
-        self.models = {"base_raw": base, "base_chat": base, "instruct": instruct}
-        self.sampling = sampling
-        self.messages: dict[str, list[Message]] = {column: [] for column in COLUMNS}
-
-    def ask(self, prompt: str) -> dict[str, Reply]:
-        """The replies to the next prompt, by column. Old turns that do not fit are forgotten."""
-        replies = {}
-        for column, model in self.models.items():
-            form = raw_prompt if column == "base_raw" else chat_prompt
-            room = room_for(model, self.sampling.max_new_tokens)
-            said = [*self.messages[column], Message(role="user", content=prompt)]
-            said = recent_turns(form, said, model.tokenizer, room)
-            replies[column] = reply(model, form(said, model.tokenizer), self.sampling)
-            said.append(Message(role="assistant", content=replies[column].text))
-            self.messages[column] = said
-        return replies
+def ask(
+    columns: Columns, histories: list[History], prompts: Sequence[str], sampling: Sampling
+) -> list[dict[str, Reply]]:
+    """The replies by column to the next prompt of each of some conversations, all at once. Their
+    histories grow by both; old turns that do not fit are forgotten.
+    """
+    replies: list[dict[str, Reply]] = [{} for _ in prompts]
+    for column, (model, form) in columns.items():
+        room, rows = room_for(model, sampling.max_new_tokens), []
+        for history, prompt in zip(histories, prompts, strict=True):
+            said = [*history.get(column, []), Message(role="user", content=prompt)]
+            history[column] = recent_turns(form, said, model.tokenizer, room)
+            rows.append(form(history[column], model.tokenizer))
+        for i, found in enumerate(reply(model, rows, sampling)):
+            if column == "base_examples":  # the next question is how such a text ends a reply
+                text, asks_on, _ = found.text.partition("\nQuestion:")
+                found = replace(found, text=text, stopped=found.stopped or bool(asks_on))
+            histories[i][column].append(Message(role="assistant", content=found.text))
+            replies[i][column] = found
+    return replies
 
 
 def show(console: Console, prompt: str, replies: dict[str, Reply]) -> None:
@@ -88,35 +107,46 @@ def show(console: Console, prompt: str, replies: dict[str, Reply]) -> None:
     texts = {c: visible(r.text.lstrip(" ")) + ends[c] for c, r in replies.items()}
     if console.is_terminal or console.record:
         table = Table(title=Text(prompt, style="bold"), title_justify="left")
-        for title in COLUMNS.values():
-            table.add_column(title, ratio=1)
-        table.add_row(*(Text(texts[c]) for c in COLUMNS))
+        for column in texts:
+            table.add_column(COLUMNS[column], ratio=1)
+        table.add_row(*map(Text, texts.values()))
         console.print(table)
         return
     say(f"prompt: {prompt}")
-    for c, text in texts.items():
-        say(f"[{COLUMNS[c]}] {text}")
+    for column, text in texts.items():
+        say(f"[{COLUMNS[column]}] {text}")
     say()
 
 
-Result = tuple[str, dict[str, Reply]]  # a prompt and its replies by column
+Result = tuple[str, int, dict[str, Reply]]  # a prompt, the seed, and the replies by column
 
 
-def chat(console: Console, base: Checkpoint, instruct: Checkpoint, how: Sampling) -> list[Result]:
-    """Reads prompts until end of input; /reset begins again. Returns what was said."""
-    results, conversation = list[Result](), Conversation(base, instruct, how)
-    say("Type a message to both models; /reset begins a new conversation, Ctrl-D ends.")
+def chat(columns: Columns, sampling: Sampling) -> Iterator[Result]:
+    """Reads prompts until end of input and yields each answered; /reset begins again."""
+    with contextlib.suppress(ImportError):  # where there is one, `input` edits and recalls lines
+        import readline  # noqa: F401
+    history = History()
+    say("Type a message; /reset begins a new conversation, Ctrl-D ends.")
     while True:
         try:
             prompt = input("you> ").strip()
         except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: there is no input at all
             say()
-            return results
+            return
         if prompt == "/reset":
-            conversation = Conversation(base, instruct, how)
+            history = History()
         elif prompt:
-            results.append((prompt, conversation.ask(prompt)))
-            show(console, *results[-1])
+            yield prompt, sampling.seed, ask(columns, [history], [prompt], sampling)[0]
+
+
+def answer(columns: Columns, prompts: list[str], sampling: Sampling) -> Iterator[Result]:
+    """Yields each prompt answered with each of `sampling.seeds`, many rows at a time."""
+    rows = [(prompt, seed) for prompt in prompts for seed in sampling.seeds]
+    size = rows_at_once(max(m.model.config.block_size for m, _ in columns.values()))
+    for i in range(0, len(rows), size):
+        texts, seeds = zip(*rows[i : i + size], strict=True)
+        replies = ask(columns, [{} for _ in texts], texts, replace(sampling, seeds=seeds))
+        yield from zip(texts, seeds, replies, strict=True)
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -133,39 +163,47 @@ def read_prompts(file: Path) -> list[str]:
 def run(a: Namespace) -> None:
     """Answers what the command line asks."""
     check_file("--json", a.json)
-    sampling = Sampling(a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
-    base, instruct = load_pair(a.base, a.instruct, a.device, to_sample=True)
-    console = Console()
-    if a.prompt is None and a.prompts is None:
-        results = chat(console, base, instruct, sampling)
-    else:
-        prompts = [a.prompt] if a.prompts is None else read_prompts(a.prompts)
-        if not all(prompt.strip() for prompt in prompts):
-            raise ValueError("--prompt is empty; give some text")
-        results = []
-        for prompt in prompts:
-            results.append((prompt, Conversation(base, instruct, sampling).ask(prompt)))
-            show(console, *results[-1])
+    check_range("--samples", a.samples, "1 to 10000")
+    prompts = read_prompts(a.prompts) if a.prompts else [] if a.prompt is None else [a.prompt]
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("--prompt is empty; give some text")
+    if a.samples > 1 and not prompts:
+        raise ValueError("--samples is for --prompt and --prompts; a chat goes on with one reply")
+    if a.temperature is None:
+        a.temperature = float(bool(a.samples > 1 or a.top_k or a.top_p))
+    seeds = [*range(a.seed, a.seed + a.samples)]
+    sampling = Sampling(a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed, seeds)
+    models = load_models({"base": a.base, "instruct": a.instruct}, a.device, to_sample=True)
+    shown = read_conversations([a.examples], skip_bad=False) if a.examples else []
+    columns = columns_of(models, [message for messages in shown for message in messages])
+    console, results = Console(), []
+    answered = answer(columns, prompts, sampling) if prompts else chat(columns, sampling)
+    for prompt, seed, replies in answered:
+        show(console, prompt if a.samples == 1 else f"{prompt} (seed {seed})", replies)
+        by_column = {column: asdict(r) for column, r in replies.items()}
+        results.append({"prompt": prompt, "seed": seed, **by_column})
     if a.json is not None:
-        made_by = {"base": str(base.path), "instruct": str(instruct.path), **asdict(sampling)}
-        rows = [{"prompt": p, **{c: asdict(r) for c, r in rs.items()}} for p, rs in results]
-        write_json(a.json, {"settings": made_by, "results": rows})
+        made_by = {kind: str(model.path) for kind, model in models.items()} | asdict(sampling)
+        write_json(a.json, {"settings": made_by, "results": results})
 
 
 def main() -> None:
     """Runs one command line."""
     p = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("--base", required=True, help="base checkpoint, or its run")
-    p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
+    p.add_argument("--base", help="base checkpoint, or its run; hf:NAME of transformers")
+    p.add_argument("--instruct", help="instruct checkpoint, or its run; one of both is enough")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="one prompt")
     what.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
     what.add_argument("--chat", action="store_true", help="a live conversation (default)")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    p.add_argument("--samples", type=int, default=1, metavar="N", help="replies to each prompt")
+    greedy = "default 0 (greedy), or 1 where --top-k, --top-p or --samples is given"
+    p.add_argument("--temperature", type=float, help=greedy)
     p.add_argument("--top-k", type=int, help="sample from the k most likely tokens")
     p.add_argument("--top-p", type=float, help="sample from the most likely share p")
-    p.add_argument("--seed", type=int, default=1, help="of the sampling (default 1)")
+    p.add_argument("--seed", type=int, default=1, help="of the first sample (default 1)")
     p.add_argument("--max-new-tokens", type=int, default=64, help="per reply (default 64)")
+    p.add_argument("--examples", type=Path, help="a Q&A file that the base is also given before")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     p.add_argument("--json", type=Path, help="write prompts, replies and settings here too")
     with one_line_errors():

@@ -32,7 +32,7 @@ def too_long(lengths: list[tuple[int, int]], limit: int) -> str:
     out, cut, share = (kept == 0).sum(), ((0 < kept) & (kept < whole)).sum(), lost / whole.sum()
     needed = int(np.quantile(whole, 0.95, method="higher")) - 1
     what = f"{out:,} conversations left out, the ends of {cut:,} cut off: {lost:,} tokens"
-    return f"\nlonger than {limit}: {what} ({share:.1%}); {needed:,} would hold 95 % of all whole"
+    return f"\nlonger than {limit}: {what} ({share:.1%}); {needed:,} tokens hold 95 % of all whole"
 
 
 def recent_turns(
@@ -71,6 +71,11 @@ def pack(lengths: list[int], room: int) -> list[list[int]]:
         rows[r].append(i)
         left[r] -= lengths[i]
     return rows
+
+
+def rows_at_once(tokens: int) -> int:
+    """How many rows of so many tokens are computed at once, so that memory stays small."""
+    return max(1, min(100, (1 << 14) // tokens))
 
 
 def computed_tokens(lengths: list[int], layout: list[list[int]], rows: int) -> int:

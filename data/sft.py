@@ -103,8 +103,8 @@ class SFTData:
         self._train, self.val = (self._load(folder, part) for part in ("train", "val"))
         if not self._train or not self.val:
             raise ValueError(
-                f"no conversation of {folder} fits into {block_size} tokens; use a larger "
-                "data.block_size (the base's at most) or shorter conversations"
+                f"no conversation of {folder} fits into {block_size} tokens; raise data.block_size "
+                f"(the base's at most) or shorten them:{too_long(self._lengths, block_size)}"
             )
         self._train = self._train[: config.examples]
         self.steps_per_epoch = -(-len(self._train) // config.batch_size)

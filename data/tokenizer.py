@@ -32,7 +32,10 @@ class Tokenizer:
         n_vocab: ids are 0 .. n_vocab - 1, control tokens included.
         ranks: the ids of the byte strings.
         end_of_text, end_of_turn: ids that stand before each document, and that end a chat turn.
+        has_template: whether there is a chat template, as only models from elsewhere may lack.
     """
+
+    has_template = True
 
     def __init__(self, kind: str, pattern: str, ranks: dict[bytes, int]) -> None:
         if sorted(ranks.values()) != list(range(len(ranks))):  # tiktoken would not say so

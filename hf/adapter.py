@@ -8,7 +8,6 @@ chat template are its own. It is read from safetensors and JSON: no pickle is, a
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from hf.hub import find_model, origin_of, weight_files
 from hf.tokenizer import byte_letters
 from model.gpt import GPT
 from model.seen import KVCache, Seen
-from runtime.device import environment, has_bf16, set_up
+from runtime.device import environment, set_up
 from runtime.files import fingerprint, read_json
 from training import checkpoint
 from training.checkpoint import WEIGHTS_FILE, Checkpoint, not_finite
@@ -52,14 +51,19 @@ class ForeignTokenizer(Tokenizer):
         spec = json.loads(inner.backend_tokenizer.to_str())
         bytewise = "ByteLevel" in json.dumps([spec["decoder"], spec["pre_tokenizer"]])
         self._bytes_of = {x: i for i, x in enumerate(byte_letters())} if bytewise else None
-        after = self._render(SAID, False).rpartition("Babbage.")[2] if inner.chat_template else ""
+        after = self._render(SAID, False).rpartition("Babbage.")[2] if self.has_template else ""
         own_end = inner.eos_token_id or self.end_of_text
         self.end_of_turn = next(iter(inner.encode(after, add_special_tokens=False)), own_end)
         if self.decode(self.encode("A b, 12é")).strip() != "A b, 12é":
             raise ValueError("its tokens are not pieces of text that can be read one by one")
 
+    @property
+    def has_template(self) -> bool:  # type: ignore[override]
+        """Whether there is a chat template."""
+        return bool(self.inner.chat_template)
+
     def _render(self, messages: list[Message], opens_reply: bool) -> str:
-        if not self.inner.chat_template:
+        if not self.has_template:
             raise ValueError(f"{self.inner.name_or_path} has no chat template")
         for text in (message["content"] for message in messages):
             if forged := next((token for token in self._added.values() if token in text), None):
@@ -286,33 +290,44 @@ def meta_of(folder: Path, kind: str, model: ForeignModel, tokenizer: str) -> dic
     }
 
 
-def load_pair(
-    base: str, instruct: str, device: str, to_sample: bool = False
-) -> tuple[Checkpoint, Checkpoint]:
-    """`training.checkpoint.load_pair`, or two models that `hf:...` names, both with the tokenizer
+def load_models(
+    paths: dict[str, str | None], device: str, to_sample: bool = False
+) -> dict[str, Checkpoint]:
+    """`training.checkpoint.load_models`, or models that `hf:...` names; of two, both have tokenizer
     and chat template of the instruct model. Raises ValueError: they are no pair.
     """
-    is_foreign = [path.startswith(PREFIX) for path in (base, instruct)]
-    if not any(is_foreign):
-        return checkpoint.load_pair(base, instruct, device, to_sample)
-    if not all(is_foreign):
+    given = {kind: path for kind, path in paths.items() if path}
+    foreign = [kind for kind, path in given.items() if path.startswith(PREFIX)]
+    if not foreign:
+        return checkpoint.load_models(paths, device, to_sample)
+    if len(foreign) < len(given):
         raise ValueError(f"either both --base and --instruct begin with {PREFIX}, or none")
     where = set_up(device)
-    pair = load(base, "base", where), load(instruct, "instruct", where)
-    checkpoint.check_kinds(*pair)
-    old, new = (found.tokenizer for found in pair)
+    found = {kind: load(path, kind, where) for kind, path in given.items()}
+    if "instruct" in found:
+        found["instruct"].tokenizer.chat_prompt(SAID)  # type: ignore[attr-defined]
+    if len(found) == 2:
+        share_tokenizer(*found.values())
+    return checkpoint.check_models(found, to_sample)
+
+
+def share_tokenizer(base: Checkpoint, instruct: Checkpoint) -> None:
+    """Gives a base the tokenizer of its instruct model. Raises ValueError: it is another one."""
+    old, new = base.tokenizer, instruct.tokenizer
     assert isinstance(old, ForeignTokenizer)
     assert isinstance(new, ForeignTokenizer)
     if any(new.vocabulary.get(token, i) != i for token, i in old.vocabulary.items()):
         raise ValueError("the two checkpoints have different tokenizers; they cannot be compared")
-    if (rows := len(pair[0].model.wte.weight)) < new.n_vocab:
-        raise ValueError(
-            f"{pair[0].path} has {rows} embeddings, {pair[1].path} {new.n_vocab} tokens"
-        )
-    new.chat_prompt(SAID)
-    new.end_of_text = old.end_of_text
-    for found in pair:
-        found.model.vocab_size = new.n_vocab
-        if to_sample and has_bf16(where):
-            found.model.bfloat16()
-    return replace(pair[0], tokenizer=new), replace(pair[1], tokenizer=new)
+    if (rows := len(base.model.wte.weight)) < new.n_vocab:
+        raise ValueError(f"{base.path} has {rows} embeddings, {instruct.path} {new.n_vocab} tokens")
+    new.end_of_text, base.tokenizer = old.end_of_text, new
+    for found in (base, instruct):
+        found.model.vocab_size = found.meta["vocab_size"] = new.n_vocab
+
+
+def load_pair(
+    base: str, instruct: str, device: str, to_sample: bool = False
+) -> tuple[Checkpoint, Checkpoint]:
+    """A base and an instruct checkpoint, see `load_models`."""
+    found = load_models({"base": base, "instruct": instruct}, device, to_sample)
+    return found["base"], found["instruct"]

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from data.fitting import rows_at_once
 from model.generate import Sampling, generate
 from model.seen import KVCache
 from training.checkpoint import Checkpoint
-
-ROWS, TOKENS = 100, 1 << 14  # computed at once: sequences, and their tokens at full length
 
 
 def ask(checkpoint: Checkpoint, prompts: Sequence[list[int]], max_new: int) -> list[list[int]]:
@@ -37,9 +36,9 @@ def reply_limit(checkpoint: Checkpoint, replies: Iterable[str]) -> int:
 
 
 def batches(checkpoint: Checkpoint, lengths: list[int], size: int | None = None) -> list[list[int]]:
-    """Indices of rows of like length, so many at a time, or as many as ROWS and TOKENS allow."""
+    """Indices of rows of like length, so many at a time, or what `rows_at_once` says."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    size = size or max(1, min(ROWS, TOKENS // checkpoint.model.config.block_size))
+    size = size or rows_at_once(checkpoint.model.config.block_size)
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 

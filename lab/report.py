@@ -54,7 +54,7 @@ from runtime.files import (
     write_json,
     write_text,
 )
-from sample import COLUMNS, Conversation, Reply, show
+from sample import COLUMNS, History, Reply, ask, columns_of, show
 from training.checkpoint import Checkpoint, read_checkpoint
 from training.log import read_metrics
 
@@ -133,12 +133,13 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
         report[name] = to_json(pool(results))
         seconds[name] = round(time.perf_counter() - start, 1)
         say(f"{name}: {seconds[name]:.0f} s")
+    columns = columns_of({"base": first.base, "instruct": first.instruct})
     sampling = Sampling(48)
     report["examples"] = []
     for prompts in illustrations(first):
-        conversation = Conversation(first.base, first.instruct, sampling)
+        history = History()
         for prompt in prompts:
-            replies = conversation.ask(prompt)
+            (replies,) = ask(columns, [history], [prompt], sampling)
             report["examples"].append(
                 {"prompt": prompt, **{column: asdict(r) for column, r in replies.items()}}
             )
@@ -215,7 +216,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             highlight=False,
         )
     for example in report["examples"]:
-        show(console, example["prompt"], {c: Reply(**example[c]) for c in COLUMNS})
+        show(console, example["prompt"], {c: Reply(**example[c]) for c in COLUMNS if c in example})
     console.print(
         "seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in report["seconds"].items())
     )

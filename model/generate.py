@@ -26,19 +26,20 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 1
+    seeds: Sequence[int] = ()  # one for each prompt, in place of `seed` for all
 
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, "1 to 1000000")
         check_range("temperature", self.temperature, "0 or more")
-        check_range("seed", self.seed, f"0 or more and below {2**63}")
+        for seed in (self.seed, *self.seeds):
+            check_range("seed", seed, f"0 or more and below {2**63}")
         check_range("top_k", self.top_k, "1 or more")
         check_range("top_p", self.top_p, "above 0 and at most 1")
 
 
 def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
-    """The next id of each row (B,) from logits (B, V) and one u for all rows, uniform in [0, 1).
-
-    A row's id depends on its own logits and on u alone, not on the rows beside it.
+    """The next id of each row (B,) from logits (B, V) and a u of each (B, 1), or one for all,
+    uniform in [0, 1). A row's id depends on its own logits and u alone, not on the rows beside it.
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
@@ -82,14 +83,13 @@ def stream(
     """
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("there must be a prompt, and each must have at least one token")
-    block, device = model.config.block_size, model.wte.weight.device
+    block, device, n = model.config.block_size, model.wte.weight.device, sampling.max_new_tokens
     rows = [list(p)[-block:] for p in prompts]  # of a longer prompt, the newest tokens
-    finished = [False] * len(rows)
-    generator = torch.Generator().manual_seed(sampling.seed)
-    uniform = torch.rand(sampling.max_new_tokens, generator=generator).to(device)
-    room = min(block, max(map(len, rows)) + sampling.max_new_tokens)
+    generators = [torch.Generator().manual_seed(i) for i in sampling.seeds or [sampling.seed]]
+    uniform = torch.stack([torch.rand(n, 1, generator=g) for g in generators], dim=1).to(device)
+    room = min(block, max(map(len, rows)) + n)
     cache = model.new_cache(len(rows), room)
-    ids, static_step = torch.empty(0), None
+    finished, ids, static_step = [False] * len(rows), torch.empty(0), None
     for u in uniform:
         if not cache.used or max(map(len, rows)) > block:  # prefill (again), left-padded
             rows = [row[-(block // 2 + 1) :] if len(row) > block else row for row in rows]

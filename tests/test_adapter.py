@@ -24,7 +24,6 @@ from lab.stats import to_json
 from model.generate import Sampling, generate
 from tests.conftest import Fails
 from tests.hub import Hub
-from training import checkpoint
 from training.checkpoint import load_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -128,11 +127,11 @@ def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_it_computes_and_writes_what_transformers_does(named: Any) -> None:
-    model = load_pair(*named[:2], "cpu")[1]
+    model = load_pair(named[0], named[1], "cpu")[1]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(named[1][3:]).eval()
     rows = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [11]]
     end = model.tokenizer.end_of_turn
-    how = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": end, "pad_token_id": end}
+    how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": end, "pad_token_id": end}
     how |= {"suppress_tokens": [*range(model.model.vocab_size, 320)]}  # no text has these
     for row, found in zip(rows, generate(model.model, rows, Sampling(20), {end}), strict=True):
         assert found == theirs.generate(torch.tensor([row]), **how)[0, len(row) :].tolist()
@@ -140,9 +139,9 @@ def test_it_computes_and_writes_what_transformers_does(named: Any) -> None:
     stream = read(model, [rows[1]], [4])
     for ours, layer in zip(stream[:-1], states.hidden_states[:-1], strict=True):  # the last: normed
         assert torch.allclose(ours[0].float(), layer[0, 4], atol=1e-5)
-    found = log_likelihoods(model, [rows[1][:3]], [rows[1][3:]])[0]
+    known = log_likelihoods(model, [rows[1][:3]], [rows[1][3:]])[0]
     logprobs = states.logits[0, :, : model.model.vocab_size].log_softmax(-1)
-    assert found == pytest.approx(
+    assert known == pytest.approx(
         [float(logprobs[i + 2, t]) for i, t in enumerate(rows[1][3:])], abs=1e-4
     )
 
@@ -165,7 +164,7 @@ def test_instruments_run_on_a_pair(named: Any) -> None:
 def test_between_equal_models_nothing_is_found(tmp_path: Path) -> None:
     names = [make(tmp_path / name, instruct=name == "instruct") for name in ("base", "instruct")]
     (tmp_path / "qa.json").write_text(json.dumps(QA))
-    pair = open_pair(*names, "cpu", tmp_path / "qa.json")
+    pair = open_pair(names[0], names[1], "cpu", tmp_path / "qa.json")
     moved = weights.weights(pair, 2)
     assert all(change.relative == 0 for change in moved.matrices.values())
     assert moved.interpolation["0"] == moved.interpolation["1"]
@@ -181,7 +180,7 @@ def test_our_own_pair_gives_the_same_figures_through_its_export(
     for run in runs:
         export_checkpoint(str(run), tmp_path / run.name)
         names.append(f"hf:{tmp_path / run.name}")
-    ours, theirs = open_pair(*map(str, runs), "cpu", None), open_pair(*names, "cpu", None)
+    ours, theirs = (open_pair(str(a), str(b), "cpu", None) for a, b in (runs, names))
     assert theirs.world is not None
     assert theirs.conversations == ours.conversations
     for instrument in (behaviour.behaviour, shift.shift, probe.probes):
@@ -213,7 +212,7 @@ def same(ours: Any, theirs: Any) -> None:
 
 
 def test_text_stays_text_and_a_message_cannot_forge_a_turn(named: Any) -> None:
-    tokenizer = load_pair(*named[:2], "cpu")[1].tokenizer
+    tokenizer = load_pair(named[0], named[1], "cpu")[1].tokenizer
     assert isinstance(tokenizer, ForeignTokenizer)
     control = {*tokenizer.template_ids, tokenizer.end_of_turn, tokenizer.end_of_text}
     for text in AWKWARD:
@@ -380,7 +379,7 @@ def test_an_instruct_model_alone_is_imported_if_its_template_is_ours(
     found, expected = load_checkpoint(tmp_path / "run"), load_checkpoint(runs[1])
     assert found.meta["kind"] == "instruct"
     assert torch.equal(found.model.wte.weight, expected.model.wte.weight)
-    pair = checkpoint.load_pair(str(runs[0]), str(tmp_path / "run"), "cpu")
+    pair = load_pair(str(runs[0]), str(tmp_path / "run"), "cpu")
     assert pair[1].tokenizer.fingerprint == expected.tokenizer.fingerprint
     edit(tmp_path / "export", "tokenizer_config.json", chat_template=CHATML)
     with pytest.raises(ValueError, match="compare it as hf:FOLDER"):

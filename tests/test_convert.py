@@ -23,6 +23,7 @@ import train_sft
 from convert import export_checkpoint, import_checkpoint
 from data.chat import Message, render, render_prompt
 from data.tokenizer import create_tokenizer
+from hf.adapter import load_pair
 from hf.architecture import export_weights
 from hf.tokenizer import export_tokenizer
 from lab import report
@@ -32,7 +33,7 @@ from model.gpt import GPT, RECIPES, ModelConfig
 from runtime.files import sha256_file
 from tests.conftest import GPT2_CACHE, Fails, sft_config
 from tests.hub import Hub
-from training.checkpoint import Checkpoint, load_checkpoint, load_pair, save_checkpoint
+from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -426,7 +427,9 @@ def test_an_imported_gpt2_is_tuned_sampled_and_exported_again(
     assert "--data.replay_path" in fails(train_sft, *options)
     train_sft.main(replace(config, data=replace(config.data, replay=0.0)))
     pair = load_pair(str(base), str(instruct), "cpu")
-    assert sample.Conversation(*pair, Sampling(4)).ask("1?").keys() == sample.COLUMNS.keys()
+    models = sample.columns_of(dict(zip(("base", "instruct"), pair, strict=True)))
+    (replies,) = sample.ask(models, [{}], ["1?"], Sampling(4))
+    assert replies.keys() == sample.COLUMNS.keys()
     monkeypatch.setattr(sys, "argv", ["report", f"--base={base}", f"--instruct={instruct}"])
     sys.argv += ["--questions=2", f"--out={tmp_path}/report", "--device=cpu"]
     report.main()

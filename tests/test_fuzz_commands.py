@@ -165,7 +165,7 @@ COMMANDS = [
         {**PAIR, "--prompt": "Who?", "--max-new-tokens": "3", "--json": "out.json"},
         {**PAIR_KINDS, "--prompt": "text", "--prompts": "in", "--json": "file", "--top-k": "int"}
         | {"--temperature": "float", "--top-p": "float", "--seed": "int"}
-        | {"--max-new-tokens": "int"},
+        | {"--max-new-tokens": "int", "--samples": "int"},
         "--json",
     ),
     Command("convert import", {"": "../in/hf", " ": "out"}, {"": "in", " ": "folder"}, " "),

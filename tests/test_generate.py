@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -105,6 +106,16 @@ def test_a_row_in_company_is_the_row_alone(recipe: str, temperature: float) -> N
     assert together == [generate(model, [prompt], sampling)[0] for prompt in PROMPTS]
 
 
+@RECIPE
+def test_a_row_with_a_seed_of_its_own_is_the_row_alone_with_that_seed(recipe: str) -> None:
+    model, sampling = random_model(recipe), Sampling(2 * BLOCK, temperature=1.0, seed=9)
+    prompts, seeds = [PROMPTS[0], PROMPTS[0], PROMPTS[2], PROMPTS[0]], (3, 4, 3, 3)
+    together = generate(model, prompts, replace(sampling, seeds=seeds))
+    alone = zip(prompts, (replace(sampling, seed=seed) for seed in seeds), strict=True)
+    assert together == [generate(model, [prompt], own)[0] for prompt, own in alone]
+    assert together[0] == together[3] != together[1]
+
+
 def test_a_stop_id_ends_its_row_and_the_others_go_on() -> None:
     model, sampling = random_model(), Sampling(20, temperature=1.0)
     free = generate(model, PROMPTS, sampling)
@@ -194,6 +205,11 @@ def test_a_seed_gives_one_reply_and_another_seed_another() -> None:
 def test_a_setting_out_of_range_is_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+def test_each_seed_must_be_in_range() -> None:
+    with pytest.raises(ValueError, match=f"seed is {2**63}"):
+        Sampling(seeds=[1, 2**63])
 
 
 def test_an_empty_prompt_is_refused() -> None:

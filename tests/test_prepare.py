@@ -25,7 +25,14 @@ import pytest
 from data import prepare, shards
 from data.chat import Message, render, template_fingerprint
 from data.shards import load_examples, open_prepared
-from data.sources.read import parse_example, read_documents, read_examples, read_files, text_files
+from data.sources.read import (
+    parse_example,
+    read_conversations,
+    read_documents,
+    read_examples,
+    read_files,
+    text_files,
+)
 from data.tokenizer import Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
 from runtime.files import read_json, read_meta, sha256_file, write_json, write_meta
@@ -698,6 +705,20 @@ def test_loaded_examples_are_the_rendered_conversations(base: Path, tmp_path: Pa
     assert open_prepared(str(out), "qa")["request"]["qa"][0]["file"] == "a.jsonl"
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_each_instance_of_an_instruction_is_a_conversation(name: str, tmp_path: Path) -> None:
+    first = [{"input": "2, 2", "output": "4"}, {"input": "", "output": "0"}]
+    rows: list[Any] = [
+        {"id": "seed_task_0", "instruction": "add", "instances": first},
+        {"id": "seed_task_1", "instruction": "greet", "instances": [{"input": "", "output": "Hi"}]},
+    ]
+    written = {"a.json": json.dumps(rows).encode(), "a.jsonl": jsonl(rows).encode()}
+    (tmp_path / name).write_bytes(written.get(name) or parquet(rows))
+    found = list(read_conversations([tmp_path / name], skip_bad=False))
+    said = [[m["content"] for m in conversation] for conversation in found]
+    assert said == [["add\n\n2, 2", "4"], ["add", "0"], ["greet", "Hi"]]
+
+
 GOOD = {"question": "q", "answer": "a"}
 
 
@@ -735,6 +756,13 @@ def test_bad_lines_are_refused_with_their_place_or_skipped_and_counted(
         ("a.jsonl", b'{"question": "\xff"}', "a.jsonl is not UTF-8"),
         ("a.parquet", parquet([{"words": "x"}]), "a.parquet, row 1: no messages.*it has words"),
         ("a.parquet", parquet([{"at": LATE}]), "a.parquet, row 1: no messages.*it has at"),
+        ("a.parquet", parquet([{"prompt": "q", "response": "a"}]), "it has prompt, response;"),
+        (
+            "a.jsonl",
+            jsonl([{"instruction": "q", "instances": []}]),
+            "it has instruction, instances;",
+        ),
+        ("a.jsonl", jsonl([{"instruction": "q", "instances": [5]}]), "line 1: expected a JSON obj"),
         ("a.parquet", parquet([{"messages": [1]}])[:-9], "a.parquet is not a whole parquet file"),
         ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "a.jsonl.gz is not a whole gzip file"),
         (None, "", "a.jsonl not found"),

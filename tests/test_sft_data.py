@@ -220,9 +220,9 @@ def test_what_does_not_fit_is_cut_or_dropped_and_counted(folders: Path) -> None:
     out, lost = lengths.count(0), sum(len(ids) for ids, _ in RENDERED) - sum(lengths)
     assert min(out, cut, lost) > 0
     _, line = data.shares(30).splitlines()
-    said = f"longer than 25: {out} conversations left out, the ends of {cut} cut off: {lost:,} tok"
+    said = f"longer than 25: {out} conversations left out, the ends of {cut} cut off: {lost:,}"
     assert line.startswith(said)
-    needed = int(line.split("; ")[1].split()[0])
+    needed = int(line.split("; ")[1].removesuffix(" tokens hold 95 % of all whole"))
     fit = [sum(len(ids) <= n + 1 for ids, _ in RENDERED) for n in (needed - 1, needed)]
     assert fit[0] < 0.95 * len(RENDERED) <= fit[1]
     wide = SFTData(folders / "qa", SFTDataConfig("unused", 30), BYTE, 10**5, 1)
@@ -230,8 +230,12 @@ def test_what_does_not_fit_is_cut_or_dropped_and_counted(folders: Path) -> None:
 
 
 def test_no_conversation_that_fits_is_an_error(folders: Path) -> None:
-    with pytest.raises(ValueError, match=r"no conversation of .* fits into 5 tokens"):
+    with pytest.raises(ValueError, match=r"no conversation of .* fits into 5 tokens") as error:
         SFTData(folders / "qa", SFTDataConfig("unused"), BYTE, 5, seed=1)
+    some = SFTData(folders / "qa", SFTDataConfig("unused"), BYTE, 25, seed=1).shares(30)
+    needed = some.split("; ")[-1]
+    assert f": {len(RENDERED)} conversations left out" in str(error.value)
+    assert str(error.value).endswith(needed)
 
 
 @pytest.mark.parametrize(("replay", "rows"), [(0.5, 6), (0.4, 4), (0.25, 2), (0.01, 1)])

@@ -59,11 +59,12 @@ def said(panels: web.Panels, body: bytes) -> dict[str, sample.Reply]:
 def test_replies_are_those_of_sample_over_more_turns_than_fit(
     pair: tuple[Checkpoint, Checkpoint], form: str, column: str
 ) -> None:
-    conversation = sample.Conversation(*pair, web.read_sampling(SAMPLED))
-    panels, turns = web.Panels(*pair), list[dict[str, str]]()
+    models = sample.columns_of(dict(zip(web.MODELS, pair, strict=True)))
+    history = sample.History()
+    panels, turns, sampling = web.Panels(*pair), list[dict[str, str]](), web.read_sampling(SAMPLED)
     for n in range(12):
         prompt = f"What of {n}?"
-        expected = conversation.ask(prompt)
+        (expected,) = sample.ask(models, [history], [prompt], sampling)
         found = said(panels, request(prompt, turns, form))
         assert found == {"base": expected[column], "instruct": expected["instruct"]}
         turns.append({"prompt": prompt, **{model: r.text for model, r in found.items()}})
@@ -420,12 +421,14 @@ def test_stop_keeps_what_was_said_and_clear_begins_again(tab: Tab, held: SimpleN
 def test_a_conversation_goes_on_as_in_sample_and_outlives_a_reload(
     tab: Tab, pair: tuple[Checkpoint, Checkpoint]
 ) -> None:
-    conversation = sample.Conversation(*pair, Sampling(6, temperature=1.0, seed=5))
+    models = sample.columns_of(dict(zip(web.MODELS, pair, strict=True)))
+    history = sample.History()
+    sampling = Sampling(6, temperature=1.0, seed=5)
     tab.set("temperature", "1")
     tab.set("seed", "5")
     for prompt in ("Who?", "And\nwhere?"):
         tab.ask(prompt)
-        replies = conversation.ask(prompt)
+        (replies,) = sample.ask(models, [history], [prompt], sampling)
         assert tab.texts()[-2:] == [replies["base_chat"].text, replies["instruct"].text]
     before = tab.texts(), tab.texts(".prompt"), tab.texts(".foot")
     tab.set("prompt", "half a qu")
@@ -437,7 +440,8 @@ def test_a_conversation_goes_on_as_in_sample_and_outlives_a_reload(
     another.goto(tab.page.url)
     assert another.locator(".turn").count() == 0
     tab.ask("Why?")
-    assert tab.texts()[-1] == conversation.ask("Why?")["instruct"].text
+    (replies,) = sample.ask(models, [history], ["Why?"], sampling)
+    assert tab.texts()[-1] == replies["instruct"].text
 
 
 def test_a_reload_while_models_write_ends_that_and_keeps_the_beginning(

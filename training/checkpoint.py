@@ -162,30 +162,32 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     return Checkpoint(model.to(device).eval(), tokenizer, meta, folder)
 
 
-def load_pair(
-    base: str, instruct: str, device: str, to_sample: bool = False
-) -> tuple[Checkpoint, Checkpoint]:
-    """A base and an instruct checkpoint; `to_sample` in bf16 where the device computes in it.
-    Raises ValueError: they are not of these kinds, or do not share a tokenizer and this template.
-    """
+def load_models(
+    paths: dict[str, str | None], device: str, to_sample: bool = False
+) -> dict[str, Checkpoint]:
+    """Those that are given of the checkpoints "base" and "instruct", see `check_models`."""
     where = set_up(device)
-    pair = load_checkpoint(base, where), load_checkpoint(instruct, where)
-    check_kinds(*pair)
-    for checkpoint in pair:
-        if to_sample and has_bf16(where):
+    found = {kind: load_checkpoint(path, where) for kind, path in paths.items() if path}
+    return check_models(found, to_sample)
+
+
+def check_models(found: dict[str, Checkpoint], to_sample: bool) -> dict[str, Checkpoint]:
+    """What it is given; `to_sample` in bf16 where the device computes in it. Raises ValueError:
+    none is given, they are not of these kinds, or do not share a tokenizer and this template.
+    """
+    if not found:
+        raise ValueError("there is no model to ask; give --base, --instruct or both")
+    template = template_fingerprint()
+    for kind, checkpoint in found.items():
+        if (other := checkpoint.meta["kind"]) != kind:
+            raise ValueError(f"--{kind} {checkpoint.path} is of the other kind: {other}")
+        if checkpoint.meta.get("template", template) != template:
+            raise ValueError(f"{checkpoint.path} was trained with another chat template than ours")
+        if to_sample and has_bf16(checkpoint.model.wte.weight.device):
             checkpoint.model.bfloat16()  # every token reads all weights: half the bytes and time
-    if pair[0].tokenizer.fingerprint != pair[1].tokenizer.fingerprint:
+    if len({checkpoint.tokenizer.fingerprint for checkpoint in found.values()}) > 1:
         raise ValueError("the two checkpoints have different tokenizers; they cannot be compared")
-    if pair[1].meta["template"] != template_fingerprint():
-        raise ValueError(f"{pair[1].path} was trained with another chat template than this code's")
-    return pair
-
-
-def check_kinds(base: Checkpoint, instruct: Checkpoint) -> None:
-    """Raises ValueError: one of them is of the other kind."""
-    for checkpoint, kind in ((base, "base"), (instruct, "instruct")):
-        if (found := checkpoint.meta["kind"]) != kind:
-            raise ValueError(f"--{kind} {checkpoint.path} is of the other kind: {found}")
+    return found
 
 
 def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ PIECE = 1 << 20  # characters read at a time, so that memory does not grow with 
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 SEPARATOR = re.compile(r"\s*(,\s*|(?=\]))")  # what follows an example in a list of JSON
 # What is looked at in an example of Q&A, and in a message of OASST's trees.
-QA_KEYS = "messages conversations question answer instruction input output context response".split()
+QA_KEYS = "messages conversations question answer instruction instances input output".split()
+QA_KEYS += ["context", "response"]
 TREE_KEYS = "message_id parent_id role text lang rank deleted".split()
 # How other formats name the roles (ShareGPT's `from`, OASST).
 ROLE_NAMES = dict.fromkeys(("human", "prompter"), "user")
@@ -145,15 +146,16 @@ def _read_lines(file: Path, raw: IO[bytes]) -> Rows:
 
 
 def _read_rows(file: Path, raw: IO[bytes], columns: Sequence[str]) -> Rows:
-    """The rows of a parquet file; only those columns, or all empty if it has none of them."""
+    """The rows of a parquet file; only those columns hold something, if it has any of them."""
     pyarrow, number = _import_pyarrow(file), 0
     try:
         # By itself it reads whole columns ahead, of a row group or of all the file.
         shard = pyarrow.parquet.ParquetFile(raw, buffer_size=PIECE, pre_buffer=False)
         n_rows, names = shard.metadata.num_rows, shard.schema_arrow.names
         if kept := [name for name in names if name in columns]:
+            unread = dict.fromkeys(names, "")  # named where an example cannot be used
             batches = shard.iter_batches(256, columns=kept, use_threads=False)
-            rows = (row for batch in batches for row in batch.to_pylist())
+            rows = ({**unread, **row} for batch in batches for row in batch.to_pylist())
         else:  # nothing to convert, and it might not be possible
             rows = (dict.fromkeys(names) for _ in range(n_rows))
         for number, row in enumerate(rows, 1):
@@ -187,7 +189,7 @@ def read_examples(file: Path, raw: IO[bytes], trees: bool = False) -> Rows:
     read_rows = partial(_read_rows, columns=TREE_KEYS if trees else QA_KEYS)
     readers: dict[str, Callable[..., Rows]] = {".json": _read_list, ".parquet": read_rows}
     examples = readers.get(file.suffix.lower(), _read_lines)(file, raw)
-    return _best_paths(examples) if trees else examples
+    return _best_paths(examples) if trees else _split_instances(examples)
 
 
 def _read_list(file: Path, raw: IO[bytes]) -> Rows:
@@ -210,6 +212,17 @@ def _read_list(file: Path, raw: IO[bytes]) -> Rows:
     if rest := text[position + 1 :].lstrip():
         number = 1 + text.count("\n", 0, len(text) - len(rest))
         raise ValueError(f"{file}, line {number}: text after the end of the list")
+
+
+def _split_instances(rows: Rows) -> Rows:
+    """The examples; of an instruction with `instances` (Self-instruct), one for each of these."""
+    for place, example in rows:
+        instances = example.get("instances") if isinstance(example, dict) else None
+        if not isinstance(instances, list) or not instances:
+            yield place, example
+            continue
+        for instance in instances:
+            yield place, {**example, **instance} if isinstance(instance, dict) else instance
 
 
 def _best_paths(rows: Iterable[tuple[str, Any]]) -> Rows:
@@ -298,7 +311,7 @@ def parse_example(example: Any) -> list[Message]:
     """A conversation from one JSON object in any of the shapes that people have: `messages` (role,
     content), `conversations` (from, value), `question` / `answer`, or `instruction` / `output`; an
     `input` beside the last two is added to what the user says. Dolly calls the last ones `response`
-    and `context`. Raises ValueError: why it cannot be used.
+    and `context`. Raises ValueError: why it cannot be used, and if its shape is none, its keys.
     """
     if isinstance(example, ValueError):
         raise example
@@ -307,6 +320,7 @@ def parse_example(example: Any) -> list[Message]:
     # A table has a column for every key of any row, empty where a row has no such key.
     kept = ("answer", "output")  # of which a missing text is said below
     example = {k: v for k, v in example.items() if v is not None or k in kept} or example
+    held = f"it has {listed(example) or 'no keys'}"
     for key in ("messages", "conversations"):
         if key in example:
             return check_messages(example[key])
@@ -315,7 +329,7 @@ def parse_example(example: Any) -> list[Message]:
     for prompt, answer in (("question", "answer"), ("instruction", "output")):
         if prompt in example:
             if answer not in example:
-                raise ValueError(f"{prompt!r} without {answer!r}")
+                raise ValueError(f"{prompt!r} without {answer!r}; {held}")
             user, extra = example[prompt], example.get("input") or ""
             if not isinstance(extra, str):
                 raise ValueError("'input' is not text")
@@ -324,4 +338,4 @@ def parse_example(example: Any) -> list[Message]:
             reply = {"role": "assistant", "content": example[answer]}
             return check_messages([{"role": "user", "content": user}, reply])
     shapes = "messages, conversations, question/answer or instruction/output"
-    raise ValueError(f"no {shapes}; it has {listed(example) or 'no keys'}")
+    raise ValueError(f"no {shapes}; {held}")
