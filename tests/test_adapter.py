@@ -131,7 +131,12 @@ def test_it_computes_and_writes_what_transformers_does(named: Any) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(named[1][3:]).eval()
     rows = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [11]]
     end = model.tokenizer.end_of_turn
-    how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": end, "pad_token_id": end}
+    how: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": 20,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
     how |= {"suppress_tokens": [*range(model.model.vocab_size, 320)]}  # no text has these
     for row, found in zip(rows, generate(model.model, rows, Sampling(20), {end}), strict=True):
         assert found == theirs.generate(torch.tensor([row]), **how)[0, len(row) :].tolist()

@@ -26,6 +26,9 @@ from training.checkpoint import load_checkpoint, load_models
 Runs = tuple[Path, Path]
 
 
+COLUMNS = ("base_raw", "base_chat", "instruct")
+
+
 def call(module: Any, monkeypatch: pytest.MonkeyPatch, runs: Runs, *options: object) -> None:
     pair = ["--base", runs[0], "--instruct", runs[1], *options]
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, pair)])
@@ -41,10 +44,10 @@ def test_json_holds_three_replies_and_the_settings(
     written = json.loads(file.read_text())
     assert written["settings"]["max_new_tokens"] == 5
     (result,) = written["results"]
-    assert set(result) == {"prompt", "seed", *sample.COLUMNS}
-    assert all(1 <= result[c]["tokens"] <= 5 for c in sample.COLUMNS)
+    assert set(result) == {"prompt", "seed", *COLUMNS}
+    assert all(1 <= result[c]["tokens"] <= 5 for c in COLUMNS)
     printed = capsys.readouterr().out
-    assert all(f"[{title}]" in printed for title in sample.COLUMNS.values())
+    assert all(f"[{sample.COLUMNS[c]}]" in printed for c in COLUMNS)
 
 
 def test_a_prompt_is_answered_alike_alone_and_in_a_file(
@@ -58,6 +61,30 @@ def test_a_prompt_is_answered_alike_alone_and_in_a_file(
     both, one = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("all", "one"))
     assert len(both["results"]) == 2
     assert both["results"][0] == one["results"][0]
+
+
+def test_examples_are_given_to_the_base_and_end_at_the_next_question(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shown.json").write_text('[{"question": "Who sat?", "answer": "Ada."}]')
+    asked = list[str]()
+
+    def says(model: GPT, prompts: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
+        asked.extend(map(tokenizer.decode, prompts))
+        return [tokenizer.encode(" Otis.\nQuestion:\nWho else?") for _ in prompts]
+
+    tokenizer = load_checkpoint(runs[0]).tokenizer
+    monkeypatch.setattr(sample, "generate", says)
+    options = ("--examples", tmp_path / "shown.json", "--json", tmp_path / "out.json")
+    call(sample, monkeypatch, runs, "--prompt", "Who ran?", *options)
+    (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert set(result) == {"prompt", "seed", *COLUMNS, "base_examples"}
+    found = result["base_examples"]
+    assert (found["text"], found["stopped"]) == (" Otis.", True)
+    assert not result["base_chat"]["stopped"]
+    assert (
+        "<|endoftext|>Question:\nWho sat?\nAnswer:\nAda.\nQuestion:\nWho ran?\nAnswer:\n" in asked
+    )
 
 
 def test_many_prompts_are_answered_at_once_and_each_as_if_alone(
@@ -134,7 +161,7 @@ def test_one_checkpoint_alone_answers_as_beside_the_other(
     (together,) = both["results"]
     for kind, one in written.items():
         (alone,) = one["results"]
-        assert set(alone) == {"prompt", "seed", *(c for c in sample.COLUMNS if kind in c)}
+        assert set(alone) == {"prompt", "seed", *(c for c in COLUMNS if kind in c)}
         assert alone.items() <= together.items()
         assert one["settings"].items() <= both["settings"].items()
     assert len(written["base"]["results"][0]) > 3
