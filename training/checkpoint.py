@@ -135,11 +135,15 @@ def check_meta(meta: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where} is damaged: {wrong[0]} is missing, or not what it should be")
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", kind: str | None = None
+) -> Checkpoint:
     """The model in eval mode, its tokenizer and meta, from a checkpoint or a run (its newest).
-    Raises ValueError: not a checkpoint of this project, or one that is damaged.
+    Raises ValueError: not a checkpoint of this project, not of this kind, or one that is damaged.
     """
     folder, meta = read_checkpoint(path)
+    if kind not in (None, meta["kind"]):
+        raise ValueError(f"--{kind} {folder} is of the other kind: {meta['kind']}")
     with files.as_ours(folder):
         files.verify_checksums(folder, {WEIGHTS_FILE: meta["files"][WEIGHTS_FILE]})
         tokenizer = Tokenizer.load(folder)
@@ -169,10 +173,8 @@ def load_pair(
     Raises ValueError: they are not of these kinds, or do not share a tokenizer and this template.
     """
     where = set_up(device)
-    pair = load_checkpoint(base, where), load_checkpoint(instruct, where)
-    for checkpoint, kind in zip(pair, ("base", "instruct"), strict=True):
-        if (found := checkpoint.meta["kind"]) != kind:
-            raise ValueError(f"--{kind} {checkpoint.path} is of the other kind: {found}")
+    pair = load_checkpoint(base, where, "base"), load_checkpoint(instruct, where, "instruct")
+    for checkpoint in pair:
         if to_sample and has_bf16(where):
             checkpoint.model.bfloat16()  # every token reads all weights: half the bytes and time
     if pair[0].tokenizer.fingerprint != pair[1].tokenizer.fingerprint:
@@ -208,9 +210,17 @@ def identity(meta: dict[str, Any]) -> str:
     return files.fingerprint({name: meta["files"][name] for name in (WEIGHTS_FILE, RANKS_FILE)})
 
 
-def take_weights(path: str, model: GPT, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Gives a model a checkpoint's weights; returns its `origin_of`. ValueError: another kind."""
+def take_weights(
+    path: str | None, model: GPT, tokenizer: Tokenizer, base: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Gives a model a checkpoint's weights, if one is named; returns its `origin_of`. ValueError:
+    another architecture or tokenizer, or not tuned from the base whose meta.json is given.
+    """
+    if path is None:
+        return None
     start = load_checkpoint(path)
+    if base and start.meta.get("base") != origin_of(base):
+        raise ValueError(f"tune.init={path} is no instruct checkpoint of the same base; name one")
     theirs = replace(start.model.config, dropout=model.config.dropout)  # no weight depends on it
     if changed := differences(asdict(theirs), asdict(model.config), "model"):
         raise ValueError(f"init_from={path} has another architecture: {listed(changed, '; ')}")
