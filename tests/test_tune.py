@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call  # type: ignore[attr-defined]
+from torch.func import functional_call
 
 import train_sft
 from data.replay import open_replay
@@ -83,7 +83,7 @@ def untied_model() -> GPT:
     model = GPT(ModelConfig("modern", 2, 2, 32, 16), 128)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     return model.double()
 
 
@@ -276,7 +276,7 @@ def test_the_kl_begins_at_zero_and_its_gradient_is_that_of_its_definition() -> N
     base = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.05 * torch.randn_like(p)
+            p.add_(torch.randn_like(p), alpha=0.05)
     assert batch.weights is not None
     p, q = (m(batch.idx).log_softmax(-1) for m in (model, base))
     kl = (F.kl_div(q, p, reduction="none", log_target=True).sum(-1) * batch.weights).sum()
@@ -322,8 +322,9 @@ def kl_to_the_base(world: Path, base: Path, run: Path) -> float:
         with torch.no_grad():
             p, q = (c.model(batch.idx).log_softmax(-1) for c in (tuned, start))
         kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-        total, weight = total + float((kl * batch.weights).sum()), weight + batch.weights.sum()
-    return float(total / weight)
+        total += float((kl * batch.weights).sum())
+        weight += float(batch.weights.sum())
+    return total / weight
 
 
 def test_a_large_kl_keeps_the_model_at_the_base_and_is_logged(
@@ -383,9 +384,9 @@ def test_a_start_of_another_base_or_of_none_is_refused_and_so_is_another_start(
     tune(world_dir, base, tmp_path / "run", init=str(first))
     shutil.rmtree(tmp_path / "run" / "step_000006")
     shutil.copytree(first, tmp_path / "moved")
-    for start in (str(first / "step_000004"), None):
+    for another in (str(first / "step_000004"), None):
         with pytest.raises(ValueError, match="was made from another init "):
-            tune(world_dir, base, tmp_path / "run", init=start)
+            tune(world_dir, base, tmp_path / "run", init=another)
     assert tune(world_dir, base, tmp_path / "run", init=f"{tmp_path}/moved").name == "step_000006"
 
 
