@@ -58,8 +58,7 @@ def main(config: PretrainConfig) -> Path:
 
     device = set_up(run.device, config.run.seed)
     model = GPT(config.model, data.tokenizer.n_vocab).to(device)
-    start = config.init_from  # read only here: a complete run does not need it
-    taken = None if start is None else take_weights(start, model, data.tokenizer)
+    taken = take_weights(config.init_from, model, data.tokenizer)  # not needed once complete
     run.made_from(data.meta, **origin, init_from=taken)
     optimizers = build_optimizers(model, config.optim)
     network = run.resume(model, optimizers, data.tokenizer)
@@ -76,8 +75,7 @@ def main(config: PretrainConfig) -> Path:
         for step in run.steps():
             if run.must_save(step):
                 run.save(step)
-            due = run.must_evaluate(step)
-            scores = evaluate(run, model, data, step) if due else {}
+            scores = evaluate(run, model, data, step) if run.must_evaluate(step) else {}
             run.log.write(step, scores)
             if run.must_stop(step):
                 break

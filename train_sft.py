@@ -14,11 +14,12 @@ from model.gpt import GPT
 from runtime.cli import run_cli, say
 from runtime.device import has_bf16, pick_device, set_up
 from runtime.processes import world_size
-from training.checkpoint import Checkpoint, load_checkpoint, origin_of
+from training.checkpoint import Checkpoint, load_checkpoint, origin_of, take_weights
 from training.config import RunConfig
-from training.optim import OptimConfig, build_optimizers
+from training.optim import OptimConfig
 from training.run import Run
 from training.step import StepResult, mean_loss, train_step
+from training.tune import KLToBase, TuneConfig, tuned_optimizers
 
 STOP_PROMPTS, STOP_WITHIN, SAMPLES = 64, 128, 8  # for stop_rate; replies shown in wandb
 
@@ -32,6 +33,7 @@ class SFTConfig:
     data: SFTDataConfig
     run: RunConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     verify: bool = False
     """Hash all prepared data at the start, not only files that look changed since the last time."""
 
@@ -55,13 +57,12 @@ def answer(model: GPT, data: SFTData, n: int) -> list[list[int]]:
 
 
 def evaluate(
-    run: Run, model: GPT, data: SFTData, step: int, before: list[list[int]]
+    run: Run, model: GPT, data: SFTData, step: int, before: list[list[int]], kl: KLToBase | None
 ) -> dict[str, float]:
-    """Validation loss of the true replies, and how well the model ends its own.
-
-    `stop_logprob` is the mean log-probability of the end-of-turn token at the true end of a reply;
-    `stop_rate` the share of the model's own replies that end by themselves. Prints one of these,
-    chosen by the step; samples.jsonl and wandb get SAMPLES of them beside the base's, `before`.
+    """Validation loss of the true replies, their KL to the base if that is trained, and how well
+    the model ends: `stop_logprob` is the mean log-probability of the end-of-turn token at the true
+    end of a reply, `stop_rate` the share of its own replies that end by themselves. Prints one of
+    these, chosen by the step; samples.jsonl and wandb get SAMPLES beside the base's, `before`.
     """
     batches, end = data.val_batches(run.rows), data.tokenizer.end_of_turn
     ends = [
@@ -74,6 +75,7 @@ def evaluate(
     run.log.samples(decode(prompts[n] + replies[n]), ["prompt", "base", "instruct"], table)
     return {
         "val_loss": mean_loss(model, batches),
+        **({"val_kl": mean_loss(kl, batches)} if kl else {}),
         "stop_logprob": -mean_loss(model, ends),
         "stop_rate": sum(reply[-1] == end for reply in replies) / len(replies),
     }
@@ -82,37 +84,35 @@ def evaluate(
 def main(config: SFTConfig) -> Path:
     """Trains to config.optim.steps; Ctrl-C saves and exits. Returns the newest checkpoint."""
     run = Run("instruct", config)
-    base = load_checkpoint(config.base)
-    if base.meta["kind"] != "base":
-        raise ValueError(f"--base={config.base} is not a base but of kind {base.meta['kind']}")
+    base = load_checkpoint(config.base, kind="base")
     data = load_data(config, run, base)
     text = {"fingerprint": data.replay.fingerprint} if data.replay else None
-    made_from = {"data": {"fingerprint": data.fingerprint}, "base": origin_of(base.meta)}
-    run.made_from(data.meta, **made_from, replay=text)
+    origin = {"data": {"fingerprint": data.fingerprint}, "base": origin_of(base.meta)}
+    run.made_from(data.meta, **origin, replay=text)
     if run.is_complete():
         return run.checkpoint
 
     device = set_up(run.device, config.run.seed)
     model = base.model.to(device).train()
-    optimizers = build_optimizers(model, config.optim)
     before = answer(model, data, SAMPLES)  # by the base
-    network = run.resume(model, optimizers, base.tokenizer)
+    kl = KLToBase(model, config.tune.kl, config.run.loss_chunk) if config.tune.kl else None
+    taken = take_weights(config.tune.init, model, base.tokenizer, base.meta)
+    run.made_from(data.meta, **origin, replay=text, init=taken)
+    optimizers = tuned_optimizers(model, config.optim, config.tune)
+    network = run.resume(model, optimizers, base.tokenizer, kl)
 
     def train(step: int, rows: int) -> StepResult:
         batches, replayed = data.micro_batches(step, rows), data.replayed(step, rows)
         return train_step(network, optimizers, batches, step, config.optim, replayed)
 
-    say(
-        f"{model.n_params():,} parameters on {device.type}, from step {base.meta['step']} of "
-        f"{config.base}; step {run.first_step} of {run.last_step}, {data.steps_per_epoch} an epoch"
-    )
+    place = f"step {run.first_step} of {run.last_step}, {data.steps_per_epoch} an epoch"
+    say(f"{model.n_params():,} parameters on {device.type}, from {base.path}; {place}")
     say(data.shares(run.rows))
     with run:
         for step in run.steps():
             if run.must_save(step):
                 run.save(step)
-            due = run.must_evaluate(step)
-            scores = evaluate(run, model, data, step, before) if due else {}
+            scores = evaluate(run, model, data, step, before, kl) if run.must_evaluate(step) else {}
             run.log.write(step, scores)
             if run.must_stop(step):
                 break

@@ -296,15 +296,14 @@ class GPT(nn.Module):
         kept: Tensor | None = None,
         bounds: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, vocab_size), or with targets the summed loss in nats, a scalar.
-
-        The arguments are the fields of `Batch`, in their order. The head runs only where weights
-        are not zero, on `loss_chunk` positions at a time if that is set.
+        """Logits (B, T, vocab_size), or (n, vocab_size) at `kept`; with targets the summed loss in
+        nats, a scalar. The arguments are the fields of `Batch`, in their order. The head runs only
+        where weights are not zero, on `loss_chunk` positions at a time if that is set.
         """
         bounds = bounds if self.config.has_varlen else None
         x = self.hidden(idx, None if documents is None else see_documents(documents, bounds))
         if targets is None:
-            return self.logits(x)
+            return self.logits(x if kept is None else x.flatten(0, 1).index_select(0, kept))
         x, targets = x.flatten(0, 1), targets.flatten()
         if weights is not None:
             kept = weights.flatten().nonzero().squeeze(1) if kept is None else kept

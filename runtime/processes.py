@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.gpt import GPT
 from model.seen import Batch
 
 
@@ -99,15 +98,15 @@ def any_process(value: bool) -> bool:
     return bool(sum_over_processes(torch.tensor(float(value))))
 
 
-def distribute(model: GPT, seed: int, step: int) -> nn.Module:
-    """The network to train: the model or, for several processes, one that averages its gradients;
+def distribute(network: nn.Module, seed: int, step: int) -> nn.Module:
+    """The network to train: this one or, for several processes, one that averages its gradients;
     each then draws a dropout of its own, by seed, rank and the step that it starts from.
     """
     if world_size() == 1:
-        return model
+        return network
     mine = np.random.SeedSequence([seed, step, dist.get_rank()])
     torch.manual_seed(int(mine.generate_state(1)[0]))
-    network = DistributedDataParallel(model)
+    network = DistributedDataParallel(network)
     network.broadcast_buffers = False  # all have the same; as an argument torch 2.13 warns of it
     return network
 

@@ -19,6 +19,7 @@ from train_pretrain import PretrainConfig
 from train_sft import SFTConfig
 from training.config import RunConfig
 from training.optim import OptimConfig
+from training.tune import TuneConfig
 
 ROOT = Path(__file__).parent.parent
 TOML = """
@@ -276,7 +277,8 @@ def test_help_of_instruction_tuning_lists_its_own_keys(capsys: pytest.CaptureFix
         parse_config(SFTConfig, ["--help"], "Tuning:\n\n  python a.py")
     out = capsys.readouterr().out
     assert "Tuning:\n\n  python a.py\n" in out
-    check_help(" ".join(out.split()), data=SFTDataConfig, run=RunConfig, optim=OptimConfig)
+    tables: dict[str, type[Any]] = {"run": RunConfig, "optim": OptimConfig, "tune": TuneConfig}
+    check_help(" ".join(out.split()), data=SFTDataConfig, **tables)
     assert "--base BASE The base checkpoint" in " ".join(out.split())
     assert "--model" not in out
 

@@ -21,6 +21,7 @@ from runtime import processes
 from tests.conftest import pretrain_config, sft_config
 from training.checkpoint import load_checkpoint
 from training.log import read_metrics
+from training.tune import TuneConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,7 +77,7 @@ def compare(run: Path, whole: Path) -> None:
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
-        for key in {"tokens", "loss", "grad_norm", "lr", "val_loss"} & row.keys():
+        for key in {"tokens", "loss", "grad_norm", "lr", "val_loss", "val_kl"} & row.keys():
             assert row[key] == pytest.approx(other[key], rel=1e-4), (key, row["step"])
     found, weights = (load_checkpoint(path).model.state_dict() for path in (run, whole))
     for name, value in weights.items():
@@ -101,8 +102,13 @@ def test_two_processes_train_as_one_and_go_on_for_each_other(
             os.kill(os.getpid(), signal.SIGINT)
         return real(network, optimizers, batches, step, config)
 
+    def switched(out: str) -> Any:
+        tune = TuneConfig(freeze="lm_head", lora_rank=3, kl=0.5, init=str(tmp_path / "one_sft"))
+        return replace(instruct(out), tune=tune)
+
     train_pretrain.main(base("one"))
     train_sft.main(instruct("one_sft"))
+    train_sft.main(switched("one_tuned"))
     # Begun by one process, to be finished by two.
     script: Any = train_pretrain
     real = script.train_step
@@ -117,6 +123,7 @@ def test_two_processes_train_as_one_and_go_on_for_each_other(
             (train_pretrain, base("two_one"), 4),
             (train_pretrain, base("one_two"), None),
             (train_sft, instruct("two_sft"), None),
+            (train_sft, switched("two_tuned"), None),
         ],
         tmp_path,
     )
@@ -124,6 +131,7 @@ def test_two_processes_train_as_one_and_go_on_for_each_other(
     assert (printed.count("base checkpoint"), printed.count("stopped at step")) == (2, 1)
     compare(tmp_path / "two", tmp_path / "one")
     compare(tmp_path / "two_sft", tmp_path / "one_sft")
+    compare(tmp_path / "two_tuned", tmp_path / "one_tuned")
     # Stopped by a signal to one of the two, finished by one.
     assert max((tmp_path / "two_one").glob("step_*")).name == "step_000005"
     train_pretrain.main(base("two_one"))

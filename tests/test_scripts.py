@@ -243,7 +243,7 @@ def test_sft_refuses_what_cannot_be_tuned(
     base, instruct = runs
     fixed = [f"--run.dir={tmp_path / 'r'}", "--optim.steps=2"]
     on_world = [*fixed, f"--data.path={world_dir}"]
-    assert "not a base" in fails(train_sft, f"--base={instruct}", *on_world)
+    assert "is of the other kind: instruct" in fails(train_sft, f"--base={instruct}", *on_world)
     assert "not a checkpoint" in fails(train_sft, f"--base={world_dir}", *on_world)
     assert "nowhere not found" in fails(train_sft, "--base=nowhere", *on_world)
     error = fails(train_sft, f"--base={base}", *on_world, "--data.block_size=999")

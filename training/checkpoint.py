@@ -135,11 +135,15 @@ def check_meta(meta: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where} is damaged: {wrong[0]} is missing, or not what it should be")
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", kind: str | None = None
+) -> Checkpoint:
     """The model in eval mode, its tokenizer and meta, from a checkpoint or a run (its newest).
-    Raises ValueError: not a checkpoint of this project, or one that is damaged.
+    Raises ValueError: not a checkpoint of this project, not of this kind, or one that is damaged.
     """
     folder, meta = read_checkpoint(path)
+    if kind not in (None, meta["kind"]):
+        raise ValueError(f"--{kind} {folder} is of the other kind: {meta['kind']}")
     with files.as_ours(folder):
         files.verify_checksums(folder, {WEIGHTS_FILE: meta["files"][WEIGHTS_FILE]})
         tokenizer = Tokenizer.load(folder)
@@ -216,9 +220,17 @@ def identity(meta: dict[str, Any]) -> str:
     return files.fingerprint({name: meta["files"][name] for name in (WEIGHTS_FILE, RANKS_FILE)})
 
 
-def take_weights(path: str, model: GPT, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Gives a model a checkpoint's weights; returns its `origin_of`. ValueError: another kind."""
+def take_weights(
+    path: str | None, model: GPT, tokenizer: Tokenizer, base: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Gives a model a checkpoint's weights, if one is named; returns its `origin_of`. ValueError:
+    another architecture or tokenizer, or not tuned from the base whose meta.json is given.
+    """
+    if path is None:
+        return None
     start = load_checkpoint(path)
+    if base and start.meta.get("base") != origin_of(base):
+        raise ValueError(f"tune.init={path} is no instruct checkpoint of the same base; name one")
     theirs = replace(start.model.config, dropout=model.config.dropout)  # no weight depends on it
     if changed := differences(asdict(theirs), asdict(model.config), "model"):
         raise ValueError(f"init_from={path} has another architecture: {listed(changed, '; ')}")

@@ -10,8 +10,8 @@ from runtime.files import at_home
 # what alters the result by rounding at most.
 MAY_CHANGE = {
     *("run.dir", "run.device", "run.compile", "run.loss_chunk", "run.wandb", "run.wandb_project"),
-    *("run.wandb_artifact", "base", "init_from", "verify", "data.path", "data.replay_path"),
-    *("data.micro_batch_size", "data.layout"),
+    *("run.wandb_artifact", "base", "init_from", "tune.init", "verify", "data.path"),
+    *("data.replay_path", "data.micro_batch_size", "data.layout"),
 }
 
 

@@ -157,7 +157,7 @@ class RunLog:
             self._val_losses[step] = row["val_loss"]
         # On a terminal the bar shows the rest; a pipe gets every logged line.
         if evaluated or self._progress.disable:
-            names = ("loss", "replay_loss", "val_loss", "val_bpb", "stop_logprob", "stop_rate")
+            names = "loss replay_loss val_loss val_bpb val_kl stop_logprob stop_rate".split()
             shown = "  ".join(f"{k} {row[k]:.4f}" for k in names if k in row)
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
             risen = f"  (lowest at step {self.overfitted[0]})" if self.overfitted else ""

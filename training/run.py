@@ -121,8 +121,14 @@ class Run:
                 prepare()
         return folder
 
-    def resume(self, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer) -> nn.Module:
-        """Puts all back as the newest checkpoint has it; returns the network to train."""
+    def resume(
+        self,
+        model: GPT,
+        optimizers: list[Optimizer],
+        tokenizer: Tokenizer,
+        loss: nn.Module | None = None,
+    ) -> nn.Module:
+        """Puts all back as the newest checkpoint has it; returns what to train, `loss` or model."""
         self._take()
         where = model.wte.weight.device
         model.loss_chunk = self.config.run.loss_chunk
@@ -138,7 +144,7 @@ class Run:
         peak = device.peak_flops(where)
         peak_speed = peak / device.flops_per_token(model) if peak and self.kind == "base" else None
         self.log = RunLog(self.config, row, self._meta, peak_speed)  # takes in what happens
-        return processes.distribute(model, self.config.run.seed, self.first_step)
+        return processes.distribute(loss or model, self.config.run.seed, self.first_step)
 
     def __enter__(self) -> Self:
         self._open = contextlib.ExitStack()

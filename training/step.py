@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.gpt import GPT
 from model.seen import Batch
 from runtime.device import autocast, to_device
 from runtime.processes import my_share, sum_over_processes, world_size
@@ -129,11 +128,11 @@ def add_gradients(network: nn.Module, parts: list[list[Batch]], weight: float) -
 
 
 @torch.no_grad()
-def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
+def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     """sum(weight * cross_entropy) / sum(weight) over batches, in nats, without training.
     Raises ValueError: no weight at all.
     """
-    device, training = model.wte.weight.device, model.training
+    device, training = next(model.parameters()).device, model.training
     loss = weight = 0.0
     model.eval()
     for batch in batches:
