@@ -89,7 +89,8 @@ class CrossTable:
     """What a model completes against what it, or another, answers; shares of all facts.
 
     Attributes:
-        answered_of_known: of what is known alone.
+        answered_of_known: of what is known alone. Where little is, two likeliest values can agree
+            because both are the relation's favourite: see `Graded.swapped`.
     """
 
     known_and_answered: Share
