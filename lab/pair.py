@@ -89,10 +89,7 @@ def open_pair(base: str, instruct: str, device: str, qa: Path | None, shots: int
     Raises:
         ValueError: they are no pair, have different shapes, or there is nothing to ask.
     """
-    pair = load_pair(base, instruct, device)
-    shapes = [(c.meta["model"], c.meta["vocab_size"]) for c in pair]
-    if shapes[0] != shapes[1]:
-        raise ValueError("the two checkpoints have different model shapes; they cannot be compared")
+    pair = open_both(base, instruct, device)
     world, conversations, examples = asked_of(pair, qa, shots)
     limit = reply_limit(pair[0], (c[-1]["content"] for c in conversations))
     conversations = fitting(conversations, pair[0], limit, contexts_of(world, examples))
@@ -113,6 +110,19 @@ def asked_of(
         world, conversations = None, read_qa(qa or qa_of(pair[1]))
         shown, conversations = conversations[:shots], conversations[shots:]
     return world, conversations, [message for c in shown for message in c]
+
+
+def open_both(base: str, instruct: str, device: str) -> tuple[Checkpoint, Checkpoint]:
+    """Loads two checkpoints.
+
+    Raises:
+        ValueError: they are no pair, or have different shapes.
+    """
+    pair = load_pair(base, instruct, device)
+    shapes = [(c.meta["model"], c.meta["vocab_size"]) for c in pair]
+    if shapes[0] != shapes[1]:
+        raise ValueError("the two checkpoints have different model shapes; they cannot be compared")
+    return pair
 
 
 def fitting(
@@ -226,15 +236,20 @@ def of_both(pair: Pair, measure: Callable[[Checkpoint, World, int], T], n: int) 
 # ---- command line --------------------------------------------------------------------------
 
 
-def pair_arguments(about: str) -> argparse.ArgumentParser:
-    """The options that every instrument has."""
+QA = ("--qa", "ask from this Q&A file or folder, not about the world")
+
+
+def pair_arguments(about: str, file: tuple[str, str] = QA) -> argparse.ArgumentParser:
+    """The options that every instrument has; `file` is the one that names what is asked, and its
+    help.
+    """
     p = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", required=True, help="base checkpoint, or its run")
     p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
     p.add_argument(
         "--seeds", nargs="+", help="pool several pairs: each of these for {seed} in both paths"
     )
-    p.add_argument("--qa", type=Path, help="ask from this Q&A file or folder, not about the world")
+    p.add_argument(file[0], dest="qa", type=Path, help=file[1])
     p.add_argument(
         "--shots", type=int, default=0, help="also ask the base after so many answered questions"
     )
@@ -277,21 +292,30 @@ def measured_by() -> str:
     root = Path(__file__).parents[1]
     files = [
         f
-        for folder in ("data", "model", "runtime", "training", "lab")
+        for folder in ("data", "model", "runtime", "training", "hf", "lab")
         for f in (*(root / folder).rglob("*.py"), *(root / folder).glob("*.toml"))
     ]
     files += [root / "sample.py"]
-    drawn = ("harness", "plot", "figures", "report", "sweep", "tables", "findings", "web")
+    drawn = {"harness", "plot", "figures", "report", "sweep", "tables", "findings", "web"}
+    drawn |= {"facts", "relations"}  # which no sweep asks for
     return fingerprint(sorted(sha256_file(f) for f in files if f.stem not in drawn))
 
 
-def run_instrument(about: str, instrument: Callable[[Pair, int], Any], questions: int) -> None:
+def run_instrument(
+    about: str,
+    instrument: Callable[[Any, int], Any],
+    questions: int,
+    opened: Callable[[str, str, str, Path | None, int], Pair] = open_pair,
+    file: tuple[str, str] = QA,
+) -> None:
     """The command line of one instrument: prints its figures, and with --out writes them.
 
     Args:
         questions: default of --questions, which is the instrument's second argument.
+        opened: makes its first argument of two paths, a device, what the option `file` names, and
+            --shots.
     """
-    p = pair_arguments(about)
+    p = pair_arguments(about, file)
     p.add_argument(
         "--questions", type=int, default=questions, help=f"per figure (default {questions})"
     )
@@ -301,7 +325,7 @@ def run_instrument(about: str, instrument: Callable[[Pair, int], Any], questions
         if a.questions < 1:
             raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
         check_file("--out", a.out)
-        pairs = [open_pair(*paths, a.device, a.qa, a.shots) for paths in pairs_of(a)]
+        pairs = [opened(*paths, a.device, a.qa, a.shots) for paths in pairs_of(a)]
         if pairs[0].world is not None:
             texts = sorted({replayed(pair.instruct.meta) for pair in pairs})
             say(f"replayed in tuning: {'/'.join(texts)}")

@@ -182,6 +182,13 @@ COMMANDS = [
         if "run_instrument(__doc__" in path.read_text(encoding="utf-8")
     ),
     Command(
+        "lab.facts",
+        {**ASKED, "--facts": "../in/facts.jsonl", "--out": "out.json"},
+        {**PAIR_KINDS, "--questions": "int", "--facts": "in", "--out": "file", "--seeds": "never"},
+        "--out",
+        cheap=False,
+    ),
+    Command(
         "lab.report",
         {**ASKED, "--out": "out", "--svg": "out.svg"},
         {**ASKED_KINDS, "--out": "place", "--svg": "file"},
@@ -278,6 +285,9 @@ def given(
     (there / "text.txt").write_text("A whale is an animal of the sea.\n\nIt is no fish.\n\n" * 50)
     rows = [{"question": f"What is whale {n}?", "answer": "An animal."} for n in range(40)]
     (there / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fact = {"relation": "sea", "cloze": "{subject} is a", "question": "What is {subject}?"}
+    facts = [fact | {"subject": f"A{n}", "value": "whale" if n else "fish"} for n in range(9)]
+    (there / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in facts))
     (there / "spoilt.jsonl").write_text('{"question": "Why?", "answer": 3}\n{"a"')
     (there / "empty.txt").write_text("")
     (there / "sweep.toml").write_text(SPEC + GRID)
