@@ -462,15 +462,15 @@ def test_a_fact_that_does_not_fit_is_neither_asked_nor_a_choice(runs: Runs, tmp_
 def test_shown_facts_are_examples_for_the_base_and_are_not_asked(
     runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    file = written(tmp_path, PLACES)
-    whole = open_with_facts(str(runs[0]), str(runs[1]), "cpu", file)
+    forms = {"relation": "r", "cloze": "{subject} is in", "question": "{subject}?"}
+    made = [forms | {"subject": s, "value": v} for s, v in ("AX", "BY", "CZ", "DW")]
+    file = tmp_path / "short.jsonl"
+    file.write_text(lines_of(made))
     pair = open_with_facts(str(runs[0]), str(runs[1]), "cpu", file, shots=1)
-    (shown,) = {m["content"] for m in pair.examples if m["role"] == "user"}
-    asked = {fact.question for r in pair.relations.values() for fact in r.facts.values()}
-    assert asked == {f.question for r in whole.relations.values() for f in r.facts.values()} - {
-        shown
-    }
+    (shown,) = (m["content"] for m in pair.examples if m["role"] == "user")
+    asked = {fact.question for fact in pair.relations["r"].facts.values()}
+    assert asked == {"A?", "B?", "C?", "D?"} - {shown}
     found = facts.facts(pair, 100)
-    assert "examples" in found.base
-    assert "examples" not in found.instruct
-    assert "base x base, after examples" in found.tables["said"]
+    assert found.base.keys() == {"cloze", "plain", "chat", "examples"}
+    assert found.instruct.keys() == {"cloze", "plain", "chat"}
+    assert found.tables["said"]["base x base, after examples"].neither.n == 3
