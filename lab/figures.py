@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from data.world import ATTRIBUTES
 from lab.headline import rows_of
+from lab.stats import kind_of
 
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -35,6 +36,7 @@ GREY = "#777777"
 CLASS_COLORS = {"unshifted": "#F1EEF8", "marginal": "#CFC4E6", "shifted": "#A592D3"}
 POINT_COLORS = {"stops": GREY, "right": PURPLE, "answers": GREEN, "cloze": "#000000"}
 LOSS, VIOLET = "#D55E00", "#6A4FB0"
+CURVE_COLORS = (BASE, INSTRUCT, GREEN, PURPLE, SKY, LOSS, VIOLET, GREY)
 SWEEP_LINES = {
     "answers_known": ("answers, known people", GREEN),
     "answers_held_out": ("answers, held-out people", INSTRUCT),
@@ -87,8 +89,8 @@ def line(
     color: str,
     style: str = "-",
 ) -> None:
-    """Shares or means over xs with their 95 % intervals, and a dot for each pooled run."""
-    kind = "share" if "share" in cells[0] else "mean"
+    """Figures over xs with their 95 % intervals, and a dot for each pooled run."""
+    kind = kind_of(cells[0])
     axes.plot(xs, [c[kind] for c in cells], f"o{style}", color=color, label=name)
     # Of a single number there is no interval.
     low, high = ([float("nan") if c[k] is None else c[k] for c in cells] for k in ("low", "high"))
@@ -280,6 +282,7 @@ def panels(width: float, height: float, names: Sequence[str]) -> tuple[Figure, l
 
 
 Cells = dict[str, dict[str, Any]]  # results of one instrument, by the name of their cell
+Curves = dict[str, dict[int, dict[str, Any]]]  # figures by name and step
 
 
 def probes_plot(cells: Cells) -> Figure:
@@ -468,6 +471,39 @@ def forgetting_plot(forgetting: dict[str, Any]) -> Figure:
         panels[-1].set_xlabel("step of instruction tuning;   shaded: back on pretraining text")
     figure.legend(loc="outside upper left", ncols=3)
     return figure
+
+
+def curve_plot(stages: dict[str, Curves], logarithmic: Collection[str]) -> str:
+    """Figures over the steps of a stage or two, which stand side by side; what is not between 0 and
+    1 throughout has an axis of its own below. Of `logarithmic` stages the steps are on a log axis.
+    """
+    names = list(next(iter(stages.values())))
+    cells = {n: [c for curves in stages.values() for c in curves[n].values()] for n in names}
+    is_share = {n: all(0 <= cell[kind_of(cell)] <= 1 for cell in cells[n]) for n in names}
+    rows = sorted(set(is_share.values()), reverse=True)
+    size = max(5.6, 3.6 * len(stages)), 2.8 * len(rows) + 0.2 * len(names)
+    with mpl.rc_context(STYLE):
+        figure = Figure(size, layout="constrained")
+        panels = figure.subplots(len(rows), len(stages), sharex="col", sharey="row", squeeze=False)
+        for column, (stage, curves) in zip(panels.T, stages.items(), strict=True):
+            for i, name in enumerate(names):
+                axes, color = column[rows.index(is_share[name])], CURVE_COLORS[i % 8]
+                if curves[name]:
+                    line(axes, list(curves[name]), list(curves[name].values()), name, color)
+            steps = sorted({step for curve in curves.values() for step in curve})
+            if stage in logarithmic:
+                column[-1].set_xscale("log")
+                column[-1].set_xticks(steps, [str(step) for step in steps], rotation=45)
+                column[-1].minorticks_off()
+            column[-1].set_xlabel(f"step of {stage}")
+        for share, row in zip(rows, panels, strict=True):
+            for axes in row:
+                as_share(axes) if share else axes.grid(axis="y", color="#dddddd", lw=0.6)
+        drawn = [axes.get_legend_handles_labels() for axes in panels.flat]
+        legend = {name: handle for pair in drawn for handle, name in zip(*pair, strict=True)}
+        found = [name for name in names if name in legend]
+        figure.legend([legend[n] for n in found], found, loc="outside upper left")
+        return svg(figure)
 
 
 def sweep_plot(table: dict[str, Any]) -> str:

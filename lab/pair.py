@@ -27,9 +27,9 @@ from lab.likelihood import reply_limit
 from lab.questions import facts_of, openings
 from lab.stats import lines, pool, to_json
 from runtime.cli import Parser, one_line_errors, say
-from runtime.device import environment
+from runtime.device import environment, set_up
 from runtime.files import as_ours, check_file, fingerprint, sha256_file, write_json
-from training.checkpoint import Checkpoint, identity, load_pair
+from training.checkpoint import Checkpoint, identity, load_checkpoint, load_pair
 from training.run import PREPARED_QA
 
 T = TypeVar("T")
@@ -71,23 +71,32 @@ def contexts_of(world: World | None) -> dict[str, Prompt]:
     return {"chat": render_prompt, "plain": plain, "documents": documents_prompt}
 
 
-def open_pair(base: str, instruct: str, device: str, qa: Path | None) -> Pair:
+def open_pair(base: str, instruct: str | None, device: str, qa: Path | None) -> Pair:
     """Loads two checkpoints and finds what to ask them.
 
     Args:
+        instruct: None for a base alone, which then stands on both sides.
         qa: conversations to use instead, as if there were no world: a Q&A file, or a folder of
             prepared ones.
 
     Raises:
         ValueError: they are no pair, have different shapes, or there is nothing to ask.
     """
-    pair = load_pair(base, instruct, device)
+    if instruct is None:
+        alone = load_checkpoint(base, set_up(device))
+        if alone.meta["kind"] != "base":
+            raise ValueError(f"{alone.path} is of the other kind: {alone.meta['kind']}")
+        pair = (alone, alone)
+    else:
+        pair = load_pair(base, instruct, device)
     shapes = [(c.meta["model"], c.meta["vocab_size"]) for c in pair]
     if shapes[0] != shapes[1]:
         raise ValueError("the two checkpoints have different model shapes; they cannot be compared")
     world = world_of(*pair)
     if qa is None and world is not None:
         conversations = questions_about(world)
+    elif qa is None and instruct is None:
+        raise ValueError(f"{base} has read about no world: say what to ask it, with --qa")
     else:
         world, conversations = None, read_qa(qa or qa_of(pair[1]))
     limit = reply_limit(pair[0], (c[-1]["content"] for c in conversations))
@@ -121,7 +130,8 @@ def fitting(
 
 
 def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
-    """The world that the base has read about; None if it read something else.
+    """The world that the base has read about; None if it read something else. A base alone is given
+    as both.
 
     Raises:
         ValueError: the instruct model belongs to another world or base, or the code makes another
@@ -130,7 +140,8 @@ def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
     prepared, tuned_on = base.meta["prepared"], instruct.meta["prepared"]
     # Of all files: how runs before 2026-11-22 noted it.
     known_as = (identity(base.meta), fingerprint(base.meta["files"]))
-    tuned_from_it = instruct.meta["base"].get("fingerprint") in known_as
+    alone = instruct is base
+    tuned_from_it = alone or instruct.meta["base"].get("fingerprint") in known_as
     if "world" not in prepared:
         if not tuned_from_it:
             note = "was not tuned from this base: the change between their weights means little"
@@ -223,14 +234,26 @@ def pairs_of(a: argparse.Namespace) -> list[tuple[str, str]]:
     Raises:
         ValueError: several seeds for one path, or a place for a seed without one.
     """
-    both = (a.base, a.instruct)
-    if a.seeds is None:
-        if any("{seed}" in path for path in both):
+    found = for_each_seed([a.base, a.instruct], a.seeds, "--base and in --instruct")
+    return [(base, instruct) for base, instruct in found]
+
+
+def for_each_seed(paths: list[str], seeds: list[str] | None, where: str) -> list[list[str]]:
+    """Some paths with each seed in the place of {seed}, or as they are if there are no seeds.
+
+    Args:
+        where: what the paths are given to, for the message.
+
+    Raises:
+        ValueError: several seeds for one path, or a place for a seed without one.
+    """
+    if seeds is None:
+        if any("{seed}" in path for path in paths):
             raise ValueError("a path holds {seed}; say which with --seeds 1 2 3")
-        return [both]
-    if not all("{seed}" in path for path in both):
-        raise ValueError("--seeds needs {seed} in --base and in --instruct, such as out/seed{seed}")
-    return [(a.base.replace("{seed}", s), a.instruct.replace("{seed}", s)) for s in a.seeds]
+        return [paths]
+    if not all("{seed}" in path for path in paths):
+        raise ValueError(f"--seeds needs {{seed}} in {where}, such as out/seed{{seed}}")
+    return [[path.replace("{seed}", seed) for path in paths] for seed in seeds]
 
 
 def provenance(pair: Pair) -> dict[str, Any]:
@@ -255,7 +278,7 @@ def measured_by() -> str:
         for f in (*(root / folder).rglob("*.py"), *(root / folder).glob("*.toml"))
     ]
     files += [root / "sample.py"]
-    drawn = ("harness", "plot", "figures", "report", "sweep", "tables", "findings", "web")
+    drawn = ("harness", "plot", "figures", "report", "sweep", "curve", "tables", "findings", "web")
     return fingerprint(sorted(sha256_file(f) for f in files if f.stem not in drawn))
 
 

@@ -39,6 +39,7 @@ from typing import Any, TypeVar
 
 from data.prepare import prepare_world
 from data.replay import replayed
+from data.sources.read import QA_SUFFIXES
 from data.world import ATTRIBUTES, SPLITS, Person, World, WorldConfig
 from lab.behaviour import behaviour
 from lab.bits import bits
@@ -247,6 +248,18 @@ def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def content_of(path: str) -> dict[str, Any]:
+    """What prepared data or a Q&A file holds, by checksums, and the world of which it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if path.lower().endswith(QA_SUFFIXES):
+        return {"sha256": files.sha256_file(Path(path))}
+    meta = files.read_meta(path)
+    return {key: meta.get(key) for key in ("files", "world_fingerprint")}
 
 
 def train(plan: Plan, device: str) -> Pair:

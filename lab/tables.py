@@ -17,6 +17,7 @@ import re
 from typing import Any
 
 from lab.stats import kind_of
+from runtime.cli import listed
 
 # Held-out people are asked about in the chat template where no others are named.
 STANDARD = {
@@ -105,7 +106,8 @@ def at(value: Any, path: str) -> Any:
         # A key may have a dot of its own ("0.25"), written as ":".
         key = key.replace(":", ".")
         if not isinstance(value, dict) or (key != "-1" and key not in value) or not value:
-            raise ValueError(f"[[tables]]: {path} leads nowhere at {key!r}")
+            there = f"there are {listed(value)}" if isinstance(value, dict) else "it has no parts"
+            raise ValueError(f"the figure {path} leads nowhere at {key!r}: {there}")
         value = list(value.values())[-1] if key == "-1" else value[key]
     return value
 

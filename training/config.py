@@ -36,7 +36,7 @@ class RunConfig:
     eval_every: int = 250
     """Steps between evaluations; the last step is always evaluated."""
     save_every: int | str = 500
-    """Steps between checkpoints; or "log", which saves steps 1, 2, 4, 8 and so on, or "log:1.5", the
+    """Steps between checkpoints; or "log", which saves steps 1, 2, 4, 8 and so on, or "log:1.5",
     powers of 1.5, rounded. The last step is always saved."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases, besides metrics.jsonl."""

@@ -184,7 +184,7 @@ def is_complete(checkpoint: Path, steps: int) -> bool:
 
 
 def is_due(step: int, every: int | str, last: int) -> bool:
-    """Whether something that happens as `RunConfig.save_every` says happens at step 1 or a later."""
+    """Whether what happens as `RunConfig.save_every` says happens at a step, which is 1 or more."""
     if isinstance(every, int):
         return step % every == 0 or step == last
     factor = float(every.partition(":")[2] or 2)
