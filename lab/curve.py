@@ -34,7 +34,7 @@ from lab.pair import for_each_seed, measured_by, open_pair
 from lab.report import INSTRUMENTS, OF_A_WORLD, qa_files, text_at
 from lab.stats import Difference, Mean, Share, kind_of, pool, to_json
 from lab.sweep import content_of, leaves
-from lab.tables import at, figure, grid
+from lab.tables import at, figure, grid, leads
 from runtime import files
 from runtime.cli import Parser, listed, one_line_errors, parse_config, say
 from runtime.device import environment, pick_device
@@ -240,10 +240,7 @@ def measure(point: Point, names: list[str], a: argparse.Namespace) -> dict[str, 
 
 def cell_of(point: dict[str, Any], path: str) -> dict[str, Any] | None:
     """A figure of a checkpoint; None where there is nothing to tell."""
-    try:
-        value = at(point, path)
-    except ValueError:
-        return None
+    value: Any = at(point, path) if leads(point, path) else None
     if isinstance(value, int | float):
         return {"mean": value, "n": 1, "low": None, "high": None}
     return value if kind_of(value) and value[kind_of(value)] is not None else None
@@ -325,7 +322,7 @@ def run(a: argparse.Namespace) -> None:
         found[step] = {"stage": step[0], "step": step[1], "checkpoints": checkpoints, **pooled}
         if step == steps[-1]:
             check_figures(found[step], figures)
-    curve = {
+    made = {
         "settings": {"questions": a.questions, "decoding": "greedy", **environment(device)},
         "seeds": a.seeds,
         "replayed": "/".join(sorted(replay)),
@@ -335,9 +332,9 @@ def run(a: argparse.Namespace) -> None:
         "figures": figures,
         "points": [found[step] for step in steps],
     }
-    say(write_curve(a.out, curve))
+    say(write_curve(a.out, made))
     if replay:
-        say(f"replayed in tuning: {curve['replayed']}")
+        say(f"replayed in tuning: {made['replayed']}")
     say(f"written: {a.out / 'curve.json'}, curve.csv and curve.svg")
 
 

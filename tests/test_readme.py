@@ -32,6 +32,7 @@ NOT_RUN = {
     "train_sft.py configs/gpt2-finetune/sft.toml": "its base and data need a network",
     "lab.harness": "its tasks need a network; test_harness.py",
     "lab.sweep": "hours; test_sweep.py resolves every shipped one",
+    "lab.curve": "minutes; test_curve.py",
 }
 
 
