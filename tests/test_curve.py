@@ -16,9 +16,11 @@ import train_sft
 from lab import curve
 from lab.forms import forms
 from lab.pair import Pair, open_pair
-from lab.stats import to_json
+from lab.stats import Share, to_json
+from runtime.files import read_meta
 from tests.conftest import Fails, pretrain_config
 from train_pretrain import main as pretrain
+from training.checkpoint import origin_of
 
 Runs = tuple[Path, Path]
 FIGURE = "forms.base.bare.hobby.right"
@@ -39,7 +41,7 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[
 
 
 class Counted:
-    """An instrument that counts its calls and may be killed."""
+    """An instrument that says which steps it was given, counts its calls and may be killed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls, self.kill_at = 0, -1
@@ -49,7 +51,8 @@ class Counted:
         self.calls += 1
         if self.calls == self.kill_at:
             raise KeyboardInterrupt
-        return forms(pair, n)
+        models = {"base": pair.base, "instruct": pair.instruct}
+        return {name: {"step": Share(c.meta["step"], 100)} for name, c in models.items()}
 
 
 def alone(base: str, instruct: str | None) -> Any:
@@ -90,22 +93,23 @@ def test_a_killed_curve_measures_only_what_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     instrument, out = Counted(monkeypatch), tmp_path / "out"
+    command = ("forms", "--run", runs[0], "--figures", "forms.base.step")
     instrument.kill_at = 3
     with pytest.raises(SystemExit, match="130"):
-        call("forms", "--run", runs[0])
+        call(*command)
     assert sorted(path.name for path in out.iterdir()) == ["rows"]
     instrument.kill_at = -1
-    made = call("forms", "--run", runs[0])
+    made = call(*command)
     assert instrument.calls == 3 + 1  # the killed one again
     before = (out / "curve.json").read_bytes()
-    assert call("forms", "--run", runs[0]) == made
+    assert call(*command) == made
     assert instrument.calls == 4
     assert (out / "curve.json").read_bytes() == before
-    other = call("forms", "--run", runs[0], "--figures", "stops=forms.base.sentence.hobby.in_form")
+    other = call(*command[:3], "--figures", "again=forms.base.step")
     assert instrument.calls == 4
     assert other["points"] == made["points"]
     # A pair is something else than its base alone; what both commands measure is measured once.
-    call("forms", "--run", *runs)
+    call("forms", "--run", *runs, "--figures", "forms.base.step")
     assert instrument.calls == 4 + 2
 
 
@@ -129,7 +133,10 @@ def test_each_base_is_tuned_once_and_measured_with_what_became_of_it(
         return train_step(*args)
 
     monkeypatch.setattr(script, "train_step", counted)
-    command = ("forms", "--run", tmp_path / "base", "--tune", tmp_path / "sft.toml")
+    monkeypatch.setattr(script, "STOP_WITHIN", 2)
+    instrument = Counted(monkeypatch)
+    command = ("forms", "--figures", "forms.base.step", "--run", tmp_path / "base")
+    command += ("--tune", tmp_path / "sft.toml")
     with pytest.raises(SystemExit, match="130"):
         call(*command, "run.seed=3")
     kill_at = -1
@@ -140,7 +147,12 @@ def test_each_base_is_tuned_once_and_measured_with_what_became_of_it(
     for point in made["points"]:
         ((base, instruct),) = point["checkpoints"]
         assert Path(base) == tmp_path / "base" / f"step_{point['step']:06d}"
-        assert point["forms"] == alone(base, instruct)
+        tuned = read_meta(Path(instruct))
+        assert tuned["base"] == origin_of(read_meta(Path(base)))
+        assert tuned["config"]["run"]["seed"] == 3
+        steps_of = {name: cell["step"]["share"] for name, cell in point["forms"].items()}
+        assert steps_of == {"base": point["step"] / 100, "instruct": 0.02}
+    assert instrument.calls == 3
     call(*command, "run.seed=3")
     assert steps[0] == 8
     call(*command, "run.seed=4")  # another tuning, in folders of its own
