@@ -323,6 +323,7 @@ questions = 3
 config = "{CONFIGS}/quickstart/pretrain.toml"
 "data.path" = "TEXT"
 "optim.steps" = 3
+"run.eval_every" = 2
 "data.batch_size" = 2
 "model.n_embd" = {TINY.n_embd}
 "model.n_layer" = 1
