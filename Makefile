@@ -1,11 +1,11 @@
-# make quickstart | test | fuzz | lint | findings | bench | pins | clean. Each makes .venv from the pinned requirements if needed.
+# make quickstart | test | fuzz | lint | findings | curve | bench | pins | clean. Each makes .venv from the pinned requirements if needed.
 PYTHON ?= python3
 BIN := .venv/bin
 # SEED=n: the same with another world and other first weights, in a folder of its own.
 QUICK := out/quickstart$(if $(SEED),-$(SEED))
 OTHER = $(if $(SEED),--run.seed=$(SEED) --data.path=$(QUICK)/data)
 
-.PHONY: quickstart test fuzz lint findings bench pins clean
+.PHONY: quickstart test fuzz lint findings curve bench pins clean
 .DELETE_ON_ERROR:
 
 .venv/runtime: requirements.txt constraints.txt
@@ -43,6 +43,19 @@ lint: .venv/dev
 # where it was interrupted. SWEEPS="rates order" runs these alone.
 findings: .venv/runtime
 	$(BIN)/python -m lab.findings $(SWEEPS)
+
+# When in the quickstart's pretraining a fact becomes completable, readable by a probe and, after tuning,
+# answerable: about six hours of one core. It goes on where it was interrupted. SEEDS="3" is one seed.
+SEEDS ?= 3 4 5
+curve: .venv/runtime
+	for seed in $(SEEDS); do \
+	  $(BIN)/python -m data.prepare world --seed $$seed --out out/curve/$$seed/data && \
+	  $(BIN)/python train_pretrain.py --config configs/quickstart/pretrain.toml --run.seed=$$seed \
+	    --data.path=out/curve/$$seed/data --run.dir=out/curve/$$seed/base --run.save_every=log:1.5 || exit; done
+	$(BIN)/python -m lab.curve knowledge probes --run out/curve/{seed}/base --seeds $(SEEDS) --out out/curve \
+	  --tune configs/quickstart/sft.toml run.seed={seed} data.path=out/curve/{seed}/data run.save_every=1000 \
+	  --figures completed=knowledge.base.cloze.held_out.all readable=probes.base.places.cloze.-1.rank \
+	    "readable by the name=probes.base.places.name.-1.rank" "answered after tuning=knowledge.instruct.answers.held_out.answered.all"
 
 # PEERS="--nanogpt DIR --nanochat DIR" measures beside them; docs/speed.md has the benches one by one.
 bench: .venv/dev

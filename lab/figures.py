@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from data.world import ATTRIBUTES
 from lab.headline import rows_of
+from lab.stats import kind_of
 
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -35,6 +36,7 @@ GREY = "#777777"
 CLASS_COLORS = {"unshifted": "#F1EEF8", "marginal": "#CFC4E6", "shifted": "#A592D3"}
 POINT_COLORS = {"stops": GREY, "right": PURPLE, "answers": GREEN, "cloze": "#000000"}
 LOSS, VIOLET = "#D55E00", "#6A4FB0"
+CURVE_COLORS = (BASE, INSTRUCT, GREEN, PURPLE, SKY, LOSS, VIOLET, GREY)
 SWEEP_LINES = {
     "answers_known": ("answers, known people", GREEN),
     "answers_held_out": ("answers, held-out people", INSTRUCT),
@@ -87,8 +89,8 @@ def line(
     color: str,
     style: str = "-",
 ) -> None:
-    """Shares or means over xs with their 95 % intervals, and a dot for each pooled run."""
-    kind = "share" if "share" in cells[0] else "mean"
+    """Figures over xs with their 95 % intervals, and a dot for each pooled run."""
+    kind = kind_of(cells[0])
     axes.plot(xs, [c[kind] for c in cells], f"o{style}", color=color, label=name)
     # Of a single number there is no interval.
     low, high = ([float("nan") if c[k] is None else c[k] for c in cells] for k in ("low", "high"))
@@ -284,6 +286,7 @@ def panels(width: float, height: float, names: Sequence[str]) -> tuple[Figure, l
 
 
 Cells = dict[str, dict[str, Any]]  # results of one instrument, by the name of their cell
+Curves = dict[str, dict[int, dict[str, Any]]]  # figures by name and step
 
 
 def probes_plot(cells: Cells) -> Figure:
@@ -474,43 +477,100 @@ def forgetting_plot(forgetting: dict[str, Any]) -> Figure:
     return figure
 
 
-def sweep_plot(table: dict[str, Any]) -> str:
-    """The pooled cells of a sweep: curves over one numeric key, else a row of dots each."""
-    cells = table["cells"]
-    lines = {k: v for k, v in SWEEP_LINES.items() if abstains(cells) or "abstains" not in k}
-    values = [list(c["cell"].values()) for c in cells]
+def curve_plot(stages: dict[str, Curves], logarithmic: Collection[str]) -> str:
+    """Figures over the steps of a stage or two, which stand side by side; what is not between 0 and
+    1 throughout has an axis of its own below. Of `logarithmic` stages the steps are on a log axis.
+    """
+    names = list(next(iter(stages.values())))
+    cells = {n: [c for curves in stages.values() for c in curves[n].values()] for n in names}
+    is_share = {n: all(0 <= cell[kind_of(cell)] <= 1 for cell in cells[n]) for n in names}
+    rows = sorted(set(is_share.values()), reverse=True)
+    size = max(5.6, 3.6 * len(stages)), 2.8 * len(rows) + 0.2 * len(names)
     with mpl.rc_context(STYLE):
-        one_key = len({tuple(c["cell"]) for c in cells}) == 1
-        if one_key and all(len(v) == 1 and type(v[0]) in (int, float) for v in values):
-            figure, (axes,) = draw(6.0, 3.6)
-            for key, (name, color) in lines.items():
-                line(axes, range(len(cells)), [c[key] for c in cells], name, color)
-            axes.set_xticks(range(len(cells)), [f"{v[0]:g}" for v in values])
-            axes.set_xlabel(next(iter(cells[0]["cell"])))
-            as_share(axes)
+        figure = Figure(size, layout="constrained")
+        panels = figure.subplots(len(rows), len(stages), sharex="col", sharey="row", squeeze=False)
+        for column, (stage, curves) in zip(panels.T, stages.items(), strict=True):
+            for i, name in enumerate(names):
+                axes, color = column[rows.index(is_share[name])], CURVE_COLORS[i % 8]
+                if curves[name]:
+                    line(axes, list(curves[name]), list(curves[name].values()), name, color)
+            steps = sorted({step for curve in curves.values() for step in curve})
+            if stage in logarithmic:
+                column[-1].set_xscale("log")
+                column[-1].set_xticks(steps, [str(step) for step in steps], rotation=45)
+                column[-1].minorticks_off()
+            column[-1].set_xlabel(f"step of {stage}")
+        for share, row in zip(rows, panels, strict=True):
+            for axes in row:
+                as_share(axes) if share else axes.grid(axis="y", color="#dddddd", lw=0.6)
+        drawn = [axes.get_legend_handles_labels() for axes in panels.flat]
+        legend = {name: handle for pair in drawn for handle, name in zip(*pair, strict=True)}
+        found = [name for name in names if name in legend]
+        figure.legend([legend[n] for n in found], found, loc="outside upper left")
+        return svg(figure)
+
+
+def sweep_plot(table: dict[str, Any]) -> str:
+    """The pooled cells of a sweep: curves over one numeric key, else a row of dots each; of a sweep
+    on no world losses, and beside them shares."""
+    cells = table["cells"]
+    values = [list(c["cell"].values()) for c in cells]
+    one_key = len({tuple(c["cell"]) for c in cells}) == 1
+    one_number = one_key and all(len(v) == 1 and type(v[0]) in (int, float) for v in values)
+    panels = panels_of(cells)
+    with mpl.rc_context(STYLE):
+        if one_number:
+            figure, all_axes = draw(2.4 + 3.6 * len(panels), 3.6, len(panels))
         else:
-            figure, (axes,) = draw(7.6, 1.0 + 0.55 * len(cells))
+            figure, all_axes = draw(3.6 + 4.0 * len(panels), 1.0 + 0.55 * len(cells), len(panels))
+        for axes, lines in zip(all_axes, panels, strict=True):
+            is_share = all(kind_of(cells[0][key]) == "share" for key in lines)
             for i, (key, (name, color)) in enumerate(lines.items()):
-                rows = [row + 0.12 * (i - (len(lines) - 1) / 2) for row in range(len(cells))]
-                dots(axes, rows, [c[key] for c in cells], name, color)
-            keys = ["\n".join(f"{k} = {v}" for k, v in c["cell"].items()) for c in cells]
-            names = table.get("spec", {}).get("labels", keys)
-            axes.set_yticks(range(len(cells)), names)
-            axes.invert_yaxis()
-            axes.set_xlim(-0.03, 1.03)
-            axes.grid(axis="x", color="#dddddd", lw=0.6)
+                found = [c[key] for c in cells]
+                if one_number:
+                    line(axes, range(len(cells)), found, name, color)
+                else:
+                    rows = [row + 0.12 * (i - (len(lines) - 1) / 2) for row in range(len(cells))]
+                    dots(axes, rows, found, name, color)
+            if one_number:
+                axes.set_xticks(range(len(cells)), [f"{v[0]:g}" for v in values])
+                axes.set_xlabel(next(iter(cells[0]["cell"])))
+                as_share(axes) if is_share else axes.grid(axis="y", color="#dddddd", lw=0.6)
+            else:
+                keys = ["\n".join(f"{k} = {v}" for k, v in c["cell"].items()) for c in cells]
+                names = table.get("spec", {}).get("labels", keys)
+                axes.set_yticks(
+                    range(len(cells)), names if axes is all_axes[0] else [""] * len(cells)
+                )
+                axes.invert_yaxis()
+                if is_share:
+                    axes.set_xlim(-0.03, 1.03)
+                axes.grid(axis="x", color="#dddddd", lw=0.6)
         figure.legend(loc="outside right center")
         return svg(figure)
 
 
+def panels_of(cells: list[dict[str, Any]]) -> list[dict[str, tuple[str, str]]]:
+    """What is drawn of a sweep, a panel each: keys of its rows, with a name and a colour."""
+    if "answers_known" in cells[0]:
+        lines = SWEEP_LINES.items()
+        return [{k: v for k, v in lines if "abstains" not in k or abstains(cells)}]
+    losses = [key for key in cells[0] if key.endswith(("val_loss", "val_bpb"))]
+    shares = [key for key in cells[0] if key in ("stops",)]
+    colors = iter(CURVE_COLORS)
+    panels = [{k: (k.replace("_", " "), next(colors)) for k in keys} for keys in (losses, shares)]
+    return [panel for panel in panels if panel]
+
+
 def dots(axes: Axes, rows: Sequence[float], cells: list[Any], name: str, color: str) -> None:
-    """Shares with their 95 % intervals, a row each; none of nothing."""
+    """Figures with their 95 % intervals, a row each; none of nothing."""
     both = [(row, cell) for row, cell in zip(rows, cells, strict=True) if cell["n"]]
     rows, cells = [row for row, _ in both], [cell for _, cell in both]
-    shares = [c["share"] for c in cells]
-    low = [max(0.0, c["share"] - c["low"]) for c in cells]
-    high = [max(0.0, c["high"] - c["share"]) for c in cells]
-    axes.errorbar(shares, rows, xerr=[low, high], fmt="o", color=color, label=name, ms=4, lw=1)
+    values = [c[kind_of(c)] for c in cells]
+    # Of a single number there is no interval.
+    low = [0.0 if c["low"] is None else max(0.0, c[kind_of(c)] - c["low"]) for c in cells]
+    high = [0.0 if c["high"] is None else max(0.0, c["high"] - c[kind_of(c)]) for c in cells]
+    axes.errorbar(values, rows, xerr=[low, high], fmt="o", color=color, label=name, ms=4, lw=1)
 
 
 def abstains(cells: list[dict[str, Any]]) -> bool:

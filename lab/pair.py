@@ -23,7 +23,7 @@ from data.shards import load_examples, open_prepared
 from data.sources.read import QA_SUFFIXES, read_conversations
 from data.tokenizer import Tokenizer
 from data.world import FORMS, World, WorldConfig
-from hf.adapter import chat_prompt, load_pair
+from hf.adapter import chat_prompt, load_models
 from lab.likelihood import reply_limit
 from lab.questions import facts_of, openings
 from lab.stats import lines, pool, to_json
@@ -77,10 +77,13 @@ def contexts_of(world: World | None, examples: list[Message] | None = None) -> d
     return contexts | ({"examples": after_examples(plain, examples)} if examples else {})
 
 
-def open_pair(base: str, instruct: str, device: str, qa: Path | None, shots: int = 0) -> Pair:
+def open_pair(
+    base: str, instruct: str | None, device: str, qa: Path | None, shots: int = 0
+) -> Pair:
     """Loads two checkpoints and finds what to ask them.
 
     Args:
+        instruct: None for a base alone, which then stands on both sides.
         qa: conversations to use instead, as if there were no world: a Q&A file, or a folder of
             prepared ones.
         shots: how many answered questions the base is also given before each question: about known
@@ -106,19 +109,22 @@ def asked_of(
     if qa is None and world is not None:
         conversations = questions_about(world)
         shown = questions_about(world, "known")[:shots]
+    elif qa is None and pair[0] is pair[1]:
+        raise ValueError(f"{pair[0].path} has read about no world: say what to ask it, with --qa")
     else:
         world, conversations = None, read_qa(qa or qa_of(pair[1]))
         shown, conversations = conversations[:shots], conversations[shots:]
     return world, conversations, [message for c in shown for message in c]
 
 
-def open_both(base: str, instruct: str, device: str) -> tuple[Checkpoint, Checkpoint]:
-    """Loads two checkpoints.
+def open_both(base: str, instruct: str | None, device: str) -> tuple[Checkpoint, Checkpoint]:
+    """Loads two checkpoints, or a base that stands on both sides.
 
     Raises:
         ValueError: they are no pair, or have different shapes.
     """
-    pair = load_pair(base, instruct, device)
+    found = load_models({"base": base, "instruct": instruct}, device)
+    pair = found["base"], found.get("instruct", found["base"])
     shapes = [(c.meta["model"], c.meta["vocab_size"]) for c in pair]
     if shapes[0] != shapes[1]:
         raise ValueError("the two checkpoints have different model shapes; they cannot be compared")
@@ -151,7 +157,8 @@ def fitting(
 
 
 def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
-    """The world that the base has read about; None if it read something else.
+    """The world that the base has read about; None if it read something else. A base alone is given
+    as both.
 
     Raises:
         ValueError: the instruct model belongs to another world or base, or the code makes another
@@ -160,7 +167,8 @@ def world_of(base: Checkpoint, instruct: Checkpoint) -> World | None:
     prepared, tuned_on = base.meta["prepared"], instruct.meta["prepared"]
     # Of all files: how runs before 2026-11-22 noted it.
     known_as = (identity(base.meta), fingerprint(base.meta["files"]))
-    tuned_from_it = instruct.meta["base"].get("fingerprint") in known_as
+    alone = instruct is base
+    tuned_from_it = alone or instruct.meta["base"].get("fingerprint") in known_as
     if "world" not in prepared:
         if not tuned_from_it and instruct.meta["base"]:  # else nobody knows
             note = "was not tuned from this base: the change between their weights means little"
@@ -263,15 +271,27 @@ def pairs_of(a: argparse.Namespace) -> list[tuple[str, str]]:
     Raises:
         ValueError: several seeds for one path, or a place for a seed without one.
     """
-    both = (a.base, a.instruct)
     check_range("--shots", a.shots, "0 to 1000")
-    if a.seeds is None:
-        if any("{seed}" in path for path in both):
+    found = for_each_seed([a.base, a.instruct], a.seeds, "--base and in --instruct")
+    return [(base, instruct) for base, instruct in found]
+
+
+def for_each_seed(paths: list[str], seeds: list[str] | None, where: str) -> list[list[str]]:
+    """Some paths with each seed in the place of {seed}, or as they are if there are no seeds.
+
+    Args:
+        where: what the paths are given to, for the message.
+
+    Raises:
+        ValueError: several seeds for one path, or a place for a seed without one.
+    """
+    if seeds is None:
+        if any("{seed}" in path for path in paths):
             raise ValueError("a path holds {seed}; say which with --seeds 1 2 3")
-        return [both]
-    if not all("{seed}" in path for path in both):
-        raise ValueError("--seeds needs {seed} in --base and in --instruct, such as out/seed{seed}")
-    return [(a.base.replace("{seed}", s), a.instruct.replace("{seed}", s)) for s in a.seeds]
+        return [paths]
+    if not all("{seed}" in path for path in paths):
+        raise ValueError(f"--seeds needs {{seed}} in {where}, such as out/seed{{seed}}")
+    return [[path.replace("{seed}", seed) for path in paths] for seed in seeds]
 
 
 def provenance(pair: Pair) -> dict[str, Any]:
@@ -296,7 +316,7 @@ def measured_by() -> str:
         for f in (*(root / folder).rglob("*.py"), *(root / folder).glob("*.toml"))
     ]
     files += [root / "sample.py"]
-    drawn = {"harness", "plot", "figures", "report", "sweep", "tables", "findings", "web"}
+    drawn = {"harness", "plot", "figures", "report", "sweep", "tables", "findings", "web", "curve"}
     drawn |= {"facts", "relations"}  # which no sweep asks for
     return fingerprint(sorted(sha256_file(f) for f in files if f.stem not in drawn))
 

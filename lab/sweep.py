@@ -14,6 +14,10 @@ of its stage: "sft.data.examples". The stages:
 Every run is measured in the same way (`measure_row`); `[instruments]` adds others by name, each
 with its number of questions, and `[[tables]]` says which Markdown tables to make (`lab.tables`).
 
+A sweep whose `[pretrain]` names `data.path` is on prepared text instead: without the stages world
+and qa, with the Q&A that `[sft]` names, or of pretraining alone without `[sft]`. Its rows are what
+the runs have logged, and the share of replies that stop (`measure_own_text`).
+
 What two cells share is run once. Give the same command again after an interruption: a finished
 run is not run again, and a killed one goes on.
 
@@ -39,8 +43,9 @@ from typing import Any, TypeVar
 
 from data.prepare import prepare_world
 from data.replay import replayed
+from data.sources.read import QA_SUFFIXES
 from data.world import ATTRIBUTES, SPLITS, Person, World, WorldConfig
-from lab.behaviour import behaviour
+from lab.behaviour import behaviour, measure_point
 from lab.bits import bits
 from lab.exposures import exposures
 from lab.figures import instrument_plots, sweep_plot
@@ -62,8 +67,9 @@ from lab.positions import positions
 from lab.probe import probes
 from lab.qa import asked_about, conversations, strangers_taught
 from lab.questions import draw, openings
+from lab.report import OF_A_WORLD
 from lab.shift import shift
-from lab.stats import Share, difference, pool, to_json
+from lab.stats import Mean, Share, difference, kind_of, pool, to_json
 from lab.tables import markdown, named_cells, problem_of
 from lab.trace import trace
 from lab.weights import weights
@@ -74,7 +80,9 @@ from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from train_sft import SFTConfig
 from train_sft import main as sft
+from training.checkpoint import read_checkpoint
 from training.config import MAY_CHANGE
+from training.log import read_metrics
 
 INSTRUMENTS: dict[str, Callable[[Pair, int], Any]] = {
     "knowledge": knowledge,
@@ -92,6 +100,8 @@ INSTRUMENTS: dict[str, Callable[[Pair, int], Any]] = {
     "exposures": exposures,
 }
 STAGES = ("world", "pretrain", "more", "qa", "sft")
+# What a run has logged of its last step that says how it went.
+LOGGED = ("tokens", "val_loss", "val_bpb", "stop_rate")
 OWN = ("seed", "run.seed", "run.dir", "data.path", "base", "init_from")  # set by the sweep itself
 MOST = 1000  # cells, or seeds
 T = TypeVar("T")
@@ -156,14 +166,47 @@ def read_sweep(path: Path) -> dict[str, Any]:
     for wanted in tables if isinstance(tables, list) else [tables]:
         if problem := problem_of(wanted):
             raise ValueError(f"{path}: [[tables]]: {problem}")
-    fixed = [f"{stage}.{key}" for stage in STAGES for key in spec.get(stage, {})]
-    for key in (*fixed, *(key for cell in cells_of(spec) for key in cell)):
+    for key in keys_of(spec):
         stage, _, name = key.partition(".")
         if stage not in STAGES or not name:
             raise ValueError(f"{path}: {key} does not begin with a stage: {', '.join(STAGES)}")
-        if name in OWN:
-            raise ValueError(f"{path}: {key} is the sweep's own to set; seeds have a line")
+        if name in OWN and not (name == "data.path" and on_own_text(spec)):
+            remedy = (
+                "pretrain.data.path names your own text"
+                if name == "data.path"
+                else "seeds have a line"
+            )
+            raise ValueError(f"{path}: {key} is the sweep's own to set; {remedy}")
+    if on_own_text(spec):
+        check_own_text(path, spec)
     return spec
+
+
+def keys_of(spec: dict[str, Any]) -> list[str]:
+    """Every key that a sweep sets, its stage before it."""
+    fixed = [f"{stage}.{key}" for stage in STAGES for key in spec.get(stage, {})]
+    return [*fixed, *(key for cell in cells_of(spec) for key in cell)]
+
+
+def on_own_text(spec: dict[str, Any]) -> bool:
+    """Whether a sweep is on somebody's own text instead of a world."""
+    return "pretrain.data.path" in keys_of(spec)
+
+
+def check_own_text(path: Path, spec: dict[str, Any]) -> None:
+    """Raises ValueError: a sweep on somebody's own text lacks data, or asks for a world's."""
+    keys, text = keys_of(spec), "this sweep is on the text of pretrain.data.path"
+    if of_a_world := [key for key in keys if key.startswith(("world.", "qa."))]:
+        raise ValueError(f"{path}: {of_a_world[0]}: {text}, there is no world to make")
+    tunes = any(key.startswith("sft.") for key in keys)
+    for stage in ("pretrain", "sft") if tunes else ("pretrain",):
+        for cell in cells_of(spec):
+            if "data.path" not in settings_of(spec, cell)[stage]:
+                raise ValueError(f"{path}: {text}; {stage}.data.path is needed for every cell")
+    for name in spec.get("instruments", {}):
+        if name in OF_A_WORLD or not tunes:
+            what = "asks about a world" if name in OF_A_WORLD else "needs an instruct model: [sft]"
+            raise ValueError(f"{path}: {name} {what}; {text}")
 
 
 def cells_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -191,14 +234,26 @@ def options(values: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """One cell at one seed: every stage, in a folder named by all that it depends on."""
+    """One cell at one seed: every stage, in a folder named by all that it depends on.
 
-    world: WorldConfig
+    Attributes:
+        world: None of a sweep on somebody's own text.
+        data: what the first pretraining reads.
+        sft: None of a sweep of pretraining alone.
+    """
+
+    world: WorldConfig | None
     data: Path
     pretrain: PretrainConfig
     more: PretrainConfig | None
     qa: dict[str, Any]
-    sft: SFTConfig
+    sft: SFTConfig | None
+
+    @property
+    def stages(self) -> dict[str, PretrainConfig | SFTConfig]:
+        """The configs of what is trained, by stage, in their order."""
+        every = {"pretrain": self.pretrain, "more": self.more, "sft": self.sft}
+        return {stage: config for stage, config in every.items() if config is not None}
 
 
 def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
@@ -207,19 +262,25 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
     Raises:
         ValueError: a key or value that a stage does not take.
     """
-    qa = settings["qa"]
-    try:
-        world = WorldConfig(seed=seed, **settings["world"])
-        next(conversations(World(world), **qa))
-    except TypeError as error:  # an unknown key or a wrong type
-        raise ValueError(f"[world] or [qa]: {error}") from None
-    at: list[Any] = [asdict(world)]
-    data = folder / "runs" / f"world-{files.fingerprint(at)}"
+    qa, world = settings["qa"], None
+    at: list[Any] = []
+    if own := settings["pretrain"].get("data.path"):
+        data = Path(own)
+    else:
+        try:
+            world = WorldConfig(seed=seed, **settings["world"])
+            next(conversations(World(world), **qa))
+        except TypeError as error:  # an unknown key or a wrong type
+            raise ValueError(f"[world] or [qa]: {error}") from None
+        at.append(asdict(world))
+        data = folder / "runs" / f"world-{files.fingerprint(at)}"
 
     def resolve(config_class: type[T], stage: str, given: dict[str, Any]) -> T:
         """A stage's config, and its place by what it and the stages before it are."""
         given = given | {"run.seed": seed, "run.dir": "to be named"}
         config: Any = parse_config(config_class, options(given))
+        if own:
+            at.append(content_of(config.data.path))
         at.extend([stage, sorted(f for f in leaves(asdict(config)) if f[0] not in MAY_CHANGE)])
         place = folder / "runs" / f"{stage}-{files.fingerprint(at)}"
         resolved: T = replace(config, run=replace(config.run, dir=str(place)))
@@ -236,7 +297,9 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
     if qa:
         at.append(sorted(qa.items()))
         questions = folder / "runs" / f"qa-{files.fingerprint(at)}.jsonl"
-    tuning = settings["sft"] | {"base": base.run.dir, "data.path": str(questions)}
+    if own and not settings["sft"]:
+        return Plan(world, data, pretrain, more, qa, None)
+    tuning = {"data.path": str(questions)} | settings["sft"] | {"base": base.run.dir}
     return Plan(world, data, pretrain, more, qa, resolve(SFTConfig, "sft", tuning))
 
 
@@ -249,18 +312,32 @@ def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def train(plan: Plan, device: str) -> Pair:
-    """Runs what is not yet there, and loads the last base and the instruct model."""
-    prepare_world(plan.world, plan.data, "bpe:2048", 0.02)
+def content_of(path: str) -> dict[str, Any]:
+    """What prepared data or a Q&A file holds, by checksums, and the world of which it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if path.lower().endswith(QA_SUFFIXES):
+        return {"sha256": files.sha256_file(Path(path))}
+    meta = files.read_meta(path)
+    return {key: meta.get(key) for key in ("files", "world_fingerprint")}
+
+
+def train(plan: Plan) -> list[dict[str, Any]]:
+    """Runs what is not yet there; returns what each stage's last checkpoint notes of itself."""
+    if plan.world is not None:
+        prepare_world(plan.world, plan.data, "bpe:2048", 0.02)
     pretrain(plan.pretrain)
     if plan.more:
         pretrain(plan.more)
-    if plan.qa:
+    if plan.world is not None and plan.qa and plan.sft is not None:
         made = conversations(World(plan.world), **plan.qa)
         text = "".join(json.dumps({"messages": c}) + "\n" for c in made)
         files.write_text(Path(plan.sft.data.path), text)
-    sft(plan.sft)
-    return open_pair(plan.sft.base, plan.sft.run.dir, device, None)
+    if plan.sft is not None:
+        sft(plan.sft)
+    return [read_checkpoint(config.run.dir)[1] for config in plan.stages.values()]
 
 
 def measure_row(pair: Pair, n: int, known: list[Person], strangers: list[Person]) -> Row:
@@ -310,23 +387,34 @@ def measure_row(pair: Pair, n: int, known: list[Person], strangers: list[Person]
     return row
 
 
-def known_in(plan: Plan) -> list[Person]:
+def measure_own_text(pair: Pair, n: int) -> Row:
+    """What a pair does that has read about no world: how many of n replies to its validation
+    questions end by themselves."""
+    return {"stops": measure_point(pair, pair.instruct, n).stops}
+
+
+def logged(plan: Plan) -> dict[str, Mean]:
+    """What each training behind a plan has logged last, of validation and of its own replies."""
+    row = dict[str, Mean]()
+    for stage, config in plan.stages.items():
+        last = read_metrics(Path(config.run.dir) / "metrics.jsonl")[-1]
+        row |= {f"{stage}_{key}": Mean.of([last[key]]) for key in LOGGED if key in last}
+    return row
+
+
+def known_in(world: World, qa: dict[str, Any]) -> list[Person]:
     """The known people who are asked about in the Q&A of a cell; all if it asks about none."""
-    world = World(plan.world)
-    return asked_about(world, **plan.qa) or world.by_split["known"]
+    return asked_about(world, **qa) or world.by_split["known"]
 
 
-def cached_row(
-    pair: Pair, n: int, known: list[Person], strangers: list[Person], folder: Path
-) -> Row:
-    """`measure_row`, kept by what was measured and with which code."""
+def cached_row(pair: Pair, asked: list[Any], measure: Callable[[], Row], folder: Path) -> Row:
+    """A row, kept by what was measured, what was asked, and with which code."""
     of = [c.meta["files"] for c in (pair.base, pair.instruct)]
-    names = [[person.name for person in people] for people in (known, strangers)]
-    key = files.fingerprint([of, n, names, measured_by(), files.sha256_file(Path(__file__))])
+    key = files.fingerprint([of, asked, measured_by(), files.sha256_file(Path(__file__))])
     path = folder / "rows" / f"{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = measure_row(pair, n, known, strangers)
+        found = measure()
         files.write_json(path, {k: [s.hits, s.n, s.flags] for k, s in found.items()})
     with files.as_ours(path):
         rows = files.read_json(path).items()
@@ -345,8 +433,11 @@ def run(path: Path, out: Path, device: str) -> Path:
         for seed in seeds
     ]
     for cell, _, plan in plans:
-        sizes = {split: len(people) for split, people in World(plan.world).by_split.items()}
-        sizes["known"] = len(known_in(plan))
+        if plan.world is None:
+            continue
+        world = World(plan.world)
+        sizes = {split: len(people) for split, people in world.by_split.items()}
+        sizes["known"] = len(known_in(world, plan.qa))
         fewest = min(sizes.values()) * len(ATTRIBUTES)
         if n > fewest:
             raise ValueError(
@@ -356,9 +447,9 @@ def run(path: Path, out: Path, device: str) -> Path:
     runs, made_of = list[Measured](), list[Any]()
     for i, (cell, seed, plan) in enumerate(plans):
         say(f"== run {i + 1} of {len(plans)}: seed {seed}, {label(cell) or 'no key varied'}")
-        pair = train(plan, device)
-        runs.append(Measured(cell, seed, plan, replayed(pair.instruct.meta)))
-        made_of.append([c.meta["files"] for c in (pair.base, pair.instruct)])
+        metas = train(plan)
+        runs.append(Measured(cell, seed, plan, replayed(metas[-1]) if plan.sft else ""))
+        made_of.append([meta["files"] for meta in metas])
     asked = {key: value for key, value in spec.items() if key not in ("about", "labels", "tables")}
     made_from = files.fingerprint(
         [asked, made_of, device, measured_by(), files.sha256_file(Path(__file__))]
@@ -383,7 +474,8 @@ class Measured:
     """One cell at one seed.
 
     Attributes:
-        replayed: what text was replayed in tuning.
+        replayed: what text was replayed in tuning; empty where nothing was tuned.
+        logged: of a sweep on somebody's own text, what its runs have logged last.
         found: results of `[instruments]`, by name.
     """
 
@@ -392,17 +484,27 @@ class Measured:
     plan: Plan | None
     replayed: str
     row: Row = field(default_factory=dict)
+    logged: dict[str, Mean] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
 
 
 def measured_run(run: Measured, spec: dict[str, Any], out: Path, device: str) -> Measured:
     """A run with all its figures."""
-    assert run.plan is not None
-    pair = open_pair(run.plan.sft.base, run.plan.sft.run.dir, device, None)
-    strangers = strangers_taught(World(run.plan.world), **run.plan.qa)
-    row = cached_row(pair, spec["questions"], known_in(run.plan), strangers, out)
-    asked = spec.get("instruments", {}).items()
-    found = {name: INSTRUMENTS[name](pair, n) for name, n in asked}
+    plan, n = run.plan, spec["questions"]
+    assert plan is not None
+    if plan.sft is None:
+        return replace(run, logged=logged(plan))
+    pair = open_pair(plan.sft.base, plan.sft.run.dir, device, None)
+    if plan.world is None:
+        run = replace(run, logged=logged(plan))
+        row = cached_row(pair, [n], lambda: measure_own_text(pair, n), out)
+    else:
+        world = World(plan.world)
+        people = known_in(world, plan.qa), strangers_taught(world, **plan.qa)
+        asked = [n, *([person.name for person in some] for some in people)]
+        row = cached_row(pair, asked, lambda: measure_row(pair, n, *people), out)
+    asked_of = spec.get("instruments", {}).items()
+    found = {name: INSTRUMENTS[name](pair, n) for name, n in asked_of}
     return replace(run, row=row, found=found)
 
 
@@ -410,10 +512,9 @@ def seconds_of(runs: list[Measured]) -> dict[str, float]:
     """How long each training behind some runs took, by the name of its folder."""
     found = dict[str, float]()
     for plan in (run.plan for run in runs if run.plan is not None):
-        for config in (plan.pretrain, plan.more, plan.sft):
-            if config is not None:
-                metrics = files.read_meta(files.resolve_checkpoint(config.run.dir))["metrics"]
-                found[Path(config.run.dir).name] = round(metrics.get("seconds", 0.0), 1)
+        for config in plan.stages.values():
+            metrics = files.read_meta(files.resolve_checkpoint(config.run.dir))["metrics"]
+            found[Path(config.run.dir).name] = round(metrics.get("seconds", 0.0), 1)
     return found
 
 
@@ -453,6 +554,7 @@ def table_of(
                 "cell": cell,
                 "replayed": "/".join(sorted({run.replayed for run in found})),
                 "from_the_first": to_json(differences),
+                **to_json(pool([run.logged for run in found])),
                 **to_json(pool(rows)),
                 **to_json(pool([run.found for run in found])),
             }
@@ -461,7 +563,8 @@ def table_of(
         "about": spec["about"],
         "spec": spec,
         "runs": [
-            {"cell": r.cell, "seed": r.seed, "replayed": r.replayed, **to_json(r.row)} for r in runs
+            {"cell": r.cell, "seed": r.seed, "replayed": r.replayed, **to_json(r.logged | r.row)}
+            for r in runs
         ],
         "cells": pooled,
     }
@@ -477,8 +580,8 @@ def write_tables(folder: Path, table: dict[str, Any]) -> None:
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow([*keys, "seed", "replayed", *figures])
     for run in table["runs"]:
-        shares = (run[key]["share"] for key in figures)
-        texts = ["" if share is None else f"{share:.4f}" for share in shares]
+        values = (run[key][kind_of(run[key])] for key in figures)
+        texts = ["" if value is None else f"{value:.4f}" for value in values]
         writer.writerow(
             [*(run["cell"].get(k, "") for k in keys), run["seed"], run["replayed"], *texts]
         )
@@ -511,7 +614,9 @@ def main() -> None:
     p.add_argument("--device", default="auto", help="for measuring: auto (default), cpu, cuda, ...")
     with one_line_errors():
         a = p.parse_args()
-        say(f"table: {run(a.sweep, a.out, a.device)}")
+        folder = run(a.sweep, a.out, a.device)
+        say((folder / "tables.md").read_text(encoding="utf-8"))
+        say(f"table: {folder}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 A `[[tables]]` entry is one of three kinds. A path is dotted, through table.json's cells.
 
     columns         a row for each cell of the sweep: {label = path}, and after these STANDARD,
-                    unless only = true
+                    of a sweep on no world all figures of its rows, unless only = true
     of, columns     a table a cell, a row for each entry of what `of` names: {label = path in it}
     rows, columns   a table a cell: {label = path with a {}}, {label = what goes there}; or, for
                     the keys of what it leads to, columns_of = path
+
+A sweep that asks for none has one of the first kind.
 
 The sweep's `labels` name the cells, in their order; without them they are named by their keys.
 """
@@ -17,6 +19,7 @@ import re
 from typing import Any
 
 from lab.stats import kind_of
+from runtime.cli import listed
 
 # Held-out people are asked about in the chat template where no others are named.
 STANDARD = {
@@ -39,7 +42,7 @@ def markdown(table: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: a path that leads nowhere, or a column twice.
     """
-    return [made(named_cells(table), wanted) for wanted in table["spec"].get("tables", [])]
+    return [made(named_cells(table), wanted) for wanted in table["spec"].get("tables") or [{}]]
 
 
 def problem_of(wanted: Any) -> str:
@@ -67,7 +70,7 @@ def made(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> str:
     """One entry of `[[tables]]`; of several cells, with each one's name above its table."""
     columns = wanted.get("columns", {})
     if "of" not in wanted and "rows" not in wanted:
-        standard = {} if wanted.get("only") else STANDARD
+        standard = {} if wanted.get("only") else standard_columns(list(cells.values()))
         if twice := sorted(columns.keys() & standard.keys()):
             raise ValueError(f"{twice[0]!r} is a standard column's name; give it another")
         columns = columns | standard
@@ -95,6 +98,22 @@ def made(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def standard_columns(cells: list[dict[str, Any]]) -> dict[str, str]:
+    """What of STANDARD all cells have; of a sweep on no world, all figures of a row."""
+    if cells and "answers_known" not in cells[0]:
+        return {key: key for key, value in cells[0].items() if kind_of(value)}
+    return {name: path for name, path in STANDARD.items() if all(leads(c, path) for c in cells)}
+
+
+def leads(value: Any, path: str) -> bool:
+    """Whether a dotted path leads anywhere."""
+    try:
+        at(value, path)
+    except ValueError:
+        return False
+    return True
+
+
 def at(value: Any, path: str) -> Any:
     """What a dotted path leads to, "-1" being the last entry; an empty one to the value itself.
 
@@ -105,7 +124,8 @@ def at(value: Any, path: str) -> Any:
         # A key may have a dot of its own ("0.25"), written as ":".
         key = key.replace(":", ".")
         if not isinstance(value, dict) or (key != "-1" and key not in value) or not value:
-            raise ValueError(f"[[tables]]: {path} leads nowhere at {key!r}")
+            there = f"there are {listed(value)}" if isinstance(value, dict) else "it has no parts"
+            raise ValueError(f"the figure {path} leads nowhere at {key!r}: {there}")
         value = list(value.values())[-1] if key == "-1" else value[key]
     return value
 
@@ -117,16 +137,22 @@ def figure(value: Any) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)
     if value[kind] is None:
         return "-"
-    text = number(value[kind])
+    runs = [run for run in value.get("runs", []) if run is not None]
+    # Of one number a run, such as a loss, a third decimal means something.
+    decimals = 3 if kind == "mean" and value["n"] == max(1, len(runs)) else 2
+    text = number(value[kind], decimals)
     if kind == "difference" and value["low"] is not None:
         return f"{text} [{number(value['low'])}, {number(value['high'])}]"
-    runs = [number(run) for run in value.get("runs", []) if run is not None]
-    return f"{text} ({', '.join(runs)})" if runs and kind != "difference" else text
+    if not runs or kind == "difference":
+        return text
+    return f"{text} ({', '.join(number(run, decimals) for run in runs)})"
 
 
-def number(value: float) -> str:
-    """Two decimals, without a zero before them."""
-    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}".replace("-0.00", "0.00"))
+def number(value: float, decimals: int = 2) -> str:
+    """So many decimals, without a zero before them or a sign of nothing; none of a thousand."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return re.sub(r"^(-?)0\.", r"\1.", f"{round(value, decimals) + 0.0:.{decimals}f}")
 
 
 def name_of(cell: dict[str, Any]) -> str:

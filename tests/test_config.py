@@ -60,6 +60,20 @@ def test_an_option_after_the_file_wins(tmp_path: Path) -> None:
     assert config.data.path == "some/data"
 
 
+NO_SCHEDULES = ("0", "1.5", "2x", "logs", "log:", "log:1", "log:1.0", "log:0.5", "log:-2", "log:x")
+NO_SCHEDULES += ("log:nan", "log:inf", "log:1e3", f"log:{'9' * 999}", "log:2:3", "null", "true")
+
+
+@pytest.mark.parametrize("every", [7, "log", "log:1.5", "log:10"])
+def test_checkpoints_are_saved_at_intervals_or_on_a_logarithmic_schedule(
+    every: int | str, tmp_path: Path
+) -> None:
+    text = f"{TOML}save_every = {json.dumps(every)}\n"
+    assert parse_config(PretrainConfig, [write(tmp_path, text)]).run.save_every == every
+    argv = [write(tmp_path), f"--run.save_every={every}"]
+    assert parse_config(PretrainConfig, argv).run.save_every == every
+
+
 @pytest.mark.parametrize(
     ("option", "named"),
     [
@@ -74,6 +88,7 @@ def test_an_option_after_the_file_wins(tmp_path: Path) -> None:
         ("--data.micro_batch_size=17", "data.micro_batch_size"),
         ("--run.log_every=0", "run.log_every"),
         ("--run.compile=maybe", "run.compile"),
+        *((f"--run.save_every={text}", "run.save_every") for text in NO_SCHEDULES),
         ("--config=missing.toml", "missing.toml"),
         ("--config=", "config"),
         ("--config", "config"),

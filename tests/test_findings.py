@@ -11,11 +11,12 @@ import pytest
 
 from data.world import SPLITS
 from lab import findings, sweep
+from lab.curve import DEFAULTS, INSTRUMENTS, check_figures
 from lab.figures import PLOTS, instrument_plots
 from lab.headline import TURNS
 from lab.pair import open_pair
 from lab.qa import strangers_to
-from lab.stats import Difference, Mean, Share, difference, to_json
+from lab.stats import Difference, Mean, Share, difference, pool, to_json
 from lab.tables import STANDARD, at, figure, markdown, named_cells, number
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,9 @@ def rows_of(text: str) -> list[list[str]]:
         (to_json(Share(0, 0)), "-"),
         (to_json(Share(1, 8)), ".12"),
         (to_json(Mean.of([1.0, 2.0])), "1.50"),
+        (to_json(Mean.of([0.1234])), ".123"),  # of one number a run, such as a loss
+        (to_json(pool([Mean.of([1.0]), Mean.of([2.0])])), "1.500 (1.000, 2.000)"),
+        (to_json(Mean.of([49152.0])), "49,152"),
         (to_json(Difference(-0.004, -0.5, 0.25, 8, 4, (0.0, -0.008))), ".00 [-.50, .25]"),
         (12345.678, "1.23e+04"),
         ("none", "none"),
@@ -110,6 +114,12 @@ def test_every_shipped_table_can_be_made(path: Path, cell: dict[str, Any]) -> No
     plots = instrument_plots(named_cells({"cells": cells, "spec": spec}))
     assert set(plots) >= set(spec.get("instruments", {})) & set(PLOTS)
     assert all(text.startswith("<?xml") for text in plots.values())
+
+
+def test_every_default_figure_of_a_curve_is_there(cell: dict[str, Any]) -> None:
+    assert set(DEFAULTS) == set(INSTRUMENTS)
+    paths = [f"{name}.{path}" for name, paths in DEFAULTS.items() for path in paths]
+    check_figures(cell, {path: path for path in paths})
 
 
 def test_a_page_is_filled_where_it_names_tables_and_nowhere_else() -> None:

@@ -202,6 +202,14 @@ COMMANDS = [
         "--out",
         cheap=False,
     ),
+    Command(
+        "lab.curve forms",
+        {"--run": "../in/base", "--questions": "2", "--device": "cpu", "--out": "out"},
+        {"--run": "in", "--tune": "in", "--questions": "int", "--qa": "in", "--seeds": "never"}
+        | {"--figures": "never", "--device": "device", "--out": "place"},
+        "--out",
+        cheap=False,
+    ),
     Command("lab.findings nothing", {}, {"": "never", "--device": "device"}, cheap=False),
     Command(
         "lab.plot",

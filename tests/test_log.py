@@ -183,6 +183,16 @@ def test_is_due_at_every_interval_and_at_the_last_step() -> None:
     assert [step for step in range(1, 5) if is_due(step, 100, 4)] == [4]
 
 
+@pytest.mark.parametrize("factor", [1.0001, 1.1, 1.5, 1.585, 2.0, 2.5, 10.0])
+def test_a_logarithmic_schedule_is_the_powers_of_its_factor_rounded(factor: float) -> None:
+    last, powers = 3000, set[int]()
+    for k in itertools.takewhile(lambda k: factor**k < last, itertools.count()):
+        powers.add(round(factor**k))
+    due = {step for step in range(1, last + 1) if is_due(step, f"log:{factor}", last)}
+    assert due == powers | {last}
+    assert factor != 2 or due == {s for s in range(1, last + 1) if is_due(s, "log", last)}
+
+
 def test_a_run_is_complete_once_its_last_step_is_saved_evaluated_and_logged(tmp_path: Path) -> None:
     newest = tmp_path / f"step_{STEPS:06d}"
     assert not is_complete(newest, STEPS)

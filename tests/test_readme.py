@@ -33,6 +33,7 @@ NOT_RUN = {
     "lab.report out/smollm2": "the same; test_adapter.py",
     "lab.harness": "its tasks need a network; test_harness.py",
     "lab.sweep": "hours; test_sweep.py resolves every shipped one",
+    "lab.curve": "minutes; test_curve.py",
 }
 
 

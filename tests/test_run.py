@@ -95,6 +95,19 @@ def test_a_run_saves_and_evaluates_at_its_intervals_and_at_the_end(tmp_path: Pat
     assert follow(resumed) == ["evaluate 6", "save 8", "save 9", "evaluate 9"]
 
 
+@pytest.mark.parametrize("interrupted_at", [*range(1, 11)])
+def test_a_logarithmic_schedule_saves_its_steps_also_across_a_resume(
+    interrupted_at: int, tmp_path: Path
+) -> None:
+    due = ["save 1", "save 2", "save 4", "save 8", "save 11"]
+    options: dict[str, Any] = {"save_every": "log", "eval_every": 100, "steps": 11}
+    first = follow(make_run(tmp_path, **options), interrupted_at)
+    second = follow(make_run(tmp_path, **options))
+    own = [f"save {interrupted_at}"]  # a signal saves where it stops
+    assert first == [*(s for s in due if int(s[5:]) < interrupted_at), *own]
+    assert [s for s in second if s[0] == "s"] == [s for s in due if int(s[5:]) > interrupted_at]
+
+
 def test_a_new_run_begins_anew_also_after_a_start_that_failed(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     for run in (tmp_path, tmp_path / "a" / "b"):  # an empty folder, and none

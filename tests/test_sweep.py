@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from data.prepare import prepare_text
 from lab import figures, sweep
 from lab.stats import Share
 from tests.conftest import TINY
@@ -184,14 +185,15 @@ def test_stages_that_are_asked_for_are_run_and_shared(
         sweep.make_plan(tmp_path / "out", sweep.settings_of(spec, cell), 1)
         for cell in sweep.cells_of(spec)
     ]
+    tunings = [plan.sft for plan in plans if plan.sft is not None]
     assert len({plan.pretrain.run.dir for plan in plans}) == 1
-    assert len({plan.sft.run.dir for plan in plans}) == 3
+    assert len({tuning.run.dir for tuning in tunings}) == 3
     assert plans[0].more is None
-    assert plans[0].sft.base == plans[0].pretrain.run.dir
+    assert tunings[0].base == plans[0].pretrain.run.dir
     assert plans[1].more is not None
     assert plans[1].more.init_from == plans[1].pretrain.run.dir
-    assert plans[1].sft.base == plans[1].more.run.dir
-    asked = Path(plans[2].sft.data.path).read_text()
+    assert tunings[1].base == plans[1].more.run.dir
+    asked = Path(tunings[2].data.path).read_text()
     assert asked.count('" I do not know."') > asked.count("\n") / 4
     assert (folder / "picture.svg").exists()
 
@@ -309,4 +311,163 @@ def test_a_place_depends_on_what_a_config_says_and_not_on_its_name(tmp_path: Pat
         plans.append(sweep.make_plan(tmp_path, sweep.settings_of(spec, {}), 1))
     assert plans[0] == plans[1]
     assert plans[0].pretrain == plans[2].pretrain
-    assert plans[0].sft.run.dir != plans[2].sft.run.dir
+    assert plans[0].stages["sft"].run.dir != plans[2].stages["sft"].run.dir
+
+
+# ---- on somebody's own text --------------------------------------------------------------------
+
+OWN = f"""
+seeds = [1, 2]
+questions = 3
+[pretrain]
+config = "{CONFIGS}/quickstart/pretrain.toml"
+"data.path" = "TEXT"
+"optim.steps" = 3
+"run.eval_every" = 2
+"data.batch_size" = 2
+"model.n_embd" = {TINY.n_embd}
+"model.n_layer" = 1
+"run.device" = "cpu"
+[sft]
+config = "{CONFIGS}/quickstart/sft.toml"
+"data.path" = "QUESTIONS"
+"optim.steps" = 2
+"data.batch_size" = 2
+"run.device" = "cpu"
+"""
+RATES = '[grid]\n"pretrain.optim.muon_lr" = [0.01, 0.02]\n'
+ALONE = OWN.partition("[sft]")[0]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prepared text and a Q&A file."""
+    folder = tmp_path_factory.mktemp("own")
+    line = "The whale is a large animal of the sea, and no fish. It breathes air like a man.\n"
+    (folder / "text.txt").write_text(line * 300)
+    prepare_text([folder / "text.txt"], folder / "text", "byte", 0.1, "text", 1)
+    rows = [{"question": f"What is whale {n}?", "answer": "An animal."} for n in range(40)]
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def on(own: Path, text: str) -> str:
+    """A sweep's file on that text and Q&A."""
+    return text.replace("TEXT", str(own / "text")).replace("QUESTIONS", str(own / "qa.jsonl"))
+
+
+def metrics_of(folder: Path, stage: str, **keys: float) -> dict[str, Any]:
+    """The last row of the one run of a stage that has these values in its config."""
+    found = []
+    for run in (folder / "runs").glob(f"{stage}-*"):
+        config = json.loads((run / "config.json").read_text())
+        if all(config["run" if key == "seed" else "optim"][key] == v for key, v in keys.items()):
+            found.append(run)
+    (run,) = found
+    last: dict[str, Any] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    return last
+
+
+def test_a_sweep_on_own_text_tells_what_its_runs_logged(
+    own: Path,
+    tmp_path: Path,
+    counts: tuple[Counted, Counted],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, out = write(tmp_path, on(own, OWN + RATES)), tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["sweep", str(path), "--out", str(out), "--device", "cpu"])
+    sweep.main()
+    printed = capsys.readouterr().out
+    assert (counts[0].steps, counts[1].steps) == (4 * 3, 4 * 2)
+    assert not [*(out / "runs").glob("world-*")]
+    table = json.loads((out / "tiny" / "table.json").read_text())
+    for run in table["runs"]:
+        rate = run["cell"]["pretrain.optim.muon_lr"]
+        base = metrics_of(out, "pretrain", muon_lr=rate, seed=run["seed"])
+        for key in ("val_loss", "val_bpb", "tokens"):
+            assert run[f"pretrain_{key}"]["mean"] == base[key]
+        assert run["stops"]["n"] == 3
+    tuned = [
+        json.loads((f / "metrics.jsonl").read_text().splitlines()[-1])
+        for f in (out / "runs").glob("sft-*")
+    ]
+    for key in ("val_loss", "stop_rate"):
+        told = sorted(run[f"sft_{key}"]["mean"] for run in table["runs"])
+        assert told == sorted(row[key] for row in tuned)
+    first = table["cells"][0]["sft_val_loss"]
+    assert first["runs"] == [run["sft_val_loss"]["mean"] for run in table["runs"][:2]]
+    markdown = (out / "tiny" / "tables.md").read_text()
+    assert markdown.strip() in printed
+    assert "sft_val_loss" in markdown
+    rows = list(csv.DictReader((out / "tiny" / "table.csv").open()))
+    assert float(rows[0]["sft_val_loss"]) == pytest.approx(first["runs"][0], abs=1e-4)
+    assert (out / "tiny" / "picture.svg").read_text().startswith("<?xml")
+    before = (out / "tiny" / "table.json").read_bytes()
+    sweep.main()
+    assert (counts[0].steps, counts[1].steps) == (12, 8)
+    assert (out / "tiny" / "table.json").read_bytes() == before
+
+
+def test_a_sweep_of_pretraining_alone_may_vary_the_text(
+    own: Path, tmp_path: Path, counts: tuple[Counted, Counted]
+) -> None:
+    other = own / "other"
+    prepare_text([own / "text.txt"], other, "bpe:300", 0.1, "text", 1)
+    texts = f'[[cells]]\n"pretrain.data.path" = "{own / "text"}"\n[[cells]]\n'
+    spec = on(own, ALONE.replace("[1, 2]", "[1]") + texts) + f'"pretrain.data.path" = "{other}"\n'
+    folder = sweep.run(write(tmp_path, spec), tmp_path / "out", "cpu")
+    assert (counts[0].steps, counts[1].steps) == (2 * 3, 0)
+    cells = json.loads((folder / "table.json").read_text())["cells"]
+    assert cells[0]["pretrain_val_bpb"] != cells[1]["pretrain_val_bpb"]
+    assert "stops" not in cells[0]
+    assert (folder / "picture.svg").exists()
+
+
+def test_instruments_that_need_no_world_are_asked_on_own_text(own: Path, tmp_path: Path) -> None:
+    text = OWN.replace("[1, 2]", "[1]") + "[instruments]\nbehaviour = 2\n"
+    tables = '[[tables]]\nonly = true\ncolumns = {echoes = "behaviour.instruct.echoes"}\n'
+    folder = sweep.run(write(tmp_path, on(own, text + tables)), tmp_path / "out", "cpu")
+    assert "| echoes |" in (folder / "tables.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (OWN + "[world]\npeople = 24\n", "world.people: this sweep is on the text"),
+        (OWN + '[grid]\n"qa.asked" = [0.5]\n', "qa.asked: this sweep is on the text"),
+        (OWN + "[instruments]\nknowledge = 2\n", "knowledge asks about a world"),
+        (ALONE + "[instruments]\nbehaviour = 2\n", "behaviour needs an instruct model"),
+        (OWN.replace('"data.path" = "QUESTIONS"', ""), "sft.data.path is needed for every cell"),
+        (OWN.replace('"data.path" = "TEXT"', ""), "sft.data.path is the sweep's own to set"),
+        (
+            OWN.replace('"data.path" = "TEXT"', "")
+            + '[[cells]]\n"pretrain.data.path" = "TEXT"\n[[cells]]\n"pretrain.optim.lr" = 0.1\n',
+            "pretrain.data.path is needed for every cell",
+        ),
+        (OWN.replace("TEXT", "nowhere"), "nowhere"),
+        (OWN.replace("QUESTIONS", "nowhere.jsonl"), "nowhere.jsonl not found"),
+        (OWN + '[grid]\n"pretrain.base" = ["x"]\n', "pretrain.base is the sweep's own to set"),
+    ],
+)
+def test_a_mistake_about_own_text_is_one_line(
+    text: str, message: str, own: Path, tmp_path: Path, counts: tuple[Counted, Counted], fails: Any
+) -> None:
+    path = write(tmp_path, on(own, text))
+    assert message in fails(sweep, path, "--out", tmp_path / "out")
+    assert counts[0].steps == 0
+
+
+def test_the_shipped_sweep_on_own_text_is_whole(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = sweep.read_sweep(CONFIGS / "books" / "sweeps" / "own_text.toml")
+    assert sweep.on_own_text(spec)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    (tmp_path / "out" / "mine" / "data").symlink_to(own / "text")
+    (tmp_path / "qa.jsonl").symlink_to(own / "qa.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for cell in sweep.cells_of(spec):
+        plan = sweep.make_plan(tmp_path, sweep.settings_of(spec, cell), 1)
+        assert list(plan.stages) == ["pretrain", "sft"]

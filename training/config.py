@@ -1,5 +1,6 @@
 """What a run is told besides model, data and optimizer; and whether two configs differ."""
 
+import re
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal
 
@@ -34,8 +35,9 @@ class RunConfig:
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 250
     """Steps between evaluations; the last step is always evaluated."""
-    save_every: int = 500
-    """Steps between checkpoints; the last step is always saved."""
+    save_every: int | str = 500
+    """Steps between checkpoints; or "log", which saves steps 1, 2, 4, 8 and so on, or "log:1.5",
+    powers of 1.5, rounded. The last step is always saved."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases, besides metrics.jsonl."""
     wandb_project: str = "diptych"
@@ -49,7 +51,10 @@ class RunConfig:
         object.__setattr__(self, "dir", at_home(self.dir))
         check_range("run.seed", self.seed, f"0 or more and below {2**63}")
         for name in ("loss_chunk", "log_every", "eval_every", "save_every"):
-            check_range(f"run.{name}", getattr(self, name), f"1 or more and below {2**63}")
+            if not isinstance(value := getattr(self, name), str):
+                check_range(f"run.{name}", value, f"1 or more and below {2**63}")
+            elif not re.fullmatch(r"log(:(?!1(\.0*)?$)[1-9]\d{0,5}(\.\d{1,9})?)?", value):
+                raise ValueError(f"run.{name} is {value!r:.80}; give steps, log, or log:1.5")
 
 
 def changes(old: Any, config: Any) -> list[str]:

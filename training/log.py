@@ -183,9 +183,13 @@ def is_complete(checkpoint: Path, steps: int) -> bool:
     return logged and checkpoint.name == f"step_{steps:06d}"
 
 
-def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every so many steps, and at the last one, happens now."""
-    return step % every == 0 or step == last
+def is_due(step: int, every: int | str, last: int) -> bool:
+    """Whether what happens as `RunConfig.save_every` says happens at a step, which is 1 or more."""
+    if isinstance(every, int):
+        return step % every == 0 or step == last
+    factor = float(every.partition(":")[2] or 2)
+    below = math.floor(math.log(step, factor))
+    return step in (round(factor**below), round(factor ** (below + 1)), last)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
