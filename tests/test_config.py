@@ -59,8 +59,8 @@ def test_an_option_after_the_file_wins(tmp_path: Path) -> None:
     assert config.data.path == "some/data"
 
 
-NO_SCHEDULES = ("0", "1.5", "2x", "logs", "log:", "log:1", "log:1.0", "log:0.5", "log:-2", "log:x")
-NO_SCHEDULES += ("log:nan", "log:inf", "log:1e3", f"log:{'9' * 999}", "log:2:3", "null", "true")
+NO_SCHEDULES = ["0", "1.5", "2x", "logs", "log:", "log:1", "log:1.0", "log:0.5", "log:-2", "log:x"]
+NO_SCHEDULES += ["log:nan", "log:inf", "log:1e3", f"log:{'9' * 999}", "log:2:3", "null", "true"]
 
 
 @pytest.mark.parametrize("every", [7, "log", "log:1.5", "log:10"])

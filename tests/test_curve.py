@@ -16,6 +16,7 @@ import train_sft
 from lab import curve
 from lab.forms import forms
 from lab.pair import Pair, open_pair
+from lab.report import INSTRUMENTS
 from lab.stats import Share, to_json
 from runtime.files import read_meta
 from tests.conftest import Fails, pretrain_config
@@ -45,7 +46,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls, self.kill_at = 0, -1
-        monkeypatch.setitem(curve.INSTRUMENTS, "forms", (self, 1))
+        monkeypatch.setitem(INSTRUMENTS, "forms", (self, 1))
 
     def __call__(self, pair: Pair, n: int) -> Any:
         self.calls += 1
@@ -135,8 +136,8 @@ def test_each_base_is_tuned_once_and_measured_with_what_became_of_it(
     monkeypatch.setattr(script, "train_step", counted)
     monkeypatch.setattr(script, "STOP_WITHIN", 2)
     instrument = Counted(monkeypatch)
-    command = ("forms", "--figures", "forms.base.step", "--run", tmp_path / "base")
-    command += ("--tune", tmp_path / "sft.toml")
+    command = ["forms", "--figures", "forms.base.step", "--run", tmp_path / "base"]
+    command += ["--tune", tmp_path / "sft.toml"]
     with pytest.raises(SystemExit, match="130"):
         call(*command, "run.seed=3")
     kill_at = -1

@@ -11,11 +11,12 @@ import pytest
 
 from data.world import SPLITS
 from lab import findings, sweep
-from lab.curve import DEFAULTS, INSTRUMENTS, check_figures
+from lab.curve import DEFAULTS, check_figures
 from lab.figures import PLOTS, instrument_plots
 from lab.headline import TURNS
 from lab.pair import open_pair
 from lab.qa import strangers_to
+from lab.report import INSTRUMENTS
 from lab.stats import Difference, Mean, Share, difference, pool, to_json
 from lab.tables import STANDARD, at, figure, markdown, named_cells, number
 
