@@ -136,7 +136,7 @@ def test_each_base_is_tuned_once_and_measured_with_what_became_of_it(
     monkeypatch.setattr(script, "train_step", counted)
     monkeypatch.setattr(script, "STOP_WITHIN", 2)
     instrument = Counted(monkeypatch)
-    command: list[object] = ["forms", "--figures", "forms.base.step", "--run", tmp_path / "base"]
+    command = ["forms", "--figures", "forms.base.step", "--run", tmp_path / "base"]
     command += ["--tune", tmp_path / "sft.toml"]
     with pytest.raises(SystemExit, match="130"):
         call(*command, "run.seed=3")
