@@ -26,8 +26,9 @@ quickstart: .venv/runtime
 	$(BIN)/python train_sft.py --config configs/quickstart/sft.toml --base=$(QUICK)/base --run.dir=$(QUICK)/instruct $(OTHER)
 	$(BIN)/python -m lab.report --base $(QUICK)/base --instruct $(QUICK)/instruct --out $(QUICK)
 
+# A process a core, each of one thread.
 test: .venv/dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Broken inputs of each kind and command lines by the thousand (`make test` has 500): FUZZ=n of them,
 # FUZZ_SEED=n others.

@@ -469,6 +469,25 @@ def test_a_pair_is_asked_the_same_items_and_every_reply_is_logged(
     assert alone == written["columns"]["instruct"]["results"]
 
 
+def test_ifeval_runs_on_a_pair(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nltk = pytest.importorskip("nltk", reason="requirements-eval.txt")
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: False)  # for a few of its instructions
+    ask = {"key": 1, "prompt": "Who? No commas.", "instruction_id_list": ["punctuation:no_comma"]}
+    (tmp_path / "asked.json").write_text(json.dumps(ask | {"kwargs": [{}]}) + "\n")
+    shipped = Path(lm_eval.__file__).parent / "tasks" / "ifeval" / "ifeval.yaml"
+    files = {"data_files": {"train": str(tmp_path / "asked.json")}}
+    task = {"task": "few_ifeval", "include": str(shipped), "dataset_path": "json"}
+    task |= {"dataset_kwargs": files, "generation_kwargs": {"until": [], "max_gen_toks": 8}}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "few.yaml").write_text(json.dumps(task))
+    pair = ["--base", runs[0], "--instruct", runs[1], "--device", "cpu", "--chat"]
+    call(monkeypatch, *pair, "--tasks", "few_ifeval", "--include-path", tmp_path / "tasks")
+    printed = capsys.readouterr().out
+    assert "few_ifeval prompt_level_strict_acc.differences.instruct - base" in printed
+
+
 @pytest.mark.parametrize("given", [[], ["--base", "a"], ["a", "--base", "b", "--instruct", "c"]])
 def test_neither_one_checkpoint_nor_a_pair_is_told(
     given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
