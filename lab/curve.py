@@ -24,7 +24,7 @@ import argparse
 import csv
 import io
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def tuning_of(base: Path, meta: dict[str, Any], tune: list[str], out: Path) -> S
     if None not in worlds and worlds[0] != worlds[1]:
         what = f"{config.data.path} holds questions about another world than {base} has read about"
         raise ValueError(f"{what}; name its own behind --tune: data.path=FOLDER")
-    fixed = sorted(leaf for leaf in leaves(asdict(config)) if leaf[0] not in MAY_CHANGE)
+    fixed = sorted(leaf for leaf in leaves(config) if leaf[0] not in MAY_CHANGE)
     made_of = files.fingerprint([identity(meta), fixed, questions])
     folder = out / "tuned" / f"{meta['step']}-{made_of}"
     return replace(config, run=replace(config.run, dir=str(folder)))

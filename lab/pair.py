@@ -271,7 +271,6 @@ def pairs_of(a: argparse.Namespace) -> list[tuple[str, str]]:
     Raises:
         ValueError: several seeds for one path, or a place for a seed without one.
     """
-    check_range("--shots", a.shots, "0 to 1000")
     found = for_each_seed([a.base, a.instruct], a.seeds, "--base and in --instruct")
     return [(base, instruct) for base, instruct in found]
 
@@ -344,6 +343,7 @@ def run_instrument(
     with one_line_errors():
         if a.questions < 1:
             raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
+        check_range("--shots", a.shots, "0 to 1000")
         check_file("--out", a.out)
         pairs = [opened(*paths, a.device, a.qa, a.shots) for paths in pairs_of(a)]
         if pairs[0].world is not None:

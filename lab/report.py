@@ -41,6 +41,7 @@ from lab.shift import shift
 from lab.stats import kind_of, pool, to_json
 from lab.trace import trace, traceable
 from lab.weights import weights
+from model.check import check_range
 from model.generate import Sampling
 from runtime.cli import one_line_errors, say
 from runtime.device import environment
@@ -272,6 +273,7 @@ def run(a: argparse.Namespace) -> None:
     """Prints the report; makes it first unless it was made from the same checkpoints and code."""
     if a.questions < 1:
         raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
+    check_range("--shots", a.shots, "0 to 1000")
     paths = pairs_of(a)
     metas = [meta_at(path) for pair in paths for path in pair]
     texts = [text_at(m["config"]["data"].get("path") or "") for m in metas]

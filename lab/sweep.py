@@ -37,7 +37,7 @@ import random
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -281,7 +281,7 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
         config: Any = parse_config(config_class, options(given))
         if own:
             at.append(content_of(config.data.path))
-        at.extend([stage, sorted(f for f in leaves(asdict(config)) if f[0] not in MAY_CHANGE)])
+        at.extend([stage, sorted(f for f in leaves(config) if f[0] not in MAY_CHANGE)])
         place = folder / "runs" / f"{stage}-{files.fingerprint(at)}"
         resolved: T = replace(config, run=replace(config.run, dir=str(place)))
         return resolved
@@ -303,13 +303,15 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
     return Plan(world, data, pretrain, more, qa, resolve(SFTConfig, "sft", tuning))
 
 
-def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested config."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a config, but for defaults: a run keeps its name when a later
+    version has more keys."""
+    for part in fields(config):
+        value = getattr(config, part.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{part.name}.")
+        elif value != part.default:
+            yield f"{prefix}{part.name}", value
 
 
 def content_of(path: str) -> dict[str, Any]:

@@ -478,7 +478,7 @@ def test_ifeval_runs_on_a_pair(
     (tmp_path / "asked.json").write_text(json.dumps(ask | {"kwargs": [{}]}) + "\n")
     shipped = Path(lm_eval.__file__).parent / "tasks" / "ifeval" / "ifeval.yaml"
     files = {"data_files": {"train": str(tmp_path / "asked.json")}}
-    task = {"task": "few_ifeval", "include": str(shipped), "dataset_path": "json"}
+    task: dict[str, Any] = {"task": "few_ifeval", "include": str(shipped), "dataset_path": "json"}
     task |= {"dataset_kwargs": files, "generation_kwargs": {"until": [], "max_gen_toks": 8}}
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "few.yaml").write_text(json.dumps(task))
