@@ -26,9 +26,9 @@ quickstart: .venv/runtime
 	$(BIN)/python train_sft.py --config configs/quickstart/sft.toml --base=$(QUICK)/base --run.dir=$(QUICK)/instruct $(OTHER)
 	$(BIN)/python -m lab.report --base $(QUICK)/base --instruct $(QUICK)/instruct --out $(QUICK)
 
-# A process a core, each of one thread.
+# A process a core, each of one thread; a file goes to one of them, since some hold to an order.
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Broken inputs of each kind and command lines by the thousand (`make test` has 500): FUZZ=n of them,
 # FUZZ_SEED=n others.
