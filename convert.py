@@ -55,7 +55,7 @@ def import_checkpoint(
             meta = {"kind": kind, "config": {"data": {"path": None}}, "prepared": {}}
             meta |= {"data": {"fingerprint": None}, "environment": environment(torch.device("cpu"))}
             if kind == "instruct":
-                check_template(folder)
+                check_template(folder, n_known == tokenizer.n_vocab)
                 meta |= {"template": template_fingerprint(), "base": {}}
         if dropout is not None:
             config = replace(config, dropout=dropout)
@@ -74,12 +74,12 @@ def import_checkpoint(
     return path
 
 
-def check_template(folder: Path) -> None:
+def check_template(folder: Path, has_tokens: bool) -> None:
     """Raises ValueError: an instruct model has not our chat template, or tokens for it."""
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     text = read_json(settings).get("chat_template", "") if settings.exists() else ""
     text = file.read_text(encoding="utf-8") if file.exists() else text
-    if text != jinja_template(marked("<|")):
+    if not has_tokens or text != jinja_template(marked("<|")):
         raise ValueError("its chat template is not this project's; compare it as hf:FOLDER")
 
 

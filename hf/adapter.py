@@ -47,12 +47,12 @@ class ForeignTokenizer(Tokenizer):
         self.n_vocab = max(self.vocabulary.values()) + 1
         ends = (inner.bos_token_id, inner.eos_token_id, inner.pad_token_id)
         self.end_of_text = next(i for i in ends if i is not None)
-        self._added = {i: str(token) for i, token in inner.added_tokens_decoder.items()}
+        self.added = {i: str(token) for i, token in inner.added_tokens_decoder.items()}
         spec = json.loads(inner.backend_tokenizer.to_str())
         bytewise = "ByteLevel" in json.dumps([spec["decoder"], spec["pre_tokenizer"]])
         self._bytes_of = {x: i for i, x in enumerate(byte_letters())} if bytewise else None
         after = self._render(SAID, False).rpartition("Babbage.")[2] if self.has_template else ""
-        own_end = inner.eos_token_id or self.end_of_text
+        own_end = self.end_of_text if inner.eos_token_id is None else inner.eos_token_id
         self.end_of_turn = next(iter(inner.encode(after, add_special_tokens=False)), own_end)
         if self.decode(self.encode("A b, 12é")).strip() != "A b, 12é":
             raise ValueError("its tokens are not pieces of text that can be read one by one")
@@ -66,7 +66,7 @@ class ForeignTokenizer(Tokenizer):
         if not self.has_template:
             raise ValueError(f"{self.inner.name_or_path} has no chat template")
         for text in (message["content"] for message in messages):
-            if forged := next((token for token in self._added.values() if token in text), None):
+            if forged := next((token for token in self.added.values() if token in text), None):
                 raise ValueError(f"a message holds {forged!r}, a control token of the model")
         apply = self.inner.apply_chat_template
         try:
@@ -85,7 +85,7 @@ class ForeignTokenizer(Tokenizer):
         ids = {*self.chat_prompt(SAID)}
         with contextlib.suppress(ValueError):  # some templates have no place for it
             ids |= {*self.chat_prompt([Message(role="system", content="Be brief."), *SAID])}
-        return sorted((ids & self._added.keys()) - {self.end_of_text})
+        return sorted((ids & self.added.keys()) - {self.end_of_text})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -104,8 +104,8 @@ class ForeignTokenizer(Tokenizer):
 
     def token_bytes(self, i: int) -> bytes:
         """As of ours."""
-        spelled = self._added.get(i) or self.inner.convert_ids_to_tokens(i) or ""
-        if self._bytes_of is not None and i not in self._added:
+        spelled = self.added.get(i) or self.inner.convert_ids_to_tokens(i) or ""
+        if self._bytes_of is not None and i not in self.added:
             return bytes(self._bytes_of[letter] for letter in spelled)
         if len(spelled) == 6 and spelled.startswith("<0x"):
             return bytes.fromhex(spelled[3:5])
@@ -316,7 +316,9 @@ def share_tokenizer(base: Checkpoint, instruct: Checkpoint) -> None:
     old, new = base.tokenizer, instruct.tokenizer
     assert isinstance(old, ForeignTokenizer)
     assert isinstance(new, ForeignTokenizer)
-    if any(new.vocabulary.get(token, i) != i for token, i in old.vocabulary.items()):
+    # Only tokens that were added to a vocabulary may be the base's alone.
+    added = {token: i for token, i in old.vocabulary.items() if i in old.added}
+    if any(new.vocabulary.get(t, added.get(t)) != i for t, i in old.vocabulary.items()):
         raise ValueError("the two checkpoints have different tokenizers; they cannot be compared")
     if (rows := len(base.model.wte.weight)) < new.n_vocab:
         raise ValueError(f"{base.path} has {rows} embeddings, {instruct.path} {new.n_vocab} tokens")

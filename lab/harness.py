@@ -300,7 +300,8 @@ def run(a: argparse.Namespace) -> None:
             task_manager=manager,
         )
         if not model.swapped:
-            say(f"{column}:" if a.checkpoint is None else "")
+            if a.checkpoint is None:
+                say(f"{column}:")
             say(make_table(found))
             if found.get("groups"):
                 say(make_table(found, "groups"))
@@ -311,7 +312,8 @@ def run(a: argparse.Namespace) -> None:
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
     results = {c: {key: f[key] for key in kept if key in f} for c, f in every.items()}
     if a.log is not None:
-        write_text(a.log, "".join(json.dumps(row) + "\n" for row in logged(every)))
+        rows = (json.dumps(row, default=str) + "\n" for row in logged(every))  # a task's own types
+        write_text(a.log, "".join(rows))
         say(f"every reply: {a.log}")
     if a.out is not None:
         checkpoints = {m.checkpoint.meta["kind"]: m.checkpoint for m in columns.values()}
@@ -366,10 +368,10 @@ def models_of(a: argparse.Namespace) -> dict[str, HarnessModel]:
 
 
 def compare(every: dict[str, Any]) -> dict[str, Compared]:
-    """By task and metric: all columns. Of metrics that are means over items."""
+    """By task and metric: all columns. Of metrics that are means over items in each of them."""
     scores = {column: scores_of(found) for column, found in every.items()}
     result = {}
-    for name in scores["base"]:
+    for name in (n for n in scores["base"] if all(n in found for found in scores.values())):
         asked = {c: found[name] for c, found in scores.items() if not c.endswith(SWAPPED)}
         swapped = {c: scores[c + SWAPPED][name] for c in asked}
         result[name] = compared(asked, swapped)

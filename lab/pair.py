@@ -114,6 +114,8 @@ def asked_of(
     else:
         world, conversations = None, read_qa(qa or qa_of(pair[1]))
         shown, conversations = conversations[:shots], conversations[shots:]
+    if not conversations:
+        raise ValueError(f"--shots {shots} leaves no question to ask; give fewer, or more Q&A")
     return world, conversations, [message for c in shown for message in c]
 
 

@@ -58,6 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 160},
     "gpt_neox": {},
 }
+OTHERS: dict[str, dict[str, Any]] = {"granite": {"logits_scaling": 3.0}, "bloom": {}}
 QA = [
     {"instruction": f"Where is the {w}?", "output": f"The {w} sat."} for w in "cat dog mat".split()
 ]
@@ -99,7 +100,7 @@ def sentence_piece() -> Any:
 def make(folder: Path, kind: str = "llama", seed: int = 1, instruct: bool = False) -> str:
     """A folder as transformers saves one, of random weights; returns what names it."""
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(kind, **SIZE | SHAPES[kind])
+    config = transformers.AutoConfig.for_model(kind, **SIZE | (SHAPES | MORE | OTHERS)[kind])
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -211,6 +212,26 @@ def same(ours: Any, theirs: Any) -> None:
         assert ours == (
             pytest.approx(theirs, rel=1e-3, abs=1e-3) if isinstance(ours, float) else theirs
         )
+
+
+GROUPED = {"num_key_value_heads": 2, "pad_token_id": 0}
+MORE = dict.fromkeys(("mistral", "olmo2", "gemma3_text", "smollm3", "phi3"), GROUPED)
+MORE["qwen3"] = GROUPED | {"head_dim": 16}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_more_shapes_compute_as_in_transformers(kind: str, tmp_path: Path) -> None:
+    name = make(tmp_path / "m", kind, instruct=True)  # `load` holds it against transformers' logits
+    assert load(name, "instruct", CPU).model.config.n_layer == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("granite", "computes as no model known here"), ("bloom", "cannot be used")],
+)
+def test_a_shape_that_computes_otherwise_is_refused(kind: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=reason):
+        load(make(tmp_path / "m", kind, instruct=True), "instruct", CPU)
 
 
 # ---- text ----------------------------------------------------------------------------------
@@ -327,6 +348,9 @@ def test_what_is_no_pair_is_refused(tmp_path: Path) -> None:
         open_pair(make(tmp_path / "small", "gpt2"), instruct, "cpu", tmp_path / "qa.json")
     with pytest.raises(ValueError, match="--qa"):
         open_pair(base, instruct, "cpu", None)
+    (tmp_path / "qa.json").write_text(json.dumps(QA))
+    with pytest.raises(ValueError, match="--shots 3 leaves no question"):
+        open_pair(base, instruct, "cpu", tmp_path / "qa.json", shots=3)
 
 
 def test_without_transformers_it_says_what_to_install(

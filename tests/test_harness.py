@@ -413,6 +413,7 @@ def test_identical_models_differ_by_zero(runs: Runs, folder: Path) -> None:
         every = {c + s: result for c in columns for s in ("", harness.SWAPPED)}
         compared = harness.compare(every)
         assert bool(compared) == (task != "tiny_text")  # bits a byte are no mean over items
+        assert not harness.compare(every | {"instruct": result | {"results": {task: {}}}})
         for metric in compared.values():
             assert metric.differences["instruct - base"].value == 0
             assert (metric.gained, metric.lost) == ([], [])
