@@ -764,7 +764,7 @@ def test_bad_lines_are_refused_with_their_place_or_skipped_and_counted(
         ),
         ("a.jsonl", jsonl([{"instruction": "q", "instances": [5]}]), "line 1: expected a JSON obj"),
         ("a.parquet", parquet([{"messages": [1]}])[:-9], "a.parquet is not a whole parquet file"),
-        ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "a.jsonl.gz is not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9], "a.jsonl.gz is not a whole gzip file"),
         (None, "", "a.jsonl not found"),
     ],
 )
