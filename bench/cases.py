@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from data.chat import template_fingerprint
 from data.shards import id_dtype, load_tokens, save_examples, save_tokens, write_folder
@@ -31,9 +32,8 @@ def sizes(case: Case) -> dict[str, Any]:
 
 
 def random_data(out: Path, n_vocab: int, n_tokens: int, lengths: Sequence[int]) -> None:
-    """Makes a prepared folder of random ids: text, and conversations of these lengths in tokens.
-
-    The second half of a conversation is the reply. n_vocab is 261 or more.
+    """Makes a prepared folder of random ids: text, and conversations of these lengths in tokens, of
+    which the second half is the reply. n_vocab is 261 or more.
     """
 
     def fill(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
@@ -43,10 +43,12 @@ def random_data(out: Path, n_vocab: int, n_tokens: int, lengths: Sequence[int]) 
         text: dict[str, Any] = {"dtype": dtype.str, "documents": 1, "bytes": 0}
         qa: dict[str, Any] = {"template": template_fingerprint()}
         for part, size, own in (("train", n_tokens, lengths), ("val", n_tokens // 10, lengths[:1])):
-            text |= save_tokens(folder, part, rng.integers(n_vocab, size=size).astype(dtype))
+            ids = rng.integers(n_vocab, size=size).astype(dtype)
+            text |= save_tokens(folder, part, ids, np.array([[0, size]]))
             ids = rng.integers(256, size=sum(own)).astype(dtype)
-            mask = np.concatenate([np.arange(n) >= n // 2 for n in own])
-            qa |= save_examples(folder, part, ids, mask, own)
+            mask = np.concatenate([np.arange(n) >= n // 2 for n in own]).astype(np.uint8)
+            spans = sliding_window_view(np.cumsum([0, *own]), 2)
+            qa |= save_examples(folder, part, ids, mask, spans)
         return tokenizer, {"text": text, "qa": qa}
 
     write_folder(out, {"random ids": [n_vocab, n_tokens, *lengths]}, fill)
@@ -71,10 +73,8 @@ def nanogpt_data(folder: Path, prepared: Path) -> None:
 
 
 def copy_tree(name: str, checkout: Path, to: Path) -> Path:
-    """Copies a checkout without its data and outputs: its scripts write beside themselves.
-
-    Raises:
-        ValueError: it is no checkout of that project.
+    """Copies a checkout without its data and outputs: its scripts write beside themselves. Raises
+    ValueError: it is no checkout of that project.
     """
     if missing := [file for file in PEERS[name] if not (checkout / file).is_file()]:
         option = f"--{name.lower()} {checkout}"

@@ -62,12 +62,12 @@ class PretrainData:
         self.meta = open_prepared(config.path, "text", verify)
         self.fingerprint = fingerprint(self.meta["files"])
         self.tokenizer = Tokenizer.load(config.path)
-        train, self._val = (load_tokens(config.path, part) for part in ("train", "val"))
-        self._train: np.ndarray = train
+        self._train, self._val = (load_tokens(config.path, part) for part in ("train", "val"))
         if wanted is not None:
-            documents = np.split(train, np.flatnonzero(train == self.tokenizer.end_of_text))
+            begins = np.flatnonzero(self._train == self.tokenizer.end_of_text)
+            documents = np.split(self._train, begins)
             kept = [d for d in documents if wanted(self.tokenizer.decode(d.tolist()))]
-            self._train = np.concatenate([train[:0], *kept])
+            self._train = np.concatenate([self._train[:0], *kept])
         self.n_tokens, self.n_blocks = len(self._train), len(self._train) // block_size
         if not self.n_blocks:
             raise ValueError(

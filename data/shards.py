@@ -18,13 +18,14 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from data.chat import Message, render, template_fingerprint
 from data.sources.read import PIECE
@@ -33,8 +34,6 @@ from runtime import files
 from runtime.cli import say
 
 Meta = dict[str, Any]
-# An array, or one that lies in a file: that file, its type, and (n, 2) the first and end of parts.
-Values = np.ndarray | tuple[IO[bytes], np.dtype, np.ndarray]
 FORMAT, HASHED = 1, ".hashed.json"
 
 
@@ -62,22 +61,16 @@ def open_prepared(path: str | Path, kind: str, verify: bool = False) -> Meta:
 def _check_ids(folder: Path, kind: str, n_vocab: int) -> None:
     """Raises ValueError: an id that the vocabulary does not have, which a GPU would die of."""
     for part in ("train", "val"):
-        if kind == "text":
-            ids: np.ndarray = load_tokens(folder, part)
-        else:
-            ids = _load(folder / f"qa_{part}_ids.npy")
+        ids = load_tokens(folder, part) if kind == "text" else _load(folder / f"qa_{part}_ids.npy")
         if any((ids[i : i + PIECE] >= n_vocab).any() for i in range(0, len(ids), PIECE)):
             raise ValueError(f"{folder}: an id of {part} is outside of its vocabulary")
 
 
 def check_files(folder: Path, checksums: dict[str, str], verify: bool = False) -> bool:
-    """Checks the sha256 of files, but hashes only those that may have changed since the last time.
-
-    .hashed.json keeps each file's sha256, size, modification time and inode number from when it was
-    last hashed; while these stay, it is not hashed again (so a copied folder is hashed once). This
-    misses a change that keeps the size and sets the time back, and bytes that the disk loses by
-    itself; `verify` hashes all. Returns whether any was. Raises ValueError: a file is missing, or
-    has another sha256.
+    """Checks the sha256 of files; returns whether any was hashed. One whose size, modification time
+    and inode number are those of .hashed.json is not, unless `verify`: this misses a change that
+    keeps the size and sets the time back, and bytes that the disk loses by itself. Raises
+    ValueError: a file is missing, or has another sha256.
     """
     known, states = Meta(), _file_states(folder, checksums)  # of before it is hashed
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
@@ -97,7 +90,7 @@ def _file_states(folder: Path, checksums: dict[str, str]) -> Meta:
     return {n: [checksums[n], s.st_size, s.st_mtime_ns, s.st_ino] for n, s in stats.items()}
 
 
-def load_tokens(folder: str | Path, part: str) -> np.memmap:
+def load_tokens(folder: str | Path, part: str) -> np.ndarray:
     """The ids of train.bin or val.bin, (n,), left on disk until they are used."""
     with files.as_ours(folder):
         meta = files.read_meta(folder)
@@ -132,45 +125,29 @@ def _load(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is no array: {error!s:.100}") from None
 
 
-def _save(path: Path, values: Values) -> int:
-    """Writes an array to a .bin or .npy file; returns how many numbers."""
-    if isinstance(values, tuple):
-        file, dtype, spans = values
-        n, blocks = int(np.diff(spans).sum()), _parts(file, spans * dtype.itemsize)
-    else:
-        n, dtype, blocks = len(values), values.dtype, iter([values.tobytes()])
-    with open(path, "wb") as f:
-        if path.suffix == ".npy":
-            header = {"descr": dtype.str, "fortran_order": False, "shape": (n,)}
-            np.lib.format.write_array_header_1_0(f, header)
-        f.writelines(blocks)
-    return n
-
-
-def _parts(file: IO[bytes], spans: np.ndarray) -> Iterator[bytes]:
-    for start, end in spans:
-        file.seek(start)
-        for position in range(start, end, PIECE):
-            yield file.read(min(PIECE, end - position))
-
-
-def save_tokens(folder: Path, part: str, ids: Values) -> dict[str, int]:
-    """Writes train.bin or val.bin from ids, (n,), of `id_dtype`; returns counts for meta.json."""
-    return {f"{part}_tokens": _save(folder / f"{part}.bin", ids)}
+def save_tokens(folder: Path, part: str, ids: np.ndarray, spans: np.ndarray) -> dict[str, int]:
+    """Writes train.bin or val.bin; returns counts for meta.json. The ids are of `id_dtype`; written
+    are the documents that lie at these spans, (documents, 2) as (start, end), in their order.
+    """
+    with open(folder / f"{part}.bin", "wb") as f:
+        f.writelines(ids[start:end] for start, end in spans)
+    return {f"{part}_tokens": int(np.diff(spans).sum())}
 
 
 def save_examples(
-    folder: Path, part: str, ids: Values, mask: Values, lengths: Sequence[int] | np.ndarray
+    folder: Path, part: str, ids: np.ndarray, mask: np.ndarray, spans: np.ndarray
 ) -> dict[str, int]:
-    """Writes the Q&A files of a part; returns counts for meta.json. `ids`, of `id_dtype`, and
-    `mask` are those of all examples end to end, (sum of lengths,).
-    """
-    offsets = np.append(0, np.cumsum(lengths, dtype=np.int64))
-    mask = mask.astype(np.uint8) if isinstance(mask, np.ndarray) else mask
-    for name, values in (("ids", ids), ("mask", mask), ("offsets", offsets)):
-        _save(folder / f"qa_{part}_{name}.npy", values)
-    supervised = np.load(folder / f"qa_{part}_mask.npy", "r", allow_pickle=False).sum()
-    counts = {"examples": len(lengths), "tokens": offsets[-1], "supervised": supervised}
+    """Writes the Q&A files of a part in the same way; the mask is of uint8."""
+    offsets = np.append(0, np.diff(spans).cumsum())
+    shape = (int(offsets[-1]),)
+    np.save(folder / f"qa_{part}_offsets.npy", offsets)
+    for name, values in (("ids", ids), ("mask", mask)):
+        with open(folder / f"qa_{part}_{name}.npy", "wb") as f:
+            header = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(f, header)
+            f.writelines(values[start:end] for start, end in spans)
+    supervised = _load(folder / f"qa_{part}_mask.npy").sum()
+    counts = {"examples": len(spans), "tokens": offsets[-1], "supervised": supervised}
     return {f"{part}_{name}": int(count) for name, count in counts.items()}
 
 
@@ -202,9 +179,10 @@ def in_threads(
 @contextlib.contextmanager
 def on_disk(
     folder: Path, tables: Iterable[tuple[list[np.ndarray], Any]], dtypes: list[np.dtype]
-) -> Iterator[tuple[list[tuple[IO[bytes], np.dtype]], np.ndarray]]:
-    """Puts the columns of tables, ids first, into scratch files; memory might not hold them.
-    With each table comes where documents begin in it. Yields files and types, and (n, 2) spans.
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """Puts the columns of tables, ids first, into scratch files; memory might not hold them. With
+    each table comes where documents begin in it. Yields the columns and the documents' spans.
+    Raises ValueError: there is nothing in the tables.
     """
     bounds, n = list[Any](), 0
     with contextlib.ExitStack() as stack:
@@ -214,8 +192,10 @@ def on_disk(
                 file.write(column.data)
             bounds.append(n + np.flatnonzero(begins))
             n += len(table[0])
-        cuts = np.concatenate([*bounds, [n]])
-        yield [*zip(scratch, dtypes, strict=True)], np.stack([cuts[:-1], cuts[1:]], axis=1)
+        if not n:
+            raise ValueError("the corpus is empty: there is no text to train on")
+        columns = [np.memmap(*column, "r") for column in zip(scratch, dtypes, strict=True)]
+        yield columns, sliding_window_view(np.concatenate([*bounds, [n]]), 2)
 
 
 def write_text(
@@ -249,9 +229,7 @@ def write_text(
             yield from ((i == 0, piece) for i, piece in enumerate(document))
 
     tables = in_threads(encode, pieces(), lambda piece: len(piece[1]))
-    with on_disk(folder, tables, [dtype]) as ([scratch], spans):
-        if not len(spans):
-            raise ValueError("the corpus is empty: there is no text to train on")
+    with on_disk(folder, tables, [dtype]) as ([ids], spans):
         if empty := given - len(spans):
             say(f"left out: {empty:,} empty document{'s' * (empty > 1)}")
         meta: Meta = {"dtype": dtype.str, "documents": len(spans), "bytes": sum(sizes)}
@@ -259,7 +237,7 @@ def write_text(
         if not shuffle:
             parts["train"] = parts["train"][parts["train"][:, 0].argsort()]
         for part, chosen in parts.items():
-            meta |= save_tokens(folder, part, (*scratch, chosen))
+            meta |= save_tokens(folder, part, ids, chosen)
     if min(meta["train_tokens"], meta["val_tokens"]) < 2:
         share = f"a val_fraction of {val_fraction}"
         raise ValueError(f"{share} leaves training or validation empty; use more text")
@@ -302,7 +280,7 @@ def write_qa(
         return [np.array([*chain(*ids)], dtypes[0]), mask], begins
 
     tables = in_threads(encode, conversations, lambda c: sum(len(m["content"]) for m in c))
-    with on_disk(folder, tables, dtypes) as (scratch, spans):
+    with on_disk(folder, tables, dtypes) as ([ids, mask], spans):
         n_val = max(1, round(len(spans) * val_fraction))
         if n_val >= len(spans):
             what = f"{len(spans)} example(s) at val_fraction {val_fraction}"
@@ -310,8 +288,7 @@ def write_qa(
         spans = np.random.default_rng(seed).permutation(spans)
         meta: Meta = {"template": template_fingerprint()}
         for part, chosen in (("train", spans[n_val:]), ("val", spans[:n_val])):
-            ids, mask = ((*column, chosen) for column in scratch)
-            meta |= save_examples(folder, part, ids, mask, np.diff(chosen)[:, 0])
+            meta |= save_examples(folder, part, ids, mask, chosen)
     return meta
 
 

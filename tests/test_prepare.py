@@ -327,7 +327,8 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing(
 
     (tmp_path / "a.jsonl").write_text(jsonl([{"text": "words", **GOOD}] * 9))
     before, out = sorted(tmp_path.iterdir()), tmp_path / "out"
-    monkeypatch.setattr(shards, "_parts", full)
+    for name in ("save_tokens", "save_examples"):
+        monkeypatch.setattr(shards, name, full)
     work: Any = {
         "text": partial(text, out=out),
         "qa": lambda f: prepare.prepare_qa([f], out, base, 0.3, 1),
