@@ -84,14 +84,14 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(141) from None
     except (ValueError, OSError, RecursionError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError | MemoryError) and not isinstance(error, RecursionError):
-            if not is_out_of_memory(error):
-                raise
-            text = f"out of memory: {text or 'an input is too large for this machine'}"
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.strerror}: {error.filename or 'while writing a file'}"
         elif isinstance(error, RecursionError):
             text = "the input is nested too deeply"
+        elif is_out_of_memory(error):
+            text = f"out of memory: {text or 'an input is too large for this machine'}"
+        elif isinstance(error, RuntimeError):
+            raise
         say(shortened(f"error: {visible(text)}", LONGEST), error=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -118,7 +118,7 @@ class StopOnSignal:
 
     def __enter__(self) -> Self:
         signals = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signals.append(signal.SIGHUP)
         self._previous = {s: signal.signal(s, self._stop) for s in signals}
         return self
@@ -147,21 +147,13 @@ def check_size(config: ModelConfig, vocab_size: int = 0, rows: int = 1) -> None:
     """Raises ValueError: no memory here holds the weights, or a batch of so many rows. To be called
     before anything is allocated, since that may end the process.
     """
-    C, here = config.n_embd, memory()
+    C, here = config.n_embd, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     numbers = 12 * config.n_layer * C**2 + 2 * C * (vocab_size + config.block_size)
     needed = {"model's weights": 4 * numbers, "batch": 16 * rows * config.block_size}
     for what, size in needed.items():
         if size > here:
             text = f"the {what} would take {min(size, 10**99):.1e} bytes"
             raise ValueError(f"{text}, and this machine has {here:.1e}; make it smaller")
-
-
-def memory() -> int:
-    """Bytes of memory of this machine; a petabyte where nobody knows."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows, or no such names
-        return 1 << 50
 
 
 def flops_per_token(model: GPT) -> int:

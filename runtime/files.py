@@ -83,14 +83,13 @@ def new_directory(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             for file in temporary.iterdir():
-                file.chmod(0o666 & ~_mask())  # safetensors keeps its files to their owner
+                # As rights are here: safetensors keeps its files to their owner.
+                file.chmod(temporary.stat().st_mode & 0o666)
                 with open(file, "rb") as f:
                     os.fsync(f.fileno())
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-            if path.exists():
+            if path.exists() and not (path.is_dir() and not any(path.iterdir())):
                 raise FileExistsError(f"{path} already exists; delete it or choose another name")
-            temporary.rename(path)
+            temporary.rename(path)  # also in place of an empty folder
             descriptor = os.open(path.parent, os.O_RDONLY)
             os.fsync(descriptor)  # so that the rename survives a power cut
             os.close(descriptor)
@@ -102,13 +101,6 @@ def new_directory(path: Path) -> Iterator[Path]:
 def _temporary(path: Path) -> Path:
     """The name of something new beside a path."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def _mask() -> int:
-    """The rights that new files lack; they can only be read by setting them."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager
@@ -136,11 +128,10 @@ def _alone(path: Path, flags: int, otherwise: str) -> Iterator[None]:
             except OSError as error:  # without locks it works unguarded rather than not at all
                 if isinstance(error, BlockingIOError):
                     raise
-            moved = not os.path.samestat(os.fstat(descriptor), path.stat())
+            if not os.path.samestat(os.fstat(descriptor), path.stat()):
+                raise FileNotFoundError
         except (BlockingIOError, FileNotFoundError):
-            moved = True
-        if moved:
-            raise ValueError(otherwise)
+            raise ValueError(otherwise) from None
         yield
 
 
