@@ -241,10 +241,7 @@ def script(
 
 
 def converse(
-    turns: Sequence[Turn],
-    form: str,
-    instruction: str,
-    rng: random.Random,
+    turns: Sequence[Turn], form: str, instruction: str, rng: random.Random
 ) -> list[Message]:
     """Questions with true replies in one of FORMS, and an instruction that asks for it.
 

@@ -79,11 +79,10 @@ class Tracker:
         if self._run is not None and row["step"] > self._told:
             with self._failure_ends_tracking():
                 table: Row = {}
-                if samples:
-                    # Where samples.jsonl was edited by somebody.
-                    with contextlib.suppress(LookupError, TypeError, ValueError, AssertionError):
-                        made = self._wandb.Table(samples["columns"], samples["rows"])
-                        table = {"samples": made}
+                # Where samples.jsonl was edited by somebody.
+                with contextlib.suppress(LookupError, TypeError, ValueError, AssertionError):
+                    if samples:
+                        table["samples"] = self._wandb.Table(samples["columns"], samples["rows"])
                 self._run.log(row | table)
                 self._told = row["step"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from data.sources.download import RemoteFile, hub_files
@@ -40,17 +41,12 @@ TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 NAMED = {name: NamedSet(**table) for name, table in TABLES.items()}
 
 
-def in_words(n_bytes: float) -> str:
-    """A size such as 28.0 GB or 13.1 MB."""
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
-
-
 def print_names() -> None:
     """The sets, as a table."""
     table = Table("name", "kind", "about", "licence", "source", "shape", box=None)
     for name, s in NAMED.items():
         source = s.source.removeprefix("https://").partition("/master/")[0]
-        table.add_row(name, s.kind, in_words(s.size), s.licence, source, s.shape)
+        table.add_row(name, s.kind, decimal(s.size), s.licence, source, s.shape)
     console = Console()
     console.width = max(console.width, 0 if console.is_terminal else 200)
     console.print(table)
@@ -68,11 +64,11 @@ def remote_files(named: NamedSet, n_files: int | None, downloads: Path) -> list[
         raise ValueError(f"{error}; what came before is in {downloads}") from None
 
 
-def bytes_to_prepare(named: NamedSet, files: Sequence[RemoteFile], tokenizer: str) -> float:
+def bytes_to_prepare(named: NamedSet, files: Sequence[RemoteFile], tokenizer: str) -> int:
     """About the room for the token files and a scratch copy, guessed from that of the download."""
     # A token is 2 bytes of a file and about 4 of text; in Q&A another byte says what is taught.
     per_byte = 2 if tokenizer == "byte" else 0.5
-    return 2 * text_bytes(files) * per_byte * (1.5 if named.kind == "qa" else 1)
+    return int(2 * text_bytes(files) * per_byte * (1.5 if named.kind == "qa" else 1))
 
 
 def text_bytes(files: Sequence[RemoteFile]) -> int:
@@ -81,16 +77,16 @@ def text_bytes(files: Sequence[RemoteFile]) -> int:
 
 
 def print_plan(
-    name: str, files: Sequence[RemoteFile], folder: Path, preparing: float, n_cores: int
+    name: str, files: Sequence[RemoteFile], folder: Path, preparing: int, n_cores: int
 ) -> None:
     """What fetching these files of a set takes; `preparing` is bytes of disk."""
     named, size = NAMED[name], sum(file.size for file in files)
     folder.mkdir(parents=True, exist_ok=True)
     free, rate = shutil.disk_usage(folder).free, MEGABYTES_PER_SECOND[named.kind]
     say(
-        f"{name}: {len(files)} file(s), {in_words(size)} from {named.source} ({named.licence})\n"
-        f"disk: about {in_words(size + preparing)} for the download, the token files and "
-        f"a scratch copy of them; {in_words(free)} are free\n"
+        f"{name}: {len(files)} file(s), {decimal(size)} from {named.source} ({named.licence})\n"
+        f"disk: about {decimal(size + preparing)} for the download, the token files and "
+        f"a scratch copy of them; {decimal(free)} are free\n"
         f"preparing: about {text_bytes(files) / 60e6 / rate / n_cores:.1f} minutes, at {rate} MB/s "
         f"of text on each of {n_cores} core(s)"
     )
