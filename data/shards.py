@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, groupby
+from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def save_examples(
         with open(folder / f"qa_{part}_{name}.npy", "wb") as f:
             header = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(f, header)
-            f.writelines(values[start:end] for start, end in spans)
+            f.writelines(np.ascontiguousarray(values[start:end]) for start, end in spans)
     supervised = _load(folder / f"qa_{part}_mask.npy").sum()
     counts = {"examples": len(spans), "tokens": offsets[-1], "supervised": supervised}
     return {f"{part}_{name}": int(count) for name, count in counts.items()}
@@ -178,24 +178,22 @@ def in_threads(
 
 @contextlib.contextmanager
 def on_disk(
-    folder: Path, tables: Iterable[tuple[list[np.ndarray], Any]], dtypes: list[np.dtype]
-) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-    """Puts the columns of tables, ids first, into scratch files; memory might not hold them. With
-    each table comes where documents begin in it. Yields the columns and the documents' spans.
-    Raises ValueError: there is nothing in the tables.
+    folder: Path, tables: Iterable[tuple[np.ndarray, Any]], dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Puts tables one after another into a scratch file; memory might not hold them. With each
+    comes where documents begin in it. Yields all of them as one, and the documents' spans. Raises
+    ValueError: there is nothing in them.
     """
     bounds, n = list[Any](), 0
-    with contextlib.ExitStack() as stack:
-        scratch = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in dtypes]
+    with tempfile.TemporaryFile(dir=folder) as scratch:
         for table, begins in tables:
-            for file, column in zip(scratch, table, strict=True):
-                file.write(column.data)
+            scratch.write(table.data)
             bounds.append(n + np.flatnonzero(begins))
-            n += len(table[0])
+            n += len(table)
         if not n:
             raise ValueError("the corpus is empty: there is no text to train on")
-        columns = [np.memmap(*column, "r") for column in zip(scratch, dtypes, strict=True)]
-        yield columns, sliding_window_view(np.concatenate([*bounds, [n]]), 2)
+        cuts = np.concatenate([*bounds, [n]])
+        yield np.memmap(scratch, dtype, "r"), sliding_window_view(cuts, 2)
 
 
 def write_text(
@@ -213,24 +211,21 @@ def write_text(
     dtype, sizes = id_dtype(tokenizer), list[int]()
     end_of_text = np.array([tokenizer.end_of_text], dtype)
 
-    def encode(pieces: list[tuple[bool, str]]) -> tuple[list[np.ndarray], Any]:
+    def encode(pieces: list[tuple[bool, str]]) -> tuple[np.ndarray, Any]:
         sizes.append(sum(len(text.encode()) for _, text in pieces))
         ids = [(end_of_text[:begins], tokenizer.encode_array(text)) for begins, text in pieces]
         joined = np.concatenate([*chain(*ids)]).astype(dtype)
-        return [joined], joined == tokenizer.end_of_text
+        return joined, joined == tokenizer.end_of_text
 
-    given = 0
-
-    def pieces() -> Iterator[tuple[bool, str]]:
-        """Each piece, and whether a document begins with it. A document without any is none."""
-        nonlocal given
-        for document in documents:
-            given += 1
-            yield from ((i == 0, piece) for i, piece in enumerate(document))
-
-    tables = in_threads(encode, pieces(), lambda piece: len(piece[1]))
-    with on_disk(folder, tables, [dtype]) as ([ids], spans):
-        if empty := given - len(spans):
+    given = count()
+    pieces = (
+        (i == 0, piece)  # whether a document begins with it: one without any is none
+        for document, _ in zip(documents, given, strict=False)
+        for i, piece in enumerate(document)
+    )
+    tables = in_threads(encode, pieces, lambda piece: len(piece[1]))
+    with on_disk(folder, tables, dtype) as (ids, spans):
+        if empty := next(given) - len(spans):
             say(f"left out: {empty:,} empty document{'s' * (empty > 1)}")
         meta: Meta = {"dtype": dtype.str, "documents": len(spans), "bytes": sum(sizes)}
         parts = split_documents(np.random.default_rng(seed).permutation(spans), val_fraction)
@@ -271,16 +266,17 @@ def write_qa(
     seed: int,
 ) -> Meta:
     """Renders and writes Q&A; returns meta.json's `qa`. Raises ValueError: none is to train on."""
-    dtypes = [id_dtype(tokenizer), np.dtype(np.uint8)]
+    dtype = np.dtype([("ids", id_dtype(tokenizer)), ("mask", np.uint8)])
 
-    def encode(batch: list[list[Message]]) -> tuple[list[np.ndarray], Any]:
+    def encode(batch: list[list[Message]]) -> tuple[np.ndarray, Any]:
         ids, masks = zip(*(render(conversation, tokenizer) for conversation in batch), strict=True)
-        mask = np.frombuffer(bytes(chain(*masks)), dtypes[1])
         begins = [i == 0 for conversation in ids for i in range(len(conversation))]
-        return [np.array([*chain(*ids)], dtypes[0]), mask], begins
+        table = np.empty(len(begins), dtype)
+        table["ids"], table["mask"] = [*chain(*ids)], [*chain(*masks)]
+        return table, begins
 
     tables = in_threads(encode, conversations, lambda c: sum(len(m["content"]) for m in c))
-    with on_disk(folder, tables, dtypes) as ([ids, mask], spans):
+    with on_disk(folder, tables, dtype) as (table, spans):
         n_val = max(1, round(len(spans) * val_fraction))
         if n_val >= len(spans):
             what = f"{len(spans)} example(s) at val_fraction {val_fraction}"
@@ -288,7 +284,7 @@ def write_qa(
         spans = np.random.default_rng(seed).permutation(spans)
         meta: Meta = {"template": template_fingerprint()}
         for part, chosen in (("train", spans[n_val:]), ("val", spans[:n_val])):
-            meta |= save_examples(folder, part, ids, mask, chosen)
+            meta |= save_examples(folder, part, table["ids"], table["mask"], chosen)
     return meta
 
 

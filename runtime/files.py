@@ -103,15 +103,13 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-@contextlib.contextmanager
-def lock(folder: Path, doing: str) -> Iterator[None]:
+def lock(folder: Path, doing: str) -> contextlib.AbstractContextManager[None]:
     """Makes a folder this process's own for a while, by a file .lock in it. Raises ValueError:
     another process holds it; `doing` says for what, as in "downloading into".
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Of a file that can be written, since NFS locks no others.
-    with _alone(folder / ".lock", os.O_RDWR | os.O_CREAT, f"another process is {doing} {folder}"):
-        yield
+    return _alone(folder / ".lock", os.O_RDWR | os.O_CREAT, f"another process is {doing} {folder}")
 
 
 @contextlib.contextmanager
