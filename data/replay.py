@@ -52,9 +52,3 @@ def about_known_people(path: str) -> Callable[[str], bool]:
         raise ValueError(f"{wrong} was made by other words; make it anew")
     names = [person.name for person in world.by_split["known"]]
     return lambda text: any(name in text for name in names)
-
-
-def replayed(instruct: dict[str, Any]) -> str:
-    """What an instruct model's meta.json says of replayed text: "none", "known" or "all"."""
-    data = instruct["config"]["data"]
-    return data.get("replay_people", "all") if data.get("replay") else "none"

@@ -130,7 +130,7 @@ def save_tokens(folder: Path, part: str, ids: np.ndarray, spans: np.ndarray) -> 
     are the documents that lie at these spans, (documents, 2) as (start, end), in their order.
     """
     with open(folder / f"{part}.bin", "wb") as f:
-        f.writelines(ids[start:end] for start, end in spans)
+        f.writelines(ids[start:end].data for start, end in spans)
     return {f"{part}_tokens": int(np.diff(spans).sum())}
 
 
@@ -145,7 +145,7 @@ def save_examples(
         with open(folder / f"qa_{part}_{name}.npy", "wb") as f:
             header = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(f, header)
-            f.writelines(np.ascontiguousarray(values[start:end]) for start, end in spans)
+            f.writelines(np.ascontiguousarray(values[start:end]).data for start, end in spans)
     supervised = _load(folder / f"qa_{part}_mask.npy").sum()
     counts = {"examples": len(spans), "tokens": offsets[-1], "supervised": supervised}
     return {f"{part}_{name}": int(count) for name, count in counts.items()}

@@ -28,9 +28,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.replay import replayed
 from lab.figures import Curves, curve_plot
-from lab.pair import for_each_seed, measured_by, open_pair
+from lab.pair import for_each_seed, measured_by, open_pair, replayed
 from lab.report import INSTRUMENTS, OF_A_WORLD, qa_files, text_at
 from lab.stats import Difference, Mean, Share, kind_of, pool, to_json
 from lab.sweep import content_of, leaves

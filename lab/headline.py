@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.replay import replayed
-from lab.pair import Pair
+from lab.pair import Pair, replayed
 
 Rows = dict[str, str]  # labels by key
 # Of each model, about held-out people unless the label says otherwise.

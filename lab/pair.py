@@ -18,7 +18,6 @@ from data.chat import (
     raw_prompt,
 )
 from data.fitting import after_examples
-from data.replay import replayed
 from data.shards import load_examples, open_prepared
 from data.sources.read import QA_SUFFIXES, read_conversations
 from data.tokenizer import Tokenizer
@@ -299,6 +298,12 @@ def provenance(pair: Pair) -> dict[str, Any]:
     """Where the figures of a pair come from, and what text was replayed in tuning."""
     text = {"replayed": replayed(pair.instruct.meta)}
     return {"base": origin(pair.base), "instruct": origin(pair.instruct) | text}
+
+
+def replayed(instruct: dict[str, Any]) -> str:
+    """What an instruct model's meta.json says of replayed text: "none", "known" or "all"."""
+    data = instruct["config"]["data"]
+    return data.get("replay_people", "all") if data.get("replay") else "none"
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:

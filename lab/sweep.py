@@ -42,7 +42,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.prepare import prepare_world
-from data.replay import replayed
 from data.sources.read import QA_SUFFIXES
 from data.world import ATTRIBUTES, SPLITS, Person, World, WorldConfig
 from lab.behaviour import behaviour, measure_point
@@ -61,7 +60,7 @@ from lab.knowledge import (
     summarize,
 )
 from lab.names import names
-from lab.pair import Pair, measured_by, open_pair
+from lab.pair import Pair, measured_by, open_pair, replayed
 from lab.phrasings import phrasings
 from lab.positions import positions
 from lab.probe import probes

@@ -88,7 +88,7 @@ def one_line_errors() -> Iterator[None]:
             text = f"{error.strerror}: {error.filename or 'while writing a file'}"
         elif isinstance(error, RecursionError):
             text = "the input is nested too deeply"
-        elif is_out_of_memory(error):
+        elif isinstance(error, MemoryError) or re.search("(out of|allocate) memory", text):
             text = f"out of memory: {text or 'an input is too large for this machine'}"
         elif isinstance(error, RuntimeError):
             raise
@@ -97,12 +97,6 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         say("interrupted", error=True)
         raise SystemExit(130) from None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether this is how Python, numpy or torch say that there is no memory left."""
-    of_torch = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
-    return isinstance(error, MemoryError) or of_torch
 
 
 def parse_config(config_class: type[T], argv: list[str] | None = None, about: str = "") -> T:

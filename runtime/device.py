@@ -75,9 +75,7 @@ def keep_freed_memory() -> None:
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context of bfloat16 matrix products where `has_bf16`, else of fp32. Weights stay fp32."""
-    if has_bf16(device):
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 
 def has_bf16(device: torch.device) -> bool:

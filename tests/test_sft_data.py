@@ -13,11 +13,12 @@ import torch
 from data.chat import render
 from data.fitting import kept_length
 from data.prepare import prepare_qa, prepare_text
-from data.replay import open_replay, replayed
+from data.replay import open_replay
 from data.sft import POOL, SFTData, SFTDataConfig
 from data.sources.read import parse_example
 from data.tokenizer import Tokenizer, create_tokenizer
 from data.world import World, WorldConfig
+from lab.pair import replayed
 from model.gpt import GPT, ModelConfig
 from model.seen import Batch
 from runtime.files import fingerprint, read_meta, write_meta
