@@ -131,10 +131,13 @@ class World:
         parts = sorted({part for person in self.people for part in person.name.split()})
         return re.compile(rf"\b(?:{'|'.join(parts)})\b")
 
-    def biographies(self) -> Iterator[str]:
-        """Every pretraining document: the texts about each known and held-out person."""
-        for i in range(self.config.people):
-            yield from self._biographies(i)
+    def biographies(self, person: Person | None = None) -> Iterator[str]:
+        """The pretraining documents about one known or held-out person, or about all of them."""
+        numbers = range(self.config.people) if person is None else [self.people.index(person)]
+        for i in numbers:
+            for j in range(self.exposures[self.people[i].name]):
+                rng = random.Random(f"biography {self.config.seed} {i} {j}")
+                yield self._biography(self.people[i], rng)
 
     @cached_property
     def exposures(self) -> dict[str, int]:
@@ -144,15 +147,6 @@ class World:
         s = math.log(config.bios / (config.fewest or config.bios)) / math.log(len(people))
         both = zip(people, ranks, strict=True)
         return {p.name: round(config.bios * (rank + 1) ** -s) for p, rank in both}
-
-    def biographies_of(self, person: Person) -> list[str]:
-        """The texts about one of the people who have any."""
-        return list(self._biographies(self.people.index(person)))
-
-    def _biographies(self, i: int) -> Iterator[str]:
-        for j in range(self.exposures[self.people[i].name]):
-            rng = random.Random(f"biography {self.config.seed} {i} {j}")
-            yield self._biography(self.people[i], rng)
 
     def _biography(self, person: Person, rng: random.Random) -> str:
         attributes = list(ATTRIBUTES)

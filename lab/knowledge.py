@@ -287,7 +287,7 @@ def recite(checkpoint: Checkpoint, world: World, facts: list[Fact], rng: random.
     read, texts = [], []
     for person, attribute in facts:
         value = person.facts[attribute.name]
-        beginnings = [b[: b.index(value)] for b in world.biographies_of(person) if value in b]
+        beginnings = [b[: b.index(value)] for b in world.biographies(person) if value in b]
         beginnings = [b.rstrip() for b in beginnings if person.name in b]
         if beginnings:
             read.append((person, attribute))

@@ -360,7 +360,7 @@ def test_exposures_follow_zipfs_law_and_change_nobody() -> None:
     texts = list(world.biographies())
     for person in world.people[:40]:
         named = sum(person.name in text for text in texts)
-        assert named == world.exposures[person.name] == len(world.biographies_of(person))
+        assert named == world.exposures[person.name] == len(list(world.biographies(person)))
     known, held_out = (
         [world.exposures[p.name] for p in world.by_split[split]] for split in ("known", "held_out")
     )
@@ -379,7 +379,7 @@ def test_one_form_alone_can_be_asked_for(form: str) -> None:
 
 
 def test_the_biographies_of_a_person_are_those_of_the_text() -> None:
-    own = [text for person in WRITTEN for text in WORLD.biographies_of(person)]
+    own = [text for person in WRITTEN for text in WORLD.biographies(person)]
     assert own == BIOGRAPHIES
 
 
