@@ -272,7 +272,7 @@ def write_qa(
         ids, masks = zip(*(render(conversation, tokenizer) for conversation in batch), strict=True)
         begins = [i == 0 for conversation in ids for i in range(len(conversation))]
         table = np.empty(len(begins), dtype)
-        table["ids"], table["mask"] = [*chain(*ids)], [*chain(*masks)]
+        table["ids"], table["mask"] = [*chain(*ids)], bytearray(chain(*masks))
         return table, begins
 
     tables = in_threads(encode, conversations, lambda c: sum(len(m["content"]) for m in c))
