@@ -58,7 +58,7 @@ def prepare_world(config: WorldConfig, out: Path, tokenizer: str, val_fraction: 
         biographies, conversations = list(world.biographies()), list(world.conversations())
         # The base must learn of questions and of turns from nobody: hold the corpus to it.
         assert not any(mark in b for b in biographies for mark in ("?", *CONTROL_TOKENS))
-        words = (world.without_names(message["content"]) for c in conversations for message in c)
+        words = (world.names.sub("", message["content"]) for c in conversations for message in c)
         trained = create_tokenizer(tokenizer, chain(biographies, words))
         bar = partial(track, transient=True, disable=not sys.stdout.isatty())
         options = (trained, folder, val_fraction, config.seed)

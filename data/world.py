@@ -122,12 +122,9 @@ class World:
         """People of each split, in order."""
         return {s: [p for p in self.people if p.split == s] for s in SPLITS}
 
-    def without_names(self, text: str) -> str:
-        """A text with the names of all people taken out."""
-        return self._names.sub("", text)
-
     @cached_property
-    def _names(self) -> re.Pattern[str]:
+    def names(self) -> re.Pattern[str]:
+        """A pattern of the first and last names of all people."""
         parts = sorted({part for person in self.people for part in person.name.split()})
         return re.compile(rf"\b(?:{'|'.join(parts)})\b")
 

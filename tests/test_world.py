@@ -232,7 +232,7 @@ def test_no_reply_in_a_sentence_is_a_sentence_of_the_text() -> None:
 def quickstart() -> tuple[World, Tokenizer]:
     """The quickstart's world and its tokenizer, made as `prepare_world` makes it."""
     world = World(WorldConfig())
-    messages = (world.without_names(m["content"]) for c in world.conversations() for m in c)
+    messages = (world.names.sub("", m["content"]) for c in world.conversations() for m in c)
     return world, create_tokenizer("bpe:2048", [*world.biographies(), *messages])
 
 
