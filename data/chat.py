@@ -31,9 +31,8 @@ Prompt = Callable[[list[Message], Tokenizer], list[int]]
 
 
 def render(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and a mask of the same length: 1 where training supervises.
-
-    Supervised are the tokens of each assistant message and its closing end-of-turn token.
+    """Token ids of a conversation, and a mask of the same length: 1 where training supervises, that
+    is the tokens of each assistant message and the end-of-turn token that closes it.
     """
     ids, mask = [tokenizer.end_of_text], [0]
     for message in messages:

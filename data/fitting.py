@@ -9,10 +9,8 @@ from data.tokenizer import Tokenizer
 
 
 def kept_length(mask: np.ndarray, limit: int) -> int:
-    """Tokens of a conversation to keep so that at most `limit` are fed: whole replies or nothing.
-
-    A conversation that is too long is cut after its last whole reply that fits, so that a reply
-    never loses its end-of-turn token. 0: not even the first reply fits, or there is none.
+    """Tokens of a conversation to keep so that at most `limit` are fed: of a long one those to the
+    end of the last reply that fits whole, with its end-of-turn token; 0 if none does.
     """
     # limit + 1 tokens make limit (input, target) pairs.
     if len(mask) <= limit + 1:
@@ -23,9 +21,7 @@ def kept_length(mask: np.ndarray, limit: int) -> int:
 
 
 def too_long(lengths: list[tuple[int, int]], limit: int) -> str:
-    """What is lost of conversations, each as (tokens, of them kept), on a line of its own; empty if
-    nothing is.
-    """
+    """What is lost of conversations, each as (tokens, of them kept): a line, empty if nothing."""
     whole, kept = np.array(lengths, np.int64).reshape(-1, 2).T
     if not (lost := int((whole - kept).sum())):
         return ""
@@ -38,9 +34,8 @@ def too_long(lengths: list[tuple[int, int]], limit: int) -> str:
 def recent_turns(
     prompt: Prompt, messages: list[Message], tokenizer: Tokenizer, limit: int
 ) -> list[Message]:
-    """The newest whole turns of a conversation that fit into `limit` tokens, the last at least.
-
-    So the newest question is never cut in half. Raw text has no turns: all of it is returned.
+    """The newest whole turns of a conversation that fit into `limit` tokens, the last at least: no
+    question is cut in half. Raw text has no turns, and is returned as it is.
     """
     if prompt is raw_prompt:
         return messages

@@ -70,10 +70,8 @@ class PretrainData:
             self._train = np.concatenate([self._train[:0], *kept])
         self.n_tokens, self.n_blocks = len(self._train), len(self._train) // block_size
         if not self.n_blocks:
-            raise ValueError(
-                f"{config.path} has {self.n_tokens} training tokens, fewer than one block of "
-                f"{block_size}; use more text or a smaller model.block_size"
-            )
+            what = f"{config.path} has {self.n_tokens} training tokens, fewer than one block"
+            raise ValueError(f"{what} of {block_size}; use more text or a smaller model.block_size")
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> tuple[int, np.ndarray]:

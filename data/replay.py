@@ -40,7 +40,6 @@ def open_replay(
 
 def about_known_people(path: str) -> Callable[[str], bool]:
     """Whether a biography of a prepared world is about one of its known people.
-
     Raises ValueError: it is no world, or today's code would choose other people.
     """
     meta = read_meta(path)

@@ -93,19 +93,17 @@ class SFTData:
         self.fingerprint = fingerprint(self.meta["files"])
         theirs, ours = self.meta["tokenizer"], (tokenizer.fingerprint, tokenizer.n_vocab)
         if (theirs["fingerprint"], theirs["n_vocab"]) != ours:
-            raise ValueError(
-                f"{folder} was prepared with another tokenizer than the base's; make it again with "
-                "`python -m data.prepare qa FILE --out DIR --tokenizer-of BASE`"
-            )
+            what = f"{folder} was prepared with another tokenizer than the base's"
+            remedy = "`python -m data.prepare qa FILE --out DIR --tokenizer-of BASE`"
+            raise ValueError(f"{what}; make it again with {remedy}")
         if self.meta["qa"]["template"] != template_fingerprint():
             raise ValueError(f"{folder} was prepared with another chat template; make it again")
         self._lengths = list[tuple[int, int]]()  # of each conversation, and what is kept of it
         self._train, self.val = (self._load(folder, part) for part in ("train", "val"))
         if not self._train or not self.val:
-            raise ValueError(
-                f"no conversation of {folder} fits into {block_size} tokens; raise data.block_size "
-                f"(the base's at most) or shorten them:{too_long(self._lengths, block_size)}"
-            )
+            what = f"no conversation of {folder} fits into {block_size} tokens"
+            remedy = "raise data.block_size (the base's at most) or shorten them"
+            raise ValueError(f"{what}; {remedy}:{too_long(self._lengths, block_size)}")
         self._train = self._train[: config.examples]
         self.steps_per_epoch = -(-len(self._train) // config.batch_size)
         self._order = lru_cache(maxsize=2)(self._shuffle)

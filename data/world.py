@@ -234,9 +234,8 @@ def script(
 def converse(
     turns: Sequence[Turn], form: str, instruction: str, rng: random.Random
 ) -> list[Message]:
-    """Questions with true replies in one of FORMS, and an instruction that asks for it.
-
-    The instruction is the system's message, or stands before or after the first question.
+    """Questions with true replies in one of FORMS, and an instruction that asks for it: as the
+    system's message, or before or after the first question.
     """
     place, messages = rng.choice(("system", "before", "after")), list[Message]()
     if place == "system":

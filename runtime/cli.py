@@ -53,9 +53,7 @@ class Parser(ArgumentParser):
     """An ArgumentParser whose errors are as short and as visible as all others."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As it was, but for values that are empty, of which a path makes the current folder, or
-        `--`, of which argparse makes an empty list.
-        """
+        """Refuses empty values, which are the current folder to a path, and `--` as a value."""
         args = sys.argv[1:] if args is None else args
         for before, word in zip(["", *args], args, strict=False):
             if re.fullmatch(r"(-[^=]*=)?(--)?", word) and word != "--":

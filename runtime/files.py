@@ -33,9 +33,7 @@ def fingerprint(value: Any) -> str:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary file, to be written anew, that replaces `path` in one rename, so that a
-    reader or a crash never meets half a file.
-    """
+    """Yields a new file that replaces `path` in one rename: nobody ever meets half of one."""
     temporary = _temporary(path)
     temporary.touch(exist_ok=False)  # follows no link
     try:

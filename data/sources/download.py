@@ -128,10 +128,9 @@ def download(files: Sequence[RemoteFile], folder: Path, later: Sequence[Need] = 
                     part: Path = _patiently(append, target, first=i == 0)
             except requests.RequestException as error:
                 way = MIRROR if file.url.startswith(endpoint()) else ELSEWHERE
-                raise ValueError(
-                    f"{file.url} cannot be fetched ({_reason(error)}); {_part(target)[1]:,} bytes "
-                    f"are kept: give the same command again to go on, or {way}"
-                ) from None
+                what = f"{file.url} cannot be fetched ({_reason(error)})"
+                kept = f"{_part(target)[1]:,} bytes are kept: give the same command again to go on"
+                raise ValueError(f"{what}; {kept}, or {way}") from None
             if difference := _difference(file, part):
                 part.unlink()
                 what = f"{file.name} from {file.url} is damaged ({difference}) and was deleted"
