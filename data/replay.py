@@ -12,13 +12,10 @@ from runtime.files import read_meta
 def open_replay(
     config: SFTDataConfig, base: dict[str, Any], block_size: int, seed: int, verify: bool
 ) -> PretrainData | None:
-    """The text to replay beside the conversations; None if the config replays none.
-
-    Args:
-        base: the meta.json of the base, which says what text it was trained on, and how.
-
-    Raises ValueError: that text is not known or has changed, has another tokenizer, or knows of no
-    people though only some are to be read about.
+    """The text to replay beside the conversations; None if the config replays none. `base` is the
+    meta.json of the base, which says what text it was trained on, and how. Raises ValueError: that
+    text is not known or has changed, has another tokenizer, or knows of no people though only some
+    are to be read about.
     """
     if not config.replay:
         return None

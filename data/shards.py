@@ -52,9 +52,8 @@ def open_prepared(path: str | Path, kind: str, verify: bool = False) -> Meta:
     with files.as_ours(path):
         _ = meta["tokenizer"]["fingerprint"], meta[kind]["dtype" if kind == "text" else "template"]
         if check_files(Path(path), meta["files"], verify):
-            for part in ("text", "qa"):
-                if part in meta:
-                    _check_ids(Path(path), part, meta["tokenizer"]["n_vocab"])
+            for part in meta.keys() & {"text", "qa"}:
+                _check_ids(Path(path), part, meta["tokenizer"]["n_vocab"])
     return meta
 
 
