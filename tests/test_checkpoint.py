@@ -47,7 +47,7 @@ def train(model: GPT, optimizers: Optimizers, first: int, last: int) -> list[flo
     for step in range(first, last):
         ids = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(step))
         batch = Batch(ids[:, :-1], ids[:, 1:])
-        losses.append(train_step(model, optimizers, [batch], step, OptimConfig()).read()[0])
+        losses.append(train_step(model, optimizers, [batch], step, OptimConfig()).loss)
     return losses
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from training.config import RunConfig
 from training.log import RunLog, is_complete, is_due, read_metrics
@@ -35,8 +34,8 @@ def make_log(
     return RunLog(Config(run_config, OptimConfig(steps=STEPS)), row or {}, ABOUT, peak)
 
 
-def result(step: int, loss: float = 2.0, began: float = 0.0) -> StepResult:
-    return StepResult(step, torch.tensor([loss, 1.5]), 0.1, tokens=64, began=began)
+def result(step: int, loss: float = 2.0, replay_loss: float | None = None) -> StepResult:
+    return StepResult(step, 0.1, 64, loss, 1.5, replay_loss)
 
 
 def log_steps(log: RunLog, last: int) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def log_steps(log: RunLog, last: int) -> dict[str, Any]:
         for step in range(log.first_step + 1, last + 1):
             log.add(result(step, loss=4.0 / step))
             log.write(step, {})
-        return log.row()
+        return log.row
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -55,8 +54,8 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 def test_the_loss_of_replayed_text_has_a_column_of_its_own(tmp_path: Path) -> None:
     with make_log(tmp_path) as log:
-        for step, values in ((1, [2.0, 1.5]), (2, [2.0, 1.5, 0.7])):
-            log.add(StepResult(step, torch.tensor(values), 0.1, tokens=64, began=0.0))
+        for step, replay_loss in ((1, None), (2, 0.7)):
+            log.add(result(step, replay_loss=replay_loss))
             log.write(step, {})
     plain, replayed = rows_of(tmp_path)
     assert "replay_loss" not in plain
@@ -75,7 +74,7 @@ def test_it_says_where_validation_loss_was_lowest(
                     log.add(result(step))
                 log.write(step, {"val_loss": 0.5 if step == STEPS else 1 + 0.1 * abs(step - 4)})
             assert log.overfitted == (expected and (expected[0], *map(pytest.approx, expected[1:])))
-            row = log.row() | {"val_loss": 1.0}
+            row = log.row | {"val_loss": 1.0}
     said = capsys.readouterr().out.splitlines()
     assert "(lowest at step 4)" in next(line for line in said if "step 5/" in line)
     assert "lowest" not in next(line for line in said if "step 3/" in line)
@@ -150,8 +149,8 @@ class Clock:
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
     def step(self, number: int, seconds: float) -> StepResult:
-        began, self.now = self.now, self.now + seconds
-        return result(number, began=began)
+        self.now += seconds
+        return result(number)
 
 
 def test_speed_is_that_of_the_steps_since_the_last_row(
@@ -175,7 +174,7 @@ def test_mfu_is_told_exactly_where_the_peak_is_known(
     clock = Clock(monkeypatch)
     with make_log(tmp_path, peak=512.0) as log:
         log.add(clock.step(1, 0.5))
-        assert log.row()["mfu"] == 0.25  # 128 of 512 a second
+        assert log.row["mfu"] == 0.25  # 128 of 512 a second
 
 
 def test_is_due_at_every_interval_and_at_the_last_step() -> None:

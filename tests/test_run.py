@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import train_sft
 from data.pretrain import PretrainDataConfig
@@ -60,7 +59,7 @@ def make_run(folder: Path, **options: Any) -> Run:
 
 
 def result(step: int) -> StepResult:
-    return StepResult(step, torch.tensor([2.0, 1.5]), 0.1, tokens=64, began=0.0)
+    return StepResult(step, 0.1, 64, 2.0, 1.5)
 
 
 def follow(run: Run, interrupted_at: int | None = None) -> list[str]:

@@ -72,8 +72,10 @@ def test_replayed_text_takes_part_in_the_step_and_its_loss_is_told_apart() -> No
         outcomes.append((result, state_of(model, optimizers)))
     (together, one), (apart, other) = outcomes
     torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
-    loss, norm = together.read()
-    mine, same_norm, replay_loss = apart.read()
+    loss, norm = together.loss, together.grad_norm
+    assert together.replay_loss is None
+    mine, same_norm, replay_loss = apart[3:]
+    assert replay_loss is not None
     assert (mine, replay_loss) == pytest.approx(own, rel=1e-5)
     assert same_norm == pytest.approx(norm, rel=1e-6)
     weights = [total_weight(Batch(*batch)) for batch in (chat, text)]
@@ -98,8 +100,8 @@ def test_how_a_step_is_cut_into_micro_batches_does_not_matter(
     whole, whole_state = outcomes[0]
     for results, state in outcomes[1:]:
         for a, b in zip(results, whole, strict=True):
-            assert a.read()[0] == pytest.approx(b.read()[0], rel=1e-6)
-            assert a.read()[1] == pytest.approx(b.read()[1], rel=1e-6)
+            assert a.loss == pytest.approx(b.loss, rel=1e-6)
+            assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-6)
             assert a.tokens == b.tokens == 8 * T
         torch.testing.assert_close(state, whole_state, atol=1e-6, rtol=0)
 
@@ -112,7 +114,7 @@ def test_the_loss_is_the_weighted_mean_and_a_step_lowers_it(
     model, batch = random_model(), random_batch()
     before = manual_loss(model, batch)
     result = train_step(model, build_optimizers(model, config), cut(batch, 3), 0, config)
-    assert result.read()[0] == pytest.approx(before, rel=1e-6)
+    assert result.loss == pytest.approx(before, rel=1e-6)
     assert manual_loss(model, batch) < before
     assert (result.lr, result.tokens) == (5e-4, 8 * T)
 
@@ -124,7 +126,7 @@ def test_without_weights_the_loss_is_the_plain_mean() -> None:
         model = random_model()
         batches = [Batch(idx, targets, weights)]
         optimizers = build_optimizers(model, config)
-        losses.append(train_step(model, optimizers, batches, 0, config).read()[0])
+        losses.append(train_step(model, optimizers, batches, 0, config).loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] == pytest.approx(
         manual_loss(random_model(), (idx, targets, torch.ones_like(idx))), rel=1e-6
@@ -201,7 +203,7 @@ def test_out_of_memory_halves_the_rows_at_a_time_and_changes_nothing_else(
                 run.within_memory(train, 0)
             break
         results = [run.within_memory(train, step) for step in range(2)]
-        outcomes.append(([(r.read(), r.tokens) for r in results], state_of(model, optimizers)))
+        outcomes.append((results, state_of(model, optimizers)))
         assert run.rows == fits  # found once, and kept
         monkeypatch.undo()
     torch.testing.assert_close(outcomes[0], outcomes[1], atol=1e-6, rtol=1e-6)
@@ -224,12 +226,12 @@ def one_sgd_step(grad_clip: float | None) -> tuple[StepResult, float]:
 
 def test_the_gradient_is_clipped_and_its_norm_before_clipping_is_told() -> None:
     free, distance = one_sgd_step(None)
-    assert distance == pytest.approx(free.read()[1], rel=1e-5)
-    clipped, distance = one_sgd_step(0.25 * free.read()[1])
-    assert clipped.read()[1] == pytest.approx(free.read()[1], rel=1e-6)
-    assert distance == pytest.approx(0.25 * free.read()[1], rel=1e-4)
-    _, distance = one_sgd_step(4 * free.read()[1])
-    assert distance == pytest.approx(free.read()[1], rel=1e-5)
+    assert distance == pytest.approx(free.grad_norm, rel=1e-5)
+    clipped, distance = one_sgd_step(0.25 * free.grad_norm)
+    assert clipped.grad_norm == pytest.approx(free.grad_norm, rel=1e-6)
+    assert distance == pytest.approx(0.25 * free.grad_norm, rel=1e-4)
+    _, distance = one_sgd_step(4 * free.grad_norm)
+    assert distance == pytest.approx(free.grad_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -267,7 +269,7 @@ def test_a_compiled_model_takes_the_same_steps_and_few_graphs_for_all_shapes(
         weights = (torch.rand(rows, T) > 0.5).float()
         documents = (torch.arange(T) // 9).expand(rows, T) if step % 2 else None
         batch = [Batch(idx, idx, weights, documents)]
-        losses = [train_step(model, o, batch, step, config).read()[0] for model, o in both]
+        losses = [train_step(model, o, batch, step, config).loss for model, o in both]
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
         graphs.append(counter.frame_count)
     assert graphs[-1] == graphs[5] <= 4  # one at first, then one of any shape; with documents too

@@ -109,7 +109,7 @@ def test_a_table_of_samples_is_told_once_across_a_kill_and_a_resume(
                 if step in (2, 5, 7):
                     log.samples("x", ["text"], [[f"of step {step}"]])
                 log.write(step, {})
-            return log.row()
+            return log.row
 
     saved = train({}, 6)
     with (tmp_path / "samples.jsonl").open("a") as f:

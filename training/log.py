@@ -41,10 +41,11 @@ class RunLog:
         self.config, self.run_dir, self.steps = config, Path(config.run.dir), config.optim.steps
         self.peak_speed = peak_speed
         self.tokens = row.get("tokens", 0)
-        self._begin = time.perf_counter() - row.get("seconds", 0.0)
+        self._since = time.perf_counter()
+        self._begin = self._since - row.get("seconds", 0.0)
         self.first_step = row.get("step", 0)
         self._recent_tokens, self._recent_seconds = 0, 0.0
-        self._row, self._unread, self._about = row, list[StepResult](), about
+        self.row, self._about = row, about  # row: metrics of the newest step
         self._samples: dict[str, Any] | None = None
         self._val_losses = dict[int, float]()
 
@@ -94,55 +95,44 @@ class RunLog:
         return None if best == last else (best, self._val_losses[best], self._val_losses[last])
 
     def add(self, result: StepResult) -> None:
-        """Takes in a step that was just taken; shown in the bar."""
-        if is_first():
-            self.tokens += result.tokens
-            self._unread.append(result)
-            self._progress.update(self._task, completed=result.step)
-            # Read at once where nothing is gained by waiting: off a GPU, and where an evaluation
-            # follows, whose time is not the steps'.
-            evaluated = is_due(result.step, self.config.run.eval_every, self.steps)
-            if evaluated or result.values.device.type != "cuda":
-                self.row()
-
-    def row(self) -> dict[str, Any]:
-        """The metrics of the newest step; on a GPU this waits for it.
+        """Takes in a step that was just taken; shown in the bar.
 
         `tokens` counts computed positions, padding included. `tokens_per_second` is of training
-        steps alone, since the last logged row; `seconds` is the time since the first step began,
-        evaluations and saves included, over all resumes. Raises ValueError: a step was not finite.
+        since the last logged row, without evaluations and saves; `seconds` is the time since the
+        first step began, with them, over all resumes.
         """
-        if not self._unread:
-            return self._row
-        for result in self._unread:
-            loss, grad_norm, *replay_loss = result.read()
+        if not is_first():
+            return
         now = time.perf_counter()
-        self._recent_tokens += sum(result.tokens for result in self._unread)
-        self._recent_seconds += now - self._unread[0].began
-        self._unread = []
-        speed = self._recent_tokens / self._recent_seconds
-        self._row = {
+        self.tokens += result.tokens
+        self._recent_tokens += result.tokens
+        self._recent_seconds += now - self._since
+        speed, replayed = self._recent_tokens / self._recent_seconds, result.replay_loss
+        self.row = {
             "step": result.step,
             "tokens": self.tokens,
-            "loss": loss,
-            **({"replay_loss": replay_loss[0]} if replay_loss else {}),
+            "loss": result.loss,
+            **({"replay_loss": replayed} if replayed is not None else {}),
             "lr": result.lr,
-            "grad_norm": grad_norm,
+            "grad_norm": result.grad_norm,
             "tokens_per_second": round(speed, 1),
             "seconds": round(now - self._begin, 3),
         }
         if self.peak_speed is not None:
-            self._row["mfu"] = round(speed / self.peak_speed / world_size(), 4)
-        self._progress.update(self._task, description=f"loss {loss:.4f}  {speed:,.0f} tokens/s")
-        return self._row
+            self.row["mfu"] = round(speed / self.peak_speed / world_size(), 4)
+        shown = f"loss {result.loss:.4f}  {speed:,.0f} tokens/s"
+        self._progress.update(self._task, completed=result.step, description=shown)
 
     def write(self, step: int, scores: dict[str, float]) -> None:
-        """Logs step `step`, the newest, with its evaluation if it had one, where it is due."""
+        """Logs step `step`, the newest, with its evaluation if it had one, where it is due. The
+        time of the next step begins here.
+        """
+        self._since = time.perf_counter()
         evaluated = bool(scores)
         due = evaluated or is_due(step, self.config.run.log_every, self.steps)
         if not (step and due and is_first()):
             return
-        row = self.row() | scores
+        row = self.row | scores
         if bad := [key for key, value in row.items() if not math.isfinite(value)]:
             raise ValueError(f"step {step}: {bad[0]} is {row[bad[0]]}; try a lower learning rate")
         self._recent_tokens, self._recent_seconds = 0, 0.0

@@ -127,20 +127,18 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            # As in torch's fused AdamW, found_inf = 1 skips the update.
-            skip = getattr(self, "found_inf", torch.zeros((), device=params[0].device)) > 0
-            lr, beta, updates = group["lr"], group["momentum"], []
             for p in params:
-                if not (state := self.state[p]):
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].lerp(p.grad, 1 - beta)
-                updates.append(p.grad.lerp(momentum, beta))
-                state["momentum"].copy_(torch.where(skip, state["momentum"], momentum))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            lr, beta, grads = group["lr"], group["momentum"], [p.grad for p in params]
+            momenta = [self.state[p]["momentum"] for p in params]
+            # One call for all matrices of a shape: on a GPU, launching more would take longer.
+            torch._foreach_lerp_(momenta, grads, 1 - beta)
+            updates = orthogonalize(torch.stack(torch._foreach_lerp(grads, momenta, beta)))
             rows, columns = params[0].shape
-            scale = lr * math.sqrt(max(1.0, rows / columns))
-            for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
-                moved = p * (1 - lr * group["weight_decay"]) - scale * update
-                p.copy_(torch.where(skip, p, moved))
+            updates *= lr * math.sqrt(max(1.0, rows / columns))
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_sub_(params, updates.unbind())
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:

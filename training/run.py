@@ -194,7 +194,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """Writes a checkpoint."""
-        self.newest = save_checkpoint(self.folder, *self._state, self._meta, step, self.log.row())
+        self.newest = save_checkpoint(self.folder, *self._state, self._meta, step, self.log.row)
 
     def within_memory(self, train: Callable[[int, int], StepResult], step: int) -> StepResult:
         """`train(step, rows)`, again with half the rows if out of memory; ValueError if at 1."""

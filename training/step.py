@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -17,36 +16,23 @@ from training.optim import OptimConfig, lr_factor, set_lr
 
 
 class StepResult(NamedTuple):
-    """What a step did. `values` stays on the GPU; `read` waits for the step.
+    """What a step did.
 
     Attributes:
         step: its number, 1 for the first.
-        values: mean loss in nats and gradient norm before clipping, (2,); where text is replayed,
-            its own mean loss as well, (3,).
         lr: AdamW's learning rate.
         tokens: positions in it, padding included.
-        began: time.perf_counter() at its start.
+        loss: mean loss in nats.
+        grad_norm: norm of the gradient before clipping.
+        replay_loss: mean loss of replayed text; None where none is.
     """
 
     step: int
-    values: Tensor
     lr: float
     tokens: int
-    began: float
-
-    def read(self) -> list[float]:
-        """The values. Raises ValueError: one of them is not finite; that step has left the weights
-        as they were.
-        """
-        values: list[float] = self.values.tolist()
-        if math.isfinite(sum(values)):
-            return values
-        raise ValueError(
-            f"step {self.step}: loss {values[0]}, gradient norm {values[1]}; the weights were not "
-            "changed. "
-            "Start again in another --run.dir with a lower learning rate, or look at the batch, "
-            f"data.micro_batches({self.step - 1}, rows)"
-        )
+    loss: float
+    grad_norm: float
+    replay_loss: float | None = None
 
 
 def total_weight(batch: Batch) -> float:
@@ -67,11 +53,10 @@ def train_step(
     What is minimized is sum(weight * cross_entropy) / sum(weight) over the whole step, so how the
     step is cut into micro-batches, and over how many processes, does not matter, whatever the
     weights. `replayed` are micro-batches of it whose loss is reported apart. Each process
-    is given all micro-batches, and the network that `Run.resume` returned. Raises
-    ValueError: no weight at all, or a loss or gradient that is not finite (on a GPU when the result
-    is read); the weights and the optimizer are then as they were before the step.
+    is given all micro-batches, and the network that `Run.resume` returned. Raises ValueError: no
+    weight at all, or a loss or gradient that is not finite; the weights and the optimizer are then
+    as they were before the step.
     """
-    began = time.perf_counter()
     parts = [part for part in (micro_batches, list(replayed)) if part]
     weights = [sum(map(total_weight, part)) for part in parts]
     weight = sum(weights)
@@ -83,27 +68,24 @@ def train_step(
     norm = torch.nn.utils.get_total_norm(grads)
     if config.grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(network.parameters(), config.grad_clip, norm)
-    factor = lr_factor(step, config)
-    tokens = sum(batch.targets.numel() for part in parts for batch in part)
-    values = torch.stack((loss, norm.to(loss), *others))
-    result = StepResult(step + 1, values, config.lr * factor, tokens, began)
-    if values.device.type != "cuda":
-        try:
-            result.read()
-        except ValueError:
-            network.zero_grad()
-            raise
-    else:  # no GPU sync: optimizers skip the update where found_inf is 1
-        for optimizer in optimizers:
-            optimizer.found_inf = 1 - values.isfinite().all().float()  # type: ignore[attr-defined]
-    set_lr(optimizers, factor)
+    # The one wait for a GPU in a step. The optimizers' work hides most of it: while they run, the
+    # next step is sent off.
+    values: list[float] = torch.stack((loss, norm.to(loss), *others)).tolist()
+    if not math.isfinite(sum(values)):
+        network.zero_grad()
+        what = f"step {step + 1}: loss {values[0]}, gradient norm {values[1]}"
+        remedy = "Start again in another --run.dir with a lower learning rate, or look at the batch"
+        batch = f"data.micro_batches({step}, rows)"
+        raise ValueError(f"{what}; the weights were not changed. {remedy}, {batch}")
+    set_lr(optimizers, factor := lr_factor(step, config))
     try:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     except torch.OutOfMemoryError:  # not for `Run.within_memory`: some weights moved
         raise ValueError("out of memory for the optimizer's state; train a smaller model") from None
-    return result
+    tokens = sum(batch.targets.numel() for part in parts for batch in part)
+    return StepResult(step + 1, config.lr * factor, tokens, *values)
 
 
 def add_gradients(network: nn.Module, parts: list[list[Batch]], weight: float) -> Tensor:

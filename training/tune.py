@@ -85,7 +85,7 @@ class LoRA(AdamW):
                 p.copy_(self.state[p].get("value", p))
             G, W.grad = self.scale * cast(Tensor, W.grad), None
             A.grad, B.grad = B.mT @ G, G @ A.mT
-        super().step()  # not where found_inf is 1
+        super().step()
         for W, W0, A, B in self.parts:
             W.copy_(torch.addmm(W0, B, A, alpha=self.scale))
             self.state[A]["value"], self.state[B]["value"] = A.detach(), B.detach()

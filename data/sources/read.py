@@ -257,20 +257,22 @@ def read_conversations(
     counted, and all or `shown` of them printed at the end. Raises ValueError: at the end, a bad
     example (unless `skip_bad`), or none good.
     """
-    bad, n_good = list[str](), 0
+    bad, n_bad, n_good = list[str](), 0, 0
     for place, example in read_files(files, partial(read_examples, trees=trees), advance):
         try:
             conversation = parse_example(example)
         except ValueError as error:
-            bad.append(f"{place}: {error}")
+            n_bad += 1
+            if shown is None or n_bad <= shown:
+                bad.append(f"{place}: {error}")
             continue
         n_good += 1
-        if skip_bad or not bad:
+        if skip_bad or not n_bad:
             yield conversation
-    if bad and not skip_bad:
-        more = f" (and {len(bad) - 1} more bad examples)" if len(bad) > 1 else ""
+    if n_bad and not skip_bad:
+        more = f" (and {n_bad - 1} more bad examples)" if n_bad > 1 else ""
         raise ValueError(f"{bad[0]}{more}; mend it, or `python -m data.prepare qa --skip-bad`")
-    for line in [*bad[:shown], f"{len(bad):,} of {len(bad) + n_good:,} examples"] if bad else []:
+    for line in [*bad, f"{n_bad:,} of {n_bad + n_good:,} examples"] if n_bad else []:
         say(f"skipped {line}")
     if not n_good:
         raise ValueError(f"{listed(files)}: no usable example")
