@@ -162,9 +162,9 @@ class ForeignModel(GPT):
             given |= {"attention_mask": mask, "position_ids": positions}
         return self.inner.base_model(input_ids=idx, **given).last_hidden_state
 
-    def logits(self, x: Tensor) -> Tensor:
-        """As `GPT.logits`."""
-        logits = self.inner.get_output_embeddings()(x)[..., : self.vocab_size].float()
+    def padded_logits(self, x: Tensor) -> Tensor:
+        """As of ours."""
+        logits = self.inner.get_output_embeddings()(x).float()
         cap = getattr(self.inner.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 

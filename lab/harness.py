@@ -172,7 +172,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             prompts, continuations = zip(*(rows[i][1] for i in chosen), strict=True)
             logprobs = predictions(self.checkpoint, prompts, continuations)
             for i, ids, found in zip(owners, continuations, logprobs, strict=True):
-                totals[i] += float(of_tokens(found, ids).double().sum())
+                totals[i] += float(of_tokens(found, ids).cpu().double().sum())
                 greedy[i] &= found.argmax(dim=1).tolist() == ids
         return list(zip(totals, greedy, strict=True))
 

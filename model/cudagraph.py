@@ -1,11 +1,18 @@
 """One decoding step as a CUDA graph: one launch in place of several hundred."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from model.seen import KVCache, Seen
+
+
+@lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a device: each stream would keep 32 MiB of workspace."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class StaticStep:
@@ -23,14 +30,14 @@ class StaticStep:
         if cache.device.type != "cuda":
             return
         with torch.cuda.device(cache.device):
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side = side_stream(cache.device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):  # warm up; the column that this writes is written again
                     self._run()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=side):
                 self._run()
 
     def _run(self) -> None:

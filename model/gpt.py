@@ -204,6 +204,7 @@ class GPT(nn.Module):
     """
 
     loss_chunk: int | None = None  # run.loss_chunk: positions per chunk of the loss; None: all
+    activation_checkpointing = False  # run.activation_checkpointing: blocks are computed twice
     rope_cos: Tensor
     rope_sin: Tensor
 
@@ -270,8 +271,10 @@ class GPT(nn.Module):
         if self.config.position == "rope":
             cos, sin = (F.embedding(seen.positions, t) for t in (self.rope_cos, self.rope_sin))
             rope = cos.unsqueeze(-3).to(x.dtype), sin.unsqueeze(-3).to(x.dtype)  # for all heads
+        twice = self.activation_checkpointing and self.training  # so that only each x is kept
         for block in self.blocks:
-            x = block(x, rope, seen)
+            args = x, rope, seen
+            x = checkpoint(block, *args, use_reentrant=False) if twice else block(*args)
         return self.norm(x)
 
     def new_cache(self, n_rows: int, room: int) -> KVCache:
@@ -281,8 +284,12 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., C), without the padding."""
+        return self.padded_logits(x)[..., : self.vocab_size]
+
+    def padded_logits(self, x: Tensor) -> Tensor:
+        """Logits of all rows of the head."""
         # In fp32 from here on, also under autocast: bf16 is too coarse for soft-cap and softmax.
-        logits = self.lm_head(x)[..., : self.vocab_size].float()
+        logits = self.lm_head(x).float()
         cap = self.config.logit_softcap
         # c * tanh(x / c), written with sigmoid, which is faster on CPUs
         return 2 * cap * torch.sigmoid(logits * (2 / cap)) - cap if cap else logits
@@ -314,9 +321,11 @@ class GPT(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """The summed loss in nats of hidden states (n, C) against targets (n,)."""
+        logits = self.padded_logits(x)
+        logits[:, self.vocab_size :] = -torch.inf  # no slice, whose gradient is another copy of all
         if weights is None:
-            return F.cross_entropy(self.logits(x), targets, reduction="sum")
-        return (F.cross_entropy(self.logits(x), targets, reduction="none") * weights).sum()
+            return F.cross_entropy(logits, targets, reduction="sum")
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
     def chunked_loss(self, x: Tensor, targets: Tensor, weights: Tensor | None, size: int) -> Tensor:
         """`loss` in chunks of `size` positions; the backward pass computes logits again."""

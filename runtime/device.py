@@ -2,15 +2,17 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import signal
 import stat
 import subprocess
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 
@@ -30,6 +32,8 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12, "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12,
 }
 # fmt: on
+# FLOPs of a run: minutes on any of these. Compiling takes one and more, and saves about a third.
+EARNS_COMPILING = 3e16
 
 
 def pick_device(name: str) -> torch.device:
@@ -57,6 +61,7 @@ def set_up(device_name: str, seed: int | None = None) -> torch.device:
         if device.index is not None:
             torch.cuda.set_device(device)  # whose streams, graphs and generator are then used
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
+        torch.backends.cuda.enable_cudnn_sdp(False)  # see `autocast`
     torch.set_flush_denormal(True)  # tiny numbers slow a CPU down a hundredfold
     if device.type == "cpu":
         keep_freed_memory()
@@ -73,9 +78,18 @@ def keep_freed_memory() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX
 
 
-def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context of bfloat16 matrix products where `has_bf16`, else of fp32. Weights stay fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+@contextlib.contextmanager
+def autocast(device: torch.device, one_shape: bool = False) -> Iterator[None]:
+    """A context of bfloat16 matrix products where `has_bf16`, else of fp32. Weights stay fp32.
+    cuDNN's attention, the fastest of an H100's, is only for batches of one shape and no mask: it
+    plans each new shape for about a second, and with a mask it gave NaN (pytorch issue 196678).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(one_shape)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -83,13 +97,19 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def compile_model(model: GPT, mode: Literal["auto", "on", "off"]) -> None:
-    """Compiles `model.forward` in place; the names of its parameters stay as they are. "auto"
-    compiles on CUDA only, and where torch.compile fails a small trial it prints a line and goes on
-    without it. Raises ValueError: mode is "on" and the trial fails.
+def compile_model(
+    model: GPT, mode: Literal["auto", "on", "off"], flops: float = math.inf, dynamic: bool = False
+) -> None:
+    """Compiles `model.forward` in place; the names of its parameters stay as they are. "auto" does
+    on CUDA only, for a run of EARNS_COMPILING `flops` or more, and where torch.compile fails a
+    small trial it goes on without; what it decides it says. `dynamic`: one graph for all shapes.
+    Raises ValueError: mode is "on" and the trial fails.
     """
     device = model.wte.weight.device
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
+        return
+    if mode == "auto" and flops < EARNS_COMPILING:
+        say("not compiled: a run this short does not earn it back; run.compile=on does it anyway")
         return
     try:
         x = torch.ones(8, device=device, requires_grad=True)
@@ -104,7 +124,8 @@ def compile_model(model: GPT, mode: Literal["auto", "on", "off"]) -> None:
     model.chunked_loss = torch.compiler.disable(model.chunked_loss)  # type: ignore
     # In "auto", a graph that cannot be compiled after all runs uncompiled instead of failing.
     torch._dynamo.config.suppress_errors = mode == "auto"
-    model.compile()
+    model.compile(dynamic=dynamic or None)
+    say("to be compiled at the first step, for a minute or more; run.compile=off does without")
 
 
 class StopOnSignal:

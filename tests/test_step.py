@@ -1,6 +1,7 @@
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from data.pretrain import PretrainDataConfig
 from data.tokenizer import create_tokenizer
 from model.gpt import GPT, ModelConfig
 from model.seen import Batch
-from runtime.device import compile_model
+from runtime.device import EARNS_COMPILING, compile_model
 from train_pretrain import PretrainConfig
 from training.config import RunConfig
 from training.optim import OptimConfig, build_optimizers
@@ -248,8 +249,9 @@ def test_mean_loss_weighs_every_token_alike_without_dropout(training: bool) -> N
 
 
 @pytest.mark.parametrize("loss_chunk", [None, 8])
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_model_takes_the_same_steps_and_few_graphs_for_all_shapes(
-    loss_chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    dynamic: bool, loss_chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counter = CompileCounterWithBackend("eager")
     torch.manual_seed(1)
@@ -259,7 +261,7 @@ def test_a_compiled_model_takes_the_same_steps_and_few_graphs_for_all_shapes(
     plain.loss_chunk = compiled.loss_chunk = loss_chunk
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    compile_model(compiled, "on")
+    compile_model(compiled, "on", dynamic=dynamic)
     counter.frame_count = 0  # without the trial
     config, graphs = OptimConfig(steps=12), []
     both = [(model, build_optimizers(model, config)) for model in (plain, compiled)]
@@ -272,4 +274,39 @@ def test_a_compiled_model_takes_the_same_steps_and_few_graphs_for_all_shapes(
         losses = [train_step(model, o, batch, step, config).loss for model, o in both]
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
         graphs.append(counter.frame_count)
-    assert graphs[-1] == graphs[5] <= 4  # one at first, then one of any shape; with documents too
+        assert mean_loss(compiled, batch) == pytest.approx(mean_loss(plain, batch), rel=1e-6)
+    # One at first, then one of any shape, or that at once; with documents too. None to evaluate.
+    assert graphs[-1] == graphs[5] <= (2 if dynamic else 4)
+
+
+def test_auto_says_what_it_decides_and_compiles_no_short_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gpu: Any = SimpleNamespace(wte=SimpleNamespace(weight=torch.zeros(1, device="meta")))
+    gpu.wte.weight = SimpleNamespace(device=torch.device("cuda"))
+    compile_model(gpu, "auto", flops=EARNS_COMPILING / 2)
+    assert "not compiled: a run this short" in capsys.readouterr().out
+    compile_model(GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8), 64), "auto")  # on a CPU: never
+    assert capsys.readouterr().out == ""
+
+
+def test_cudnn_takes_part_in_attention_only_for_plain_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, forward = list[bool](), GPT.forward
+
+    def watched(*args: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
+        return forward(*args)
+
+    monkeypatch.setattr(GPT, "forward", watched)
+    model, (idx, targets, weights) = random_model(), random_batch()
+    optimizers, config = build_optimizers(model, OptimConfig()), OptimConfig()
+    documents = torch.zeros_like(idx)
+    for batch in (
+        Batch(idx, targets),
+        Batch(idx, targets, weights),
+        Batch(idx, targets, None, documents),
+    ):
+        train_step(model, optimizers, [batch], 0, config)
+    mean_loss(model, [Batch(idx, targets)])
+    assert seen == [True, False, False, False]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]

@@ -10,9 +10,9 @@ from runtime.files import at_home
 # What a resumed run may change: where things are (their contents are checked by fingerprint) and
 # what alters the result by rounding at most.
 MAY_CHANGE = {
-    *("run.dir", "run.device", "run.compile", "run.loss_chunk", "run.wandb", "run.wandb_project"),
-    *("run.wandb_artifact", "base", "init_from", "tune.init", "verify", "data.path"),
-    *("data.replay_path", "data.micro_batch_size", "data.layout"),
+    *("run.dir", "run.device", "run.compile", "run.loss_chunk", "run.activation_checkpointing"),
+    *("run.wandb", "run.wandb_project", "run.wandb_artifact", "base", "init_from", "tune.init"),
+    *("verify", "data.path", "data.replay_path", "data.micro_batch_size", "data.layout"),
 }
 
 
@@ -27,10 +27,13 @@ class RunConfig:
     device: str = "auto"
     """auto (cuda, else mps, else cpu) or a device of torch such as cuda:1."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile: auto uses it on CUDA where it works."""
+    """torch.compile: auto uses it on CUDA, where it works and the run is long enough to earn it."""
     loss_chunk: int | None = None
     """Tokens whose logits exist at a time: less memory for a large vocabulary, the same result, a
     little slower. None for all."""
+    activation_checkpointing: bool = False
+    """Computes each block again in the backward pass: memory of its input alone, a third more time,
+    the same result."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 250

@@ -131,8 +131,12 @@ class Run:
         """Puts all back as the newest checkpoint has it; returns what to train, `loss` or model."""
         self._take()
         where = model.wte.weight.device
-        model.loss_chunk = self.config.run.loss_chunk
-        device.compile_model(model, self.config.run.compile)
+        run, length = self.config.run, model.config.block_size
+        model.loss_chunk = run.loss_chunk
+        model.activation_checkpointing = run.activation_checkpointing
+        n_tokens = self.last_step * self.config.data.batch_size * length
+        flops, tunes = n_tokens * device.flops_per_token(model), self.kind == "instruct"
+        device.compile_model(model, run.compile, flops, dynamic=tunes)
         row = resume(self.newest, model, optimizers) if self.newest else {}
         self.first_step = row.get("step", 0)
         self._state = model, optimizers, tokenizer
@@ -203,7 +207,7 @@ class Run:
                 return train(step, self.rows)
             # Out of the handler, which holds on to everything that was computed.
             if self.rows == 1 or processes.world_size() > 1:
-                remedy = "lower data.micro_batch_size, set run.loss_chunk, or use shorter blocks"
+                remedy = "set run.activation_checkpointing or run.loss_chunk, or use shorter blocks"
                 raise ValueError(f"out of memory at micro-batches of {self.rows} rows; {remedy}")
             self.rows //= 2
             self._state[0].zero_grad()

@@ -102,7 +102,7 @@ def add_gradients(network: nn.Module, parts: list[list[Batch]], weight: float) -
         with contextlib.ExitStack() as stack:
             if isinstance(network, DistributedDataParallel) and i < len(mine):
                 stack.enter_context(network.no_sync())  # all-reduce only at the last one
-            with autocast(device):
+            with autocast(device, one_shape=batch.weights is None and batch.documents is None):
                 part = network(*moved) / weight
             (part * n).backward()  # DDP averages gradients: times n, their sum
         losses[k] += part.detach()
@@ -119,7 +119,8 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     model.eval()
     for batch in batches:
         with autocast(device):
-            loss += float(model(*to_device(batch, device)))
+            # Not `model(...)`: what is compiled would be compiled again, for every shape.
+            loss += float(model.forward(*to_device(batch, device)))
         weight += total_weight(batch)
     model.train(training)
     if not weight:

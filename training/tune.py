@@ -109,7 +109,8 @@ class KLToBase(nn.Module):
         weights, documents, kept, bounds = more
         if weights is None:
             return cast(Tensor, self.model(idx, targets, *more))
-        p = self.model(idx, None, None, documents, kept, bounds).log_softmax(-1)
+        model = self.model if self.training else self.model.forward  # as in `mean_loss`
+        p = model(idx, None, None, documents, kept, bounds).log_softmax(-1)
         with torch.no_grad():
             q = self.base(idx, None, None, documents, kept, bounds).log_softmax(-1)
         losses = (p.exp() * (p - q)).sum(-1)
