@@ -65,6 +65,10 @@ def set_up(device_name: str, seed: int | None = None) -> torch.device:
     torch.set_flush_denormal(True)  # tiny numbers slow a CPU down a hundredfold
     if device.type == "cpu":
         keep_freed_memory()
+        threads, cores, load = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]
+        if threads > 1 and load > cores:  # they wait for each other at every operation
+            what = f"note: {cores} cores have work for {load:.0f} already, which slows all down"
+            say(f"{what}; give each process OMP_NUM_THREADS=1", error=True)
     return device
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def test_every_shipped_table_can_be_made(path: Path, cell: dict[str, Any]) -> No
     made = markdown({"cells": cells, "spec": spec})
     assert len(made) == len(spec["tables"])
     assert all(len(rows_of(text)) > 2 for text in made)
-    plots = instrument_plots(named_cells({"cells": cells, "spec": spec}))
+    two = dict(islice(named_cells({"cells": cells, "spec": spec}).items(), 2))  # drawing is slow
+    plots = instrument_plots(two)
     assert set(plots) >= set(spec.get("instruments", {})) & set(PLOTS)
     assert all(text.startswith("<?xml") for text in plots.values())
 

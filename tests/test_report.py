@@ -157,6 +157,18 @@ def test_seeds_are_pooled(runs: Runs, tmp_path: Path, monkeypatch: pytest.Monkey
     both = (tmp_path / "{seed}/base", tmp_path / "{seed}/instruct")
     pairs = [open_pair(str(runs[0]), str(runs[1]), "cpu", None)] * 2
     monkeypatch.setattr("lab.forgetting.text_of", lambda base: None)
+
+    def once(instrument: Any) -> Any:  # of two seeds that are the same pair
+        made = list[Any]()
+
+        def measure(pair: Pair, questions: int) -> Any:
+            made.extend([] if made else [instrument(pair, questions)])
+            return made[0]
+
+        return measure
+
+    instruments = {name: (once(f), part) for name, (f, part) in report.INSTRUMENTS.items()}
+    monkeypatch.setattr(report, "INSTRUMENTS", instruments)
     pooled = report.make_report(pairs, 12)
     figure = pooled["knowledge"]["instruct"]["cloze"]["known"]["all"]
     assert figure["n"] == 24

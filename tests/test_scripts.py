@@ -59,15 +59,15 @@ def test_killed_at_a_random_step_and_resumed_is_bit_identical(
 ) -> None:
     def config(out: Path) -> Any:
         if script == "train_pretrain":
-            c: Any = pretrain_config(world_dir, out, steps=120)
+            c: Any = pretrain_config(world_dir, out, steps=60)
         else:
-            c = sft_config(world_dir, runs[0], out, steps=120)
-        return replace(c, run=replace(c.run, eval_every=40, save_every=13))
+            c = sft_config(world_dir, runs[0], out, steps=60)
+        return replace(c, run=replace(c.run, eval_every=20, save_every=7))
 
     whole, killed = config(tmp_path / "whole"), config(tmp_path / "killed")
     reference = start(script, whole, tmp_path)
     assert reference.wait(300) == 0, reference.stderr and reference.stderr.read()
-    step = random.randint(1, 100)  # of 120: the kill must come before the end
+    step = random.randint(1, 45)  # of 60: the kill must come before the end
     process = start(script, killed, tmp_path)
     metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 300
     while not metrics.exists() or len(metrics.read_bytes().splitlines()) < step:
