@@ -1,11 +1,11 @@
-# make quickstart | test | fuzz | lint | findings | curve | bench | pins | clean. Each makes .venv from the pinned requirements if needed.
+# make quickstart | test | fuzz | lint | findings | curve | bench | gpu | pins | clean. Each makes .venv from the pinned requirements if needed.
 PYTHON ?= python3
 BIN := .venv/bin
 # SEED=n: the same with another world and other first weights, in a folder of its own.
 QUICK := out/quickstart$(if $(SEED),-$(SEED))
 OTHER = $(if $(SEED),--run.seed=$(SEED) --data.path=$(QUICK)/data)
 
-.PHONY: quickstart test fuzz lint findings curve bench pins clean
+.PHONY: quickstart test fuzz lint findings curve bench gpu pins clean
 .DELETE_ON_ERROR:
 
 .venv/runtime: requirements.txt constraints.txt
@@ -63,6 +63,11 @@ bench: .venv/dev
 	$(BIN)/python -m bench train $(PEERS)
 	$(BIN)/python -m bench sample $(PEERS)
 	$(BIN)/python -m bench sft
+	$(BIN)/python -m bench table
+
+# On a machine with a GPU, all that is to be shown there, in about ten minutes; PEERS as above.
+gpu: .venv/dev
+	$(BIN)/python -m bench gpu $(PEERS)
 	$(BIN)/python -m bench table
 
 # constraints.txt anew: of all that the requirements need, the newest that they allow.

@@ -12,6 +12,7 @@ from model.generate import Sampling, generate
 from model.gpt import GPT, RECIPES, ModelConfig
 from runtime.cli import recipes_help, run_cli, say
 from runtime.device import set_up
+from runtime.processes import place
 from training.checkpoint import take_weights
 from training.config import RunConfig
 from training.optim import OptimConfig, build_optimizers
@@ -57,7 +58,7 @@ def main(config: PretrainConfig) -> Path:
         return run.checkpoint
 
     device = set_up(run.device, config.run.seed)
-    model = GPT(config.model, data.tokenizer.n_vocab).to(device)
+    model = place(GPT(config.model, data.tokenizer.n_vocab), device, config.run.shard)
     taken = take_weights(config.init_from, model, data.tokenizer)  # not needed once complete
     run.made_from(data.meta, **origin, init_from=taken)
     optimizers = build_optimizers(model, config.optim)

@@ -13,7 +13,7 @@ from model.generate import Sampling, generate
 from model.gpt import GPT
 from runtime.cli import run_cli, say
 from runtime.device import has_bf16, pick_device, set_up
-from runtime.processes import world_size
+from runtime.processes import place, world_size
 from training.checkpoint import Checkpoint, load_checkpoint, origin_of, take_weights
 from training.config import RunConfig
 from training.optim import OptimConfig
@@ -93,7 +93,7 @@ def main(config: SFTConfig) -> Path:
         return run.checkpoint
 
     device = set_up(run.device, config.run.seed)
-    model = base.model.to(device).train()
+    model = place(base.model, device, config.run.shard).train()
     before = answer(model, data, SAMPLES)  # by the base
     kl = KLToBase(model, config.tune.kl, config.run.loss_chunk) if config.tune.kl else None
     taken = take_weights(config.tune.init, model, base.tokenizer, base.meta)
@@ -105,8 +105,8 @@ def main(config: SFTConfig) -> Path:
         batches, replayed = data.micro_batches(step, rows), data.replayed(step, rows)
         return train_step(network, optimizers, batches, step, config.optim, replayed)
 
-    place = f"step {run.first_step} of {run.last_step}, {data.steps_per_epoch} an epoch"
-    say(f"{model.n_params():,} parameters on {device.type}, from {base.path}; {place}")
+    at = f"step {run.first_step} of {run.last_step}, {data.steps_per_epoch} an epoch"
+    say(f"{model.n_params():,} parameters on {device.type}, from {base.path}; {at}")
     say(data.shares(run.rows))
     with run:
         for step in run.steps():

@@ -1,7 +1,5 @@
 """How fast it is, measured beside nanoGPT and nanochat in fresh processes, in turns."""
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from argparse import SUPPRESS, RawDescriptionHelpFormatter

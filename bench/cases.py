@@ -1,7 +1,5 @@
 """What is measured, as bench/cases.toml says, and what it runs on: texts, tokens, checkouts."""
 
-from __future__ import annotations
-
 import pickle
 import shutil
 import tomllib
@@ -32,9 +30,7 @@ def sizes(case: Case) -> dict[str, Any]:
 
 
 def random_data(out: Path, n_vocab: int, n_tokens: int, lengths: Sequence[int]) -> None:
-    """Makes a prepared folder of random ids: text, and conversations of these lengths in tokens, of
-    which the second half is the reply. n_vocab is 261 or more.
-    """
+    """A prepared folder of random ids: text, and conversations whose second half is the reply."""
 
     def fill(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
         ranks = {i.to_bytes(1 + (i > 255)): i for i in range(n_vocab - len(CONTROL_TOKENS))}
@@ -48,6 +44,7 @@ def random_data(out: Path, n_vocab: int, n_tokens: int, lengths: Sequence[int]) 
             ids = rng.integers(256, size=sum(own)).astype(dtype)
             mask = np.concatenate([np.arange(n) >= n // 2 for n in own]).astype(np.uint8)
             spans = sliding_window_view(np.cumsum([0, *own]), 2)
+            ids[spans[:, 1] - 1] = tokenizer.end_of_turn
             qa |= save_examples(folder, part, ids, mask, spans)
         return tokenizer, {"text": text, "qa": qa}
 
@@ -73,9 +70,7 @@ def nanogpt_data(folder: Path, prepared: Path) -> None:
 
 
 def copy_tree(name: str, checkout: Path, to: Path) -> Path:
-    """Copies a checkout without its data and outputs: its scripts write beside themselves. Raises
-    ValueError: it is no checkout of that project.
-    """
+    """Copies a checkout, which its scripts write to; ValueError: it is not of that project."""
     if missing := [file for file in PEERS[name] if not (checkout / file).is_file()]:
         option = f"--{name.lower()} {checkout}"
         raise ValueError(f"{option} is no checkout of {name}: no {missing[0]} there")

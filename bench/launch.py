@@ -1,22 +1,21 @@
 """Runs a script in this fresh process as `python SCRIPT` would, then prints its peak memory.
 
-python bench/launch.py [--pin] [--first-step] {SCRIPT | -m MODULE | MODULE:FUNCTION} [ARGUMENT ...]
+python bench/launch.py [FLAG ...] {SCRIPT | -m MODULE | MODULE:FUNCTION} [ARGUMENT ...]
 
 A function is given a JSON object of arguments, and what it returns is printed too. --pin keeps
-the process on one core. --first-step says when the first optimizer step is done; torch is imported
-here for it, a little before the script does. Otherwise nothing but the standard library is, so
-that the time from process start is the script's own.
+the process on one core. --first-step says when the first optimizer step is done, and --interrupt
+is a Ctrl-C after a few; torch is imported here for these, a little before the script does.
+Otherwise nothing but the standard library is, so that the time from process start is the script's.
 """
 
-from __future__ import annotations
-
-import functools
 import importlib
 import json
 import os
 import re
 import runpy
+import signal
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +37,40 @@ def peak_memory() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def say_first_step() -> None:
-    """Lets whatever optimizer steps first print FIRST_STEP, once the GPU has done its part."""
+def watch_steps(interrupts: bool) -> None:
+    """Prints FIRST_STEP after any optimizer's first step; perhaps its sixth ends in a Ctrl-C."""
     torch: Any = importlib.import_module("torch")
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    @functools.cache
-    def say() -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        print(FIRST_STEP, flush=True)
+    steps = count(1)
 
-    register_optimizer_step_post_hook(lambda *_: say())
+    def after_a_step(*_: object) -> None:
+        if (n := next(steps)) == 1:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            print(FIRST_STEP, flush=True)
+        elif n == 6 and interrupts:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    register_optimizer_step_post_hook(after_a_step)
 
 
 def main() -> None:
     """Runs one command line."""
-    flags = [word for word in sys.argv[1:3] if word in ("--pin", "--first-step")]
+    flags = [word for word in sys.argv[1:3] if word in ("--pin", "--first-step", "--interrupt")]
     words, result = sys.argv[1 + len(flags) :], {}
     is_script = words[0].endswith(".py")
     sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent if is_script else Path.cwd())
     if "--pin" in flags and sys.platform == "linux":
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    if "--first-step" in flags:
-        say_first_step()
+    if {"--first-step", "--interrupt"} & {*flags}:
+        watch_steps("--interrupt" in flags)
     if is_script:
-        runpy.run_path(words[0], run_name="__main__")
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as end:
+            if end.code != 130 or "--interrupt" not in flags:
+                raise
     elif words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -1,7 +1,5 @@
 """The benches of bench/cases.toml: what each starts in fresh processes, and reads from them."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import math
@@ -20,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import cases, workers
+from bench import cases
 from bench.cases import BENCHES, PEERS, ROOT, Figures, plain, random_data, sizes
 from bench.launch import FIRST_STEP
 from bench.rounds import Output, Row, call, interleave, start
+from bench.table import table
 from data.prepare import prepare_text
 from model.check import check_range
 from model.gpt import GPT, ModelConfig
@@ -36,16 +35,12 @@ Curve = list[tuple[float, int, float]]  # seconds since process start, tokens, v
 
 
 class Bench:
-    """One bench under way, with its command line and a scratch folder. Its methods are the benches.
-
-    Raises:
-        ValueError: an option that cannot be used.
-    """
+    """A command line with a scratch folder; a method a bench. ValueError: an unusable option."""
 
     def __init__(self, a: Namespace, folder: Path) -> None:
         of = self.of = BENCHES[a.what]
         check_range("--rounds", a.rounds, "1 or more")
-        if a.text is None and not a.quick and "text" in of:
+        if not (a.text or a.data or a.quick) and "text" in of:
             raise ValueError(f"--text is missing: {of['text']}")
         if a.text is not None and not a.text.is_file():
             raise ValueError(f"--text {a.text} is no file")
@@ -68,8 +63,8 @@ class Bench:
         self.changed = re.sub(r"[^\w.]+", "-", "".join(changed)).rstrip("-")  # in the file's name
         self.case |= given
 
-    def write(self, rows: list[Row], at: str = "", **more: Any) -> None:
-        """Writes the result file, replacing that of the same bench, device and case."""
+    def write(self, rows: list[Row], at: str = "", **more: Any) -> dict[str, Any]:
+        """Writes the result file, replacing that of the same bench, device and case; returns it."""
         a, at = self.options, at or self.at + "-compiled" * self.case.get("compile", False)
         at += self.changed
         words = ["python", "-m", "bench", *(re.sub(r"[^\s=]*/", "", word) for word in a.argv)]
@@ -77,13 +72,16 @@ class Bench:
         result |= {"command": shlex.join(words), "machine": self.machine, "peers": self.commits}
         a.out.mkdir(parents=True, exist_ok=True)
         path = a.out / f"{a.what}-{self.machine['type']}-{at}.json"
-        write_json(path, {**result, "settings": self.case | more, "rows": rows})
+        write_json(path, result := {**result, "settings": self.case | more, "rows": rows})
         print(f"written: {path}")
+        return result
 
     def prepare_tokens(self) -> None:
         """Makes tokens of the text, or random ones, and nanoGPT's data set."""
         tree, has_text = self.peers.get("nanoGPT"), self.options.text or "text" in self.of
-        if has_text:
+        if self.options.data:
+            self.tokens = self.options.data.absolute()
+        elif has_text:
             prepare_text([self.text], self.tokens, self.case["tokenizer"], 0.1, "text", 1)
         else:
             random_data(self.tokens, self.case["vocab_size"], 1_000_000, [2, 2])
@@ -153,7 +151,7 @@ class Bench:
         case, target = self.case, self.case["target"]
         curves: dict[str, list[Curve]] = {name: [] for name in case["ours"]}
         calls: Any = {name: partial(self.loss_of_ours, name, curves[name]) for name in curves}
-        calls |= {name: self.loss_of_nanogpt for name in self.peers if name == "nanoGPT"}
+        calls |= {name: self.loss_of_nanogpt for name in self.peers if name in case}
         rows = interleave(calls, len(case["seeds"]))
         if math.isnan(target):
             theirs = [run for row in rows[len(curves) :] for run in row["runs"] if run]
@@ -161,7 +159,7 @@ class Bench:
         if target is not None:
             settle(rows, curves, target)
         named = {f"{name}, pass {i}": c for name in curves for i, c in enumerate(curves[name], 1)}
-        self.write(rows, text=self.text.name, target=target, curves=named)
+        self.write(rows, text=(self.options.data or self.text).name, target=target, curves=named)
 
     def loss_of_ours(self, name: str, curves: list[Curve]) -> Figures:
         """Runs train_pretrain.py once, with the next seed, and adds its curve."""
@@ -243,8 +241,26 @@ class Bench:
 
     def profile(self) -> None:
         """What one training step spends its time on."""
-        workers.profile(self.case, self.device)
-        print(f"\nLarge matrix products: {self.machine['matrix_flops'] / 1e9:,.0f} GFLOP/s.")
+        found = call("bench.workers:profile", case=self.case, device=self.device)
+        rows = [{"name": f"`{key}`", "runs": [run]} for key, run in found.pop("operators")]
+        print("\n".join(table(self.write(rows, **found))))
+
+    def gpu(self) -> None:
+        """All that is to be shown on a GPU, one command after another."""
+        random_data(self.tokens, self.case["vocab_size"], 1_000_000, [60] * 200)
+        values = vars(self.options) | self.case | {"device": self.device}
+        values |= {"run": self.folder / "run", "tokens": self.tokens}
+        peers = [word for n in self.peers for word in (f"--{n.lower()}", f"${n.lower()}")]
+        several = {"$peers": peers, "$quick": ["--quick"] * self.options.quick, **self.case}
+
+        def run(words: Sequence[str]) -> Figures:
+            command = [w for word in words for w in several.get(word, [word])]
+            return {"seconds": start(command, values).seconds}
+
+        rows = interleave({n: partial(run, words) for n, words in self.of["commands"].items()}, 1)
+        self.write(rows)
+        if failed := [row["name"] for row in rows if "error" in row]:
+            raise ValueError(f"failed: {', '.join(failed)}")
 
 
 def settle(rows: list[Row], curves: Mapping[str, list[Curve]], target: float) -> None:

@@ -1,7 +1,5 @@
 """Fresh processes in turns: a round is A-B-B-A, everybody in order and then in reverse."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -44,11 +42,7 @@ class Output(NamedTuple):
 
 
 def start(command: Sequence[Any], values: dict[str, Any], cwd: Path = ROOT, **env: str) -> Output:
-    """Runs a command line of bench/launch.py, its $NAMES replaced, in a fresh process.
-
-    Raises:
-        WorkerError: it ended with another code than 0.
-    """
+    """Runs a command line of bench/launch.py, $NAMES replaced; WorkerError if its code is not 0."""
     words = [Template(str(word)).safe_substitute(values) for word in command]
     # Unbuffered, so that the time of a line is when it was printed.
     env = {**os.environ, "PYTHONUNBUFFERED": "1", **env}
@@ -74,13 +68,9 @@ def call(function: str, **arguments: Any) -> Figures:
 
 
 def interleave(workers: Mapping[str, Callable[[], Figures]], passes: int) -> list[Row]:
-    """Runs every worker in every pass: A B, B A, A B, ..., so that a drift meets all alike.
-
-    Returns:
-        Of each its `name`, `runs` (figures by pass, or None), and the `error` that ended it.
-
-    Raises:
-        ValueError: nothing of ours ran.
+    """Runs every worker in every pass: A B, B A, A B, ..., so that a drift meets all alike. Returns
+    of each its `name`, `runs` (figures by pass, or None), and the `error` that ended it. Raises
+    ValueError: nothing of ours ran.
     """
     rows: list[Row] = [{"name": name, "runs": [None] * passes} for name in workers]
     for i in range(passes):
@@ -94,7 +84,7 @@ def interleave(workers: Mapping[str, Callable[[], Figures]], passes: int) -> lis
                 said = "  ".join(f"{k} {v:,.4g}" for k, v in figures.items())
                 print(f"pass {i + 1} of {passes}, {row['name']}: {said}", flush=True)
     errors = [row.get("error") for row in rows if row["name"].startswith("ours")]
-    if all(errors):
+    if errors and all(errors):
         raise ValueError(f"nothing of ours ran: {errors[0]}")
     return rows
 

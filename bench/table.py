@@ -1,7 +1,5 @@
 """The tables of docs/speed.md, made from bench/results/*.json alone."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,9 +26,8 @@ def spread(values: Sequence[float], write: Callable[[float], str]) -> str:
 
 
 def cell(row: Row, first: Row, name: str, unit: float | str) -> str:
-    """A figure in its unit, a factor or a format, and where it is a factor its ratio to the first.
-
-    Ratios are taken within a pass, between runs that lie close in time.
+    """A figure in its unit, a factor or a format; of a factor, also its ratio to the first row's,
+    taken within a pass, between runs that lie close in time.
     """
     values, base = ([(run or {}).get(name) for run in r["runs"]] for r in (row, first))
     there = [value for value in values if value is not None]

@@ -1,7 +1,5 @@
 """What bench/launch.py calls in a fresh process: the machine, modules of ours, and of the peers."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import platform
@@ -45,10 +43,8 @@ def seconds_of(work: Callable[..., object], *args: Any) -> float:
 
 
 def machine(device: str, quick: bool) -> dict[str, Any]:
-    """Its name, its versions, and its physical limits, each the fastest of six.
-
-    These are matrix FLOP/s in the dtype that training multiplies in, and bytes/s of a large copy,
-    where each byte counts twice, read and written.
+    """Its name, its versions, and its limits, each the fastest of six: matrix FLOP/s in the dtype
+    of training, and bytes/s of a large copy, where each counts twice, read and written.
     """
     where, info, flops = devices.pick_device(device), Path("/proc/cpuinfo"), 0.0
     named = re.search(r"model name\s*: *(.+)", info.read_text() if info.exists() else "")
@@ -204,8 +200,8 @@ def sample(name: str, tree: str, case: Case, device: str) -> Figures:
     return figures
 
 
-def profile(case: Case, device: str) -> None:
-    """Prints what some steps on random ids spend their time on, as a table in Markdown."""
+def profile(case: Case, device: str) -> Figures:
+    """What some steps on random ids spend their time on: the largest `operators`, and speed."""
     where, steps = devices.set_up(device, 1), case["steps"]
     model = GPT(ModelConfig(recipe=case["recipe"], **sizes(case)), case["vocab_size"]).to(where)
     config = OptimConfig(optimizer="adamw" if case["recipe"] == "gpt2" else "muon")
@@ -221,8 +217,9 @@ def profile(case: Case, device: str) -> None:
     spent = "self_device_time_total" if where.type == "cuda" else "self_cpu_time_total"
     costs = [(getattr(e, spent), e.count, e.key) for e in profiler.key_averages()]
     total, speed = sum(cost for cost, _, _ in costs), batch.idx.numel() / seconds
-    said = f"{devices.flops_per_token(model) * speed / 1e9:,.0f} GFLOP/s by flops_per_token"
-    print(f"{speed:,.0f} tokens/s, {1e3 * seconds:.1f} ms a step, {said}\n")
-    print("| operator | calls a step | ms a step | share |\n|---|---|---|---|")
-    for cost, calls, key in sorted(costs, reverse=True)[: case["rows"]]:
-        print(f"| `{key}` | {calls / steps:.0f} | {cost / 1e3 / steps:.2f} | {cost / total:.1%} |")
+    operators = [
+        (key, {"calls": n / steps, "milliseconds": cost / 1e3 / steps, "share": cost / total})
+        for cost, n, key in sorted(costs, reverse=True)[: case["rows"]]
+    ]
+    flops = devices.flops_per_token(model) * speed
+    return {"tokens_per_second": speed, "flops_per_second": flops, "operators": operators}

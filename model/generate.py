@@ -97,7 +97,7 @@ def stream(
             idx = torch.tensor([[0] * (width - len(row)) + row for row in rows]).to(device)
             cache.restart([width - len(row) for row in rows])
             logits = next_logits(model, idx, cache.add(width))
-        elif device.type == "cuda":
+        elif device.type == "cuda" and not model.is_sharded:
             static_step = static_step or StaticStep(partial(next_logits, model), cache)
             logits = static_step(ids)
         else:

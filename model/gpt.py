@@ -205,6 +205,7 @@ class GPT(nn.Module):
 
     loss_chunk: int | None = None  # run.loss_chunk: positions per chunk of the loss; None: all
     activation_checkpointing = False  # run.activation_checkpointing: blocks are computed twice
+    is_sharded = False  # run.shard: each process holds a share of the weights
     rope_cos: Tensor
     rope_sin: Tensor
 

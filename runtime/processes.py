@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.gpt import GPT
 from model.seen import Batch
 
 
@@ -98,6 +99,41 @@ def any_process(value: bool) -> bool:
     return bool(sum_over_processes(torch.tensor(float(value))))
 
 
+def place(model: GPT, device: torch.device, shard: bool) -> GPT:
+    """The model on its device; with `shard`, of each weight only this process's share, which is
+    brought together for as long as a block computes (FSDP2). ValueError: there is one process.
+    """
+    if shard:
+        if world_size() == 1:
+            raise ValueError("run.shard is for several processes; start them with torchrun")
+        from torch.distributed import device_mesh, fsdp  # take a while to import
+
+        mesh = device_mesh.init_device_mesh(device.type, (world_size(),))
+        for module in (*model.blocks, model):  # each is moved and cut before the next
+            cut = fsdp.fully_shard(module, mesh=mesh)
+            cut.unshard()  # or its buffers would be made by sampling, in which nothing is trained
+            cut.reshard()
+        fsdp.register_fsdp_forward_method(model, "hidden")
+        model.is_sharded = True
+    return model.to(device)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor of which each process may hold a share; each must call it."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def share_of(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as a parameter of its shape is held here: as it is, or a share of it."""
+    if not hasattr(like, "full_tensor") or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    value = value.to(like.device, like.dtype)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def distribute(network: nn.Module, seed: int, step: int) -> nn.Module:
     """The network to train: this one or, for several processes, one that averages its gradients;
     each then draws a dropout of its own, by seed, rank and the step that it starts from.
@@ -106,6 +142,8 @@ def distribute(network: nn.Module, seed: int, step: int) -> nn.Module:
         return network
     mine = np.random.SeedSequence([seed, step, dist.get_rank()])
     torch.manual_seed(int(mine.generate_state(1)[0]))
+    if getattr(network, "is_sharded", False):
+        return network
     network = DistributedDataParallel(network)
     network.broadcast_buffers = False  # all have the same; as an argument torch 2.13 warns of it
     return network
@@ -113,14 +151,14 @@ def distribute(network: nn.Module, seed: int, step: int) -> nn.Module:
 
 def my_share(micro_batches: list[Batch]) -> list[Batch]:
     """The part of a step's micro-batches (without `kept` and `bounds`) that is this process's:
-    whole ones where there are enough for all, else every n-th row of each; where that is nothing, a
-    row of weight 0, since all must take part in averaging the gradients.
+    whole ones where there are enough for all, else every n-th row of each. Where one has fewer, a
+    row of weight 0 takes its place, since all must take part in every forward and backward pass.
     """
     if (n := world_size()) == 1:
         return micro_batches
-    rank = dist.get_rank()
+    rank, row = dist.get_rank(), micro_batches[0].map(lambda t: t[:1])
+    nothing = row._replace(weights=torch.zeros_like(row.targets, dtype=torch.float32))
     if len(micro_batches) >= n:
-        return micro_batches[rank::n]
-    parts = [b.map(lambda t: t[rank::n].contiguous()) for b in micro_batches if len(b.idx) > rank]
-    row = micro_batches[0].map(lambda t: t[:1])
-    return parts or [row._replace(weights=torch.zeros_like(row.targets, dtype=torch.float32))]
+        return (micro_batches + [nothing] * (-len(micro_batches) % n))[rank::n]
+    parts = [b.map(lambda t: t[rank::n].contiguous()) for b in micro_batches]
+    return [part if len(part.idx) else nothing for part in parts]

@@ -8,6 +8,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ FIGURES = {
     "sft": {"useful_tokens_per_second", "useful_share", "peak_memory"},
     "sample": {"tokens_per_second_one", "first_token_seconds_one", "tokens_per_second_ragged"},
     "prepare": {"megabytes_per_second_core", "megabytes_per_second_machine", "peak_memory"},
+    "profile": {"milliseconds", "calls", "share"},
+    "gpu": {"seconds"},
 }
-BESIDE_NANOGPT = ("train", "loss", "prepare")
+BESIDE_NANOGPT = ("train", "loss", "prepare", "sample", "gpu")
 NANOGPT = {
     "train.py": """
 import sys, time
@@ -79,19 +82,27 @@ def results(tmp_path_factory: pytest.TempPathFactory, nanogpt: Path) -> dict[str
     def call(function: str, **arguments: Any) -> cases.Figures:
         if function == "bench.workers:machine":  # once is enough
             return {**found, "peak_memory": 1}
-        if arguments["name"].startswith("padded"):  # a process for ours will do
+        if arguments.get("name", "").startswith("padded"):  # a process for ours will do
             return {**workers.tune(**arguments), "peak_memory": 1}
         return rounds.call(function, **arguments)
 
     def run(what: str) -> None:
         beside = ["--nanogpt", str(nanogpt)] if what in BESIDE_NANOGPT else []
-        main([what, "--quick", "--device", "cpu", "--out", str(out), *beside])
+        main([what, "--quick", "--device=cpu", f"--out={out}", *beside])
+
+    def start(command: Any, values: Any, *args: Any, **env: Any) -> rounds.Output:
+        if command[:2] == ["-m", "bench"]:
+            main([Template(str(word)).safe_substitute(values) for word in command[2:]])  # as above
+        elif command[:2] != ["-m", "pytest"]:
+            return rounds.start(command, values, *args, **env)
+        return rounds.Output([], 1.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(measure, "call", call)
+        patch.setattr(measure, "start", start)
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(run, ("sft", "loss", "train", "sample", "prepare")))  # the longest first
+            list(pool.map(run, ("gpu", "loss", "prepare")))  # the first runs the others
     return {(r := json.loads(f.read_text()))["what"]: r for f in out.glob("*-cpu-quick*.json")}
 
 
@@ -102,11 +113,14 @@ def test_each_runs_and_says_what_it_measured(what: str, results: dict[str, Any])
     assert set(result) == keys
     assert {"commit", "torch", "python", "device", "cpu", "cores"} <= set(result["machine"])
     assert min(result["machine"][k] for k in ("matrix_flops", "copy_bytes_per_second")) > 0
-    assert result["command"].startswith(f"python -m bench {what} --quick --device cpu --out ")
+    assert result["command"].startswith(f"python -m bench {what} --quick --device=cpu --out=")
     assert result["peers"] == ({"nanoGPT": "unknown"} if what in BESIDE_NANOGPT else {})
     for row in result["rows"]:
         assert "error" not in row
-        assert FIGURES[what] <= set(row["runs"][0])
+        missing = FIGURES[what] - set(row["runs"][0])
+        assert missing <= ({"tokens_per_second_ragged"} if row["name"] == "nanoGPT" else set()), (
+            missing
+        )
         if what != "loss" or row["name"] == "nanoGPT":
             assert all(v > 0 for v in row["runs"][0].values())
     for name, value in BENCHES[what]["cases"]["quick"].items():
@@ -142,16 +156,41 @@ def test_results_and_tables_name_no_folder_of_this_machine(
     )
 
 
-def test_a_profile_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    workers.profile(BENCHES["profile"]["defaults"] | BENCHES["profile"]["cases"]["quick"], "cpu")
-    lines = capsys.readouterr().out.splitlines()
-    assert "tokens/s" in lines[0]
-    assert lines[2:4] == ["| operator | calls a step | ms a step | share |", "|---|---|---|---|"]
-    assert len(lines) == 7
-    milliseconds = [float(line.split("|")[3]) for line in lines[4:]]
+def test_a_profile_is_a_table(results: dict[str, Any]) -> None:
+    lines = table.table(results["profile"])
+    assert lines[2:4] == ["| | calls a step | ms a step | share |", "|---|---|---|---|"]
+    runs = [row["runs"][0] for row in results["profile"]["rows"]]
+    milliseconds = [run["milliseconds"] for run in runs]
+    assert len(runs) == 3
     assert milliseconds == sorted(milliseconds, reverse=True)
-    whole = float(lines[0].split()[2])  # "N tokens/s, M ms a step, ..."
-    assert 0.05 * whole < milliseconds[0] < 20 * whole  # in the same unit
+    step = 1e3 * 4 * 16 / results["profile"]["settings"]["tokens_per_second"]
+    assert 0.05 * step < milliseconds[0] < 20 * step  # in the same unit
+    assert milliseconds[0] / runs[0]["share"] == pytest.approx(milliseconds[1] / runs[1]["share"])
+
+
+def test_the_command_for_a_gpu_runs_all_of_it(results: dict[str, Any]) -> None:
+    rows = {row["name"]: row["runs"][0]["seconds"] for row in results["gpu"]["rows"]}
+    assert [*rows] == [*BENCHES["gpu"]["commands"]]
+    assert all(seconds > 0 for seconds in rows.values())
+
+
+def test_what_fails_in_the_command_for_a_gpu_is_named_and_the_rest_still_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(words: Any, values: Any) -> rounds.Output:
+        if "--data.layout=packed" in words:
+            raise rounds.WorkerError("out of luck")
+        return rounds.Output([], 1.0)
+
+    monkeypatch.setattr(measure, "start", start)
+    monkeypatch.setattr(measure, "call", lambda *_, **__: {"type": "cpu", "peak_memory": 1})
+    with pytest.raises(SystemExit, match="1"):
+        main(["gpu", "--quick", "--out", str(tmp_path)])
+    assert "error: failed: tuning, packed" in capsys.readouterr().err
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["name"] for row in rows if "error" in row] == ["tuning, packed"]
+    assert sum(row["runs"][0] == {"seconds": 1.0} for row in rows) == len(rows) - 1
 
 
 def test_a_result_of_another_size_does_not_replace_that_of_the_case(

@@ -16,6 +16,7 @@ import torch
 
 import train_pretrain
 import train_sft
+from model.gpt import ModelConfig
 from model.seen import Batch
 from runtime import processes
 from tests.conftest import pretrain_config, sft_config
@@ -82,9 +83,46 @@ def compare(run: Path, whole: Path) -> None:
     found, weights = (load_checkpoint(path).model.state_dict() for path in (run, whole))
     for name, value in weights.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-4)
-    assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".")) == sorted(
-        p.name for p in whole.iterdir() if not p.name.startswith(".")
-    )
+    names, wanted = ({p.name for p in path.glob("[!.]*")} for path in (run, whole))
+    assert names - {"step_000005"} == wanted  # of a run that was stopped there
+
+
+@pytest.mark.parametrize(("recipe", "optimizer"), [("modern", "muon"), ("gpt2", "adamw")])
+def test_two_processes_that_each_hold_a_share_train_as_one_that_holds_all(
+    recipe: Any, optimizer: Any, world_dir: Path, tmp_path: Path
+) -> None:
+    def base(out: str, shard: bool = True) -> Any:
+        config = pretrain_config(world_dir, tmp_path / out, steps=8)
+        data, run = replace(config.data, batch_size=5), replace(config.run, shard=shard)
+        c = config.model
+        model = ModelConfig(recipe, c.n_layer, c.n_head, c.n_embd, c.block_size)
+        optim = replace(config.optim, optimizer=optimizer)
+        run = replace(run, activation_checkpointing=recipe == "gpt2")
+        return replace(config, data=data, run=run, model=model, optim=optim)
+
+    def instruct(out: str, shard: bool = True) -> Any:
+        config = sft_config(world_dir, tmp_path / "one", tmp_path / out, steps=6)
+        tune = TuneConfig(freeze="attn") if recipe == "gpt2" else TuneConfig()
+        return replace(config, run=replace(config.run, shard=shard), tune=tune)
+
+    train_pretrain.main(base("one", shard=False))
+    train_sft.main(instruct("one_sft", shard=False))
+    jobs: list[Any] = [(train_pretrain, base("two"), None)]
+    jobs += [(train_pretrain, base("two_one"), 4), (train_pretrain, base("two_two"), 4)]
+    jobs += [(train_sft, instruct("two_sft"), None)]
+    torchrun([*jobs, (train_pretrain, base("two_two"), None)], tmp_path)
+    train_pretrain.main(base("two_one", shard=False))
+    for run in ("two", "two_one", "two_two"):
+        compare(tmp_path / run, tmp_path / "one")
+    compare(tmp_path / "two_sft", tmp_path / "one_sft")
+
+
+def test_one_process_has_nobody_to_share_with(world_dir: Path, tmp_path: Path) -> None:
+    config = pretrain_config(world_dir, tmp_path / "run", steps=8)
+    with pytest.raises(
+        ValueError, match=r"run\.shard is for several processes; start them with tor"
+    ):
+        train_pretrain.main(replace(config, run=replace(config.run, shard=True)))
 
 
 def test_two_processes_train_as_one_and_go_on_for_each_other(

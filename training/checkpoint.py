@@ -24,7 +24,7 @@ from model.gpt import GPT, ModelConfig
 from runtime import files
 from runtime.cli import listed
 from runtime.device import check_size, has_bf16, set_up
-from runtime.processes import is_first
+from runtime.processes import is_first, share_of, whole
 from training.config import differences
 
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "train_state.pt"
@@ -54,11 +54,15 @@ def save_checkpoint(
     are not finite. Nothing of it is left behind, older checkpoints are untouched.
     """
     path = run_dir / f"step_{step:06d}"
-    if (path / "meta.json").exists() or not is_first():
+    if (path / "meta.json").exists() or not (is_first() or model.is_sharded):
         return path
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
-    weights = {k: v.float().contiguous() for k, v in model.state_dict().items() if k not in tied}
-    state = {"optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state()}
+    weights = {k: gathered(v) for k, v in model.state_dict().items() if k not in tied}
+    weights = {k: v.float().contiguous() for k, v in weights.items()}
+    state = {"optimizers": gathered([o.state_dict() for o in optimizers])}
+    state |= {"rng": torch.get_rng_state()}
+    if not is_first():
+        return path
     if bad := not_finite(weights) or not_finite(state["optimizers"]):
         remedy = "start again in another --run.dir with a lower learning rate"
         raise ValueError(f"step {step}: {bad} is not finite, so it is not saved; {remedy}")
@@ -72,6 +76,24 @@ def save_checkpoint(
         meta["files"] = {f.name: files.sha256_file(f) for f in sorted(folder.iterdir())}
         files.write_meta(folder, meta)
     return path
+
+
+def gathered(value: Any) -> Any:
+    """Nested dicts and lists with tensors of which each process holds a share: whole ones, on the
+    CPU, in the first.
+    """
+    if isinstance(value, Tensor):
+        full = whole(value)
+        return value if full is value else full.cpu() if is_first() else full[:0]
+    if isinstance(value, dict):
+        return {key: gathered(part) for key, part in value.items()}
+    return [gathered(part) for part in value] if isinstance(value, list) else value
+
+
+def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
+    """Gives a model, whole or shared by processes, the weights of a whole one."""
+    shares = {name: share_of(weights[name], p) for name, p in model.state_dict().items()}
+    model.load_state_dict(shares)
 
 
 def not_finite(value: Any, name: str = "") -> str:
@@ -197,7 +219,7 @@ def check_models(found: dict[str, Checkpoint], to_sample: bool) -> dict[str, Che
 def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
     """Puts model, optimizers and random generators back as `path` has them; returns its metrics."""
     saved = load_checkpoint(path)
-    model.load_state_dict(saved.model.state_dict())
+    load_weights(model, saved.model.state_dict())
     files.verify_checksums(path, {STATE_FILE: saved.meta["files"].get(STATE_FILE, "")})
     try:
         with warnings.catch_warnings(action="ignore"):  # of how it is pickled
@@ -205,6 +227,9 @@ def resume(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> d
         if bad := not_finite(state["optimizers"]):
             raise ValueError(f"{bad} is not finite")
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, values in optimizer_state["state"].items():
+                values |= {k: share_of(v, params[i]) for k, v in values.items()}
             optimizer.load_state_dict(optimizer_state)
         torch.set_rng_state(state["rng"])
         if model.wte.weight.is_cuda and state["cuda_rng"] is not None:
@@ -236,7 +261,7 @@ def take_weights(
         raise ValueError(f"init_from={path} has another architecture: {listed(changed, '; ')}")
     if start.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"init_from={path} has another tokenizer than the data")
-    model.load_state_dict(start.model.state_dict())
+    load_weights(model, start.model.state_dict())
     return origin_of(start.meta)
 
 

@@ -11,7 +11,15 @@ from runtime.files import at_home
 # what alters the result by rounding at most.
 MAY_CHANGE = {
     *("run.dir", "run.device", "run.compile", "run.loss_chunk", "run.activation_checkpointing"),
-    *("run.wandb", "run.wandb_project", "run.wandb_artifact", "base", "init_from", "tune.init"),
+    *(
+        "run.shard",
+        "run.wandb",
+        "run.wandb_project",
+        "run.wandb_artifact",
+        "base",
+        "init_from",
+        "tune.init",
+    ),
     *("verify", "data.path", "data.replay_path", "data.micro_batch_size", "data.layout"),
 }
 
@@ -34,6 +42,9 @@ class RunConfig:
     activation_checkpointing: bool = False
     """Computes each block again in the backward pass: memory of its input alone, a third more time,
     the same result."""
+    shard: bool = False
+    """Over the processes of torchrun, each keeps a share of weights, gradients and optimizer state
+    (FSDP2): for a model past one card. Slower than copies of it, which is what else they keep."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 250

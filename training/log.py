@@ -157,6 +157,8 @@ class RunLog:
         """Prints two lines of what the model wrote; samples.jsonl, and wandb beside the next row,
         get a table of it.
         """
+        if not is_first():
+            return
         self.say(shortened(f"  sample: {text!r}", 2 * self._progress.console.width))
         self._samples = {"columns": [*columns], "rows": [[*row] for row in rows]}
 

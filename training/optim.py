@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from model.check import check_range
+from runtime.processes import share_of, whole
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,13 @@ class Muon(torch.optim.Optimizer):
             momenta = [self.state[p]["momentum"] for p in params]
             # One call for all matrices of a shape: on a GPU, launching more would take longer.
             torch._foreach_lerp_(momenta, grads, 1 - beta)
-            updates = orthogonalize(torch.stack(torch._foreach_lerp(grads, momenta, beta)))
+            updates = [whole(update) for update in torch._foreach_lerp(grads, momenta, beta)]
             rows, columns = params[0].shape
-            updates *= lr * math.sqrt(max(1.0, rows / columns))
+            moves = orthogonalize(torch.stack(updates)) * (lr * math.sqrt(max(1.0, rows / columns)))
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_sub_(params, updates.unbind())
+            torch._foreach_sub_(
+                params, [share_of(m, p) for m, p in zip(moves, params, strict=True)]
+            )
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -188,9 +188,10 @@ class Run:
         return due or self.must_stop(step)
 
     def must_evaluate(self, step: int) -> bool:
-        """Whether an evaluation is due; only the first process makes it."""
+        """Whether an evaluation is due; only the first process makes it, or all that share one."""
         due = step > 0 and is_due(step, self.config.run.eval_every, self.last_step)
-        return due and processes.is_first() and not self._interrupted
+        mine = processes.is_first() or self.config.run.shard
+        return due and mine and not self._interrupted
 
     def must_stop(self, step: int) -> bool:
         """Whether the run ends here: at its last step, or because a signal asked for it."""

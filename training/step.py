@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.seen import Batch
 from runtime.device import autocast, to_device
-from runtime.processes import my_share, sum_over_processes, world_size
+from runtime.processes import my_share, sum_over_processes, whole, world_size
 from training.optim import OptimConfig, lr_factor, set_lr
 
 
@@ -65,7 +65,7 @@ def train_step(
     losses = add_gradients(network, parts, weight)
     loss, *others = (loss * (weight / own) for loss, own in zip(losses, weights, strict=True))
     grads = [p.grad for p in network.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = whole(torch.nn.utils.get_total_norm(grads))
     if config.grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(network.parameters(), config.grad_clip, norm)
     # The one wait for a GPU in a step. The optimizers' work hides most of it: while they run, the

@@ -40,6 +40,8 @@ class TuneConfig:
 
 def tuned_optimizers(model: GPT, config: OptimConfig, tune: TuneConfig) -> list[Optimizer]:
     """Freezes what `tune` names; the optimizers of the rest. ValueError: it names none, or all."""
+    if model.is_sharded:  # sampling has left the embedding and the head whole
+        model.reshard()  # type: ignore[operator]
     params = dict(model.named_parameters(remove_duplicate=False))  # a tied head under both names
     for name in map(str.strip, tune.freeze.split(",") if tune.freeze else ()):
         if not (found := [p for full, p in params.items() if f".{name}." in f".{full}."]):
@@ -64,6 +66,8 @@ class LoRA(AdamW):
     """
 
     def __init__(self, model: GPT, config: OptimConfig, rank: int, alpha: float) -> None:
+        if model.is_sharded:
+            raise ValueError("run.shard is not for tune.lora_rank: leave one of them out")
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
         full = max((min(W.shape) for W in matrices), default=0)
         check_range("tune.lora_rank", rank, f"1 to {full}", "the rank of what is not frozen")
@@ -98,8 +102,8 @@ class KLToBase(nn.Module):
 
     def __init__(self, model: GPT, weight: float, loss_chunk: int | None = None) -> None:
         super().__init__()
-        if loss_chunk is not None:
-            raise ValueError(f"run.loss_chunk={loss_chunk} is not for tune.kl: set it to null")
+        if loss_chunk is not None or model.is_sharded:
+            raise ValueError("tune.kl takes neither run.loss_chunk nor run.shard: leave them out")
         self.model, self.weight = model, weight
         # A function, so that the base is no part of this module, and not trained with it.
         self.base = copy.deepcopy(model).eval().requires_grad_(False).forward
