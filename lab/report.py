@@ -17,13 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from data.world import ATTRIBUTES, SPLITS, Turn, World
-from hf.adapter import PREFIX, is_foreign, load
+from hf.adapter import is_foreign
 from lab import headline as heads
 from lab.behaviour import behaviour
 from lab.bits import bits
@@ -56,7 +55,7 @@ from runtime.files import (
     write_text,
 )
 from sample import COLUMNS, History, Reply, ask, columns_of, show
-from training.checkpoint import Checkpoint, read_checkpoint
+from training.checkpoint import Checkpoint
 from training.log import read_metrics
 
 # Each instrument, and of how many of --questions it uses one.
@@ -257,13 +256,6 @@ def text_at(path: str) -> Any:
         return None
 
 
-def meta_at(path: str) -> dict[str, Any]:
-    """What the meta.json of a checkpoint says."""
-    if path.startswith(PREFIX):
-        return load(path, "base", torch.device("cpu")).meta
-    return read_checkpoint(path)[1]
-
-
 def qa_files(path: Path) -> list[Path]:
     """The files behind --qa."""
     return [f for f in path.glob("[!.]*") if f.is_file()] if path.is_dir() else [path]
@@ -274,8 +266,8 @@ def run(a: argparse.Namespace) -> None:
     if a.questions < 1:
         raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
     check_range("--shots", a.shots, "0 to 1000")
-    paths = pairs_of(a)
-    metas = [meta_at(path) for pair in paths for path in pair]
+    pairs = [open_pair(*both, a.device, a.qa, a.shots) for both in pairs_of(a)]
+    metas = [model.meta for pair in pairs for model in (pair.base, pair.instruct)]
     texts = [text_at(m["config"]["data"].get("path") or "") for m in metas]
     asked = None if a.qa is None else sorted(sha256_file(f) for f in qa_files(a.qa))
     code = [measured_by(), sha256_file(Path(__file__))]
@@ -289,7 +281,6 @@ def run(a: argparse.Namespace) -> None:
         stale = True
     check_file("--svg", a.svg)
     if stale:
-        pairs = [open_pair(*both, a.device, a.qa, a.shots) for both in paths]
         a.out.mkdir(parents=True, exist_ok=True)
         report = {"made_from": made_from, **make_report(pairs, a.questions)}
         write_json(path, report)

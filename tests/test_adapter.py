@@ -15,8 +15,8 @@ import sample
 from convert import export_checkpoint, import_checkpoint
 from data.chat import Message
 from hf import adapter
-from hf.adapter import ForeignTokenizer, chat_prompt, load, load_pair
-from lab import behaviour, bits, forgetting, probe, report, shift, trace, weights
+from hf.adapter import ForeignTokenizer, chat_prompt, load, load_models, load_pair
+from lab import behaviour, bits, forgetting, probe, report, shift, trace, web, weights
 from lab.likelihood import ask, log_likelihoods
 from lab.pair import open_pair
 from lab.residual import read
@@ -24,6 +24,8 @@ from lab.stats import to_json
 from model.generate import Sampling, generate
 from tests.conftest import Fails
 from tests.hub import Hub
+from tests.test_web import SAMPLED, said
+from tests.test_web import request as request_of
 from training.checkpoint import load_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -334,6 +336,17 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_runs_nothing(
     assert len(str(error.value)) < 500
     assert "\n" not in str(error.value)
     assert not (tmp_path / "m" / "ran").exists()
+
+
+@pytest.mark.parametrize("form", web.FORMS)
+def test_the_page_shows_what_sample_says_of_such_a_pair(named: Any, form: str) -> None:
+    models = load_models({"base": named[0], "instruct": named[1]}, "cpu")
+    panels, sampling = web.Panels(models["base"], models["instruct"]), web.read_sampling(SAMPLED)
+    found = said(panels, request_of("Who?", form=form))
+    (expected,) = sample.ask(sample.columns_of(models), [{}], ["Who?"], sampling)
+    assert found["instruct"] == expected["instruct"]
+    if (column := f"base_{form}") in expected:
+        assert found["base"] == expected[column]
 
 
 def test_what_is_no_pair_is_refused(tmp_path: Path) -> None:
