@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.sources.read import distinct
 from runtime.cli import LONGEST, Parser, visible
+from runtime.device import set_up
 from runtime.files import check_file, new_directory, new_file
 
 FAULTS = """
@@ -107,3 +109,24 @@ def test_a_loop_of_links_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"), new_directory(tmp_path / "loop" / "new"):
         raise AssertionError("it was made")
     assert distinct([tmp_path / "loop"]) == [tmp_path / "loop"]
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "says"), [(9.0, 2, True), (9.0, 1, False), (0.5, 2, False)]
+)
+def test_more_work_than_cores_is_said_with_its_remedy(
+    load: float,
+    threads: int,
+    says: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    set_up("cpu")
+    said = capsys.readouterr()
+    assert (
+        ("2 cores have work for 9 already" in said.err) == says == ("OMP_NUM_THREADS=1" in said.err)
+    )
+    assert said.out == ""
