@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import train_pretrain
+import train_sft
 from model.generate import Sampling, generate
 from model.gpt import GPT, ModelConfig
 from model.seen import Batch
-from runtime.device import compile_model, to_device
+from runtime.device import compile_model, set_up, to_device
 from tests.conftest import pretrain_config, sft_config
 from tests.test_scripts import outcome
-from train_pretrain import main as pretrain
-from train_sft import main as sft
 from training.checkpoint import load_checkpoint
 from training.optim import OptimConfig, build_optimizers
-from training.step import train_step
+from training.step import mean_loss, train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,18 +52,112 @@ def test_bf16_steps_follow_fp32_steps(recipe: str, compiled: bool) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
 
 
-def test_both_scripts_train_resume_and_load_elsewhere(world_dir: Path, tmp_path: Path) -> None:
-    def on_gpu(config: Any, steps: int) -> Any:
-        run = replace(config.run, device="cuda", compile="auto")
-        return replace(config, run=run, optim=replace(config.optim, steps=steps))
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_both_scripts_go_on_after_a_ctrl_c_and_load_elsewhere(
+    layout: Any,
+    world_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def config(script: Any, out: str) -> Any:
+        if script is train_pretrain:
+            c: Any = pretrain_config(world_dir, tmp_path / out, 8)
+        else:
+            c = sft_config(world_dir, tmp_path / "train_pretrain", tmp_path / out, 8)
+            c = replace(c, data=replace(c.data, layout=layout))
+        return replace(c, run=replace(c.run, device="cuda", compile="auto"))
 
-    pretrain(on_gpu(pretrain_config(world_dir, tmp_path / "base", 8), 8))
-    sft(on_gpu(sft_config(world_dir, tmp_path / "base", tmp_path / "instruct", 8), 8))
-    rows, _, name = outcome(tmp_path / "instruct")
-    assert (len(rows), name) == (8, "step_000008")
+    for script in (train_pretrain, train_sft):
+        train: Any = script.train_step
+        script.main(config(script, script.__name__))
+
+        def interrupted(*args: Any, train: Any = train) -> Any:
+            if args[3] == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return train(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "train_step", interrupted)
+            with pytest.raises(SystemExit, match="130"):
+                script.main(config(script, "stopped"))
+        assert len(outcome(tmp_path / "stopped")[0]) == 5
+        script.main(config(script, "stopped"))
+        rows, _, name = outcome(tmp_path / "stopped")
+        whole, _, _ = outcome(tmp_path / script.__name__)
+        assert (len(rows), name) == (8, "step_000008")
+        for row, expected in zip(rows, whole, strict=True):
+            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        shutil.rmtree(tmp_path / "stopped")
+    assert "not compiled: a run this short" in capsys.readouterr().out
     for device in ("cpu", "cuda"):
-        checkpoint = load_checkpoint(tmp_path / "instruct", device)
+        checkpoint = load_checkpoint(tmp_path / "train_sft", device)
         assert generate(checkpoint.model, [[1, 2], [3]], Sampling(8, temperature=1.0))
+
+
+def kernels_of(work: Callable[[], object]) -> set[str]:
+    """The names of what ran on the GPU."""
+    work()  # what is set up once
+    with torch.profiler.profile() as profiler:
+        work()
+        torch.cuda.synchronize()
+    return {event.key.lower() for event in profiler.key_averages()}
+
+
+def test_cudnn_attends_to_no_masked_or_padded_batch_and_to_no_sample() -> None:
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=128, block_size=256), 300).to(
+        set_up("cuda")
+    )
+    optimizers, config = build_optimizers(model, OptimConfig()), OptimConfig()
+    idx, documents = torch.randint(300, (4, 256)), random_documents(4, 256)
+    weights = (idx % 2).float()
+    for batch in (Batch(idx, idx, weights), Batch(idx, idx, weights, documents)):
+        step = partial(train_step, model, optimizers, [batch], 0, config)
+        assert not any("cudnn" in name and "sdp" in name for name in kernels_of(step))
+    sampled = kernels_of(lambda: generate(model, [[1, 2, 3], [4]], Sampling(4)))
+    assert not any("cudnn" in name and "sdp" in name for name in sampled)
+
+
+def test_tuning_compiles_one_graph_and_an_evaluation_none() -> None:
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=128, block_size=256), 300).to("cuda")
+    compile_model(model, "on", dynamic=True)
+    before, optimizers = graphs["unique_graphs"], build_optimizers(model, OptimConfig())
+    for step in range(4):
+        idx = torch.randint(300, (3 + step, 256), generator=torch.Generator().manual_seed(step))
+        weights = (torch.rand(idx.shape) > 0.1 * step).float()
+        batch = Batch(idx, idx, weights, random_documents(3 + step, 256))
+        train_step(model, optimizers, [batch], step, OptimConfig())
+        mean_loss(model, [batch])
+    assert graphs["unique_graphs"] - before <= 2
+
+
+def test_sampling_again_and_again_needs_no_more_memory() -> None:
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=64), 300).to("cuda").eval()
+    reserved = []
+    for _ in range(6):
+        generate(model, [[1, 2], [3]], Sampling(8))
+        gc.collect()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.mem_get_info()[0])
+    assert abs(reserved[-1] - reserved[1]) < 1 << 25  # less than one more workspace
+
+
+def test_blocks_computed_again_need_less_memory_for_the_same_loss() -> None:
+    config = ModelConfig(n_layer=8, n_head=2, n_embd=128, block_size=256)
+    torch.manual_seed(1)
+    model, losses, peaks = GPT(config, 300).to("cuda"), [], []
+    idx = torch.randint(300, (16, 256), device="cuda")
+    for model.activation_checkpointing in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        loss = model(idx, idx)
+        loss.backward()
+        model.zero_grad()
+        losses.append(loss.item())
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert losses[0] == losses[1]
+    assert peaks[1] < 0.6 * peaks[0]
 
 
 @pytest.mark.parametrize("recipe", ["gpt2", "modern"])
