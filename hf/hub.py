@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.sources.download import download, hub_files
 from runtime.files import read_json, sha256_file
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -28,6 +27,8 @@ def find_model(
     """
     if Path(name).is_dir():
         return Path(name)
+    from data.sources.download import download, hub_files  # takes a while to import
+
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ValueError(f"{name} is neither a folder nor a name on the Hugging Face hub")
     if "/" not in name and name not in GPT2_NAMES:
