@@ -61,9 +61,14 @@ def check_file(option: str, path: Path | None) -> None:
     """Raises ValueError: no file can be written there, which is better known before the work. A
     device, a pipe or a link is none: to replace it would take it from others.
     """
-    taken = path and (path.is_symlink() or (path.exists() and not path.is_file()))
-    if path and (taken or not path.absolute().parent.is_dir()):
-        raise ValueError(f"{option} {path} is no file that could be written")
+    if path is not None:
+        try:
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise FileExistsError
+            (temporary := _temporary(path)).touch(exist_ok=False)
+            temporary.unlink()
+        except OSError:
+            raise ValueError(f"{option} {path} is no file that could be written") from None
 
 
 @contextlib.contextmanager

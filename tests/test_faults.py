@@ -419,6 +419,10 @@ def test_a_link_is_no_place_for_a_result(tmp_path: Path) -> None:
     for name in ("link.json", ".", "no/file.json"):
         with pytest.raises(ValueError, match=r"--out .* is no file that could be written"):
             check_file("--out", tmp_path / name)
+    if Path("/proc").is_dir():  # a folder in which nobody can write
+        with pytest.raises(ValueError, match="no file that could be written"):
+            check_file("--out", Path("/proc/x"))
+    assert not [*tmp_path.glob(".*.tmp")]
 
 
 def test_a_terminal_that_is_closed_costs_nothing(world_dir: Path, tmp_path: Path) -> None:
