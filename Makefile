@@ -67,8 +67,7 @@ bench: .venv/dev
 
 # On a machine with a GPU, all that is to be shown there, in about ten minutes; PEERS as above.
 gpu: .venv/dev
-	$(BIN)/python -m bench gpu $(PEERS)
-	$(BIN)/python -m bench table
+	$(BIN)/python -m bench gpu $(PEERS); code=$$?; $(BIN)/python -m bench table; exit $$code
 
 # constraints.txt anew: of all that the requirements need, the newest that they allow.
 pins:

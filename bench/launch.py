@@ -63,13 +63,14 @@ def main() -> None:
     sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent if is_script else Path.cwd())
     if "--pin" in flags and sys.platform == "linux":
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    if {"--first-step", "--interrupt"} & {*flags}:
-        watch_steps("--interrupt" in flags)
+    if (interrupts := "--interrupt" in flags) or "--first-step" in flags:
+        watch_steps(interrupts)
     if is_script:
         try:
             runpy.run_path(words[0], run_name="__main__")
+            assert not interrupts, "it was not interrupted"
         except SystemExit as end:
-            if end.code != 130 or "--interrupt" not in flags:
+            if end.code != 130 or not interrupts:
                 raise
     elif words[0] == "-m":
         sys.argv = words[1:]

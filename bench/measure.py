@@ -78,9 +78,11 @@ class Bench:
 
     def prepare_tokens(self) -> None:
         """Makes tokens of the text, or random ones, and nanoGPT's data set."""
-        tree, has_text = self.peers.get("nanoGPT"), self.options.text or "text" in self.of
-        if self.options.data:
-            self.tokens = self.options.data.absolute()
+        data, needs_text = self.options.data, "text" in self.of
+        tree = self.peers.get("nanoGPT") if "nanoGPT" in self.case or not needs_text else None
+        has_text = not data and (self.options.text or needs_text)
+        if data:
+            self.tokens = data.absolute()
         elif has_text:
             prepare_text([self.text], self.tokens, self.case["tokenizer"], 0.1, "text", 1)
         else:

@@ -68,9 +68,8 @@ def call(function: str, **arguments: Any) -> Figures:
 
 
 def interleave(workers: Mapping[str, Callable[[], Figures]], passes: int) -> list[Row]:
-    """Runs every worker in every pass: A B, B A, A B, ..., so that a drift meets all alike. Returns
-    of each its `name`, `runs` (figures by pass, or None), and the `error` that ended it. Raises
-    ValueError: nothing of ours ran.
+    """Runs every worker in every pass: A B, B A, A B, ..., so that a drift meets all alike. Of each
+    its `name`, `runs` (figures by pass) and `error`. Raises ValueError: nothing of ours ran.
     """
     rows: list[Row] = [{"name": name, "runs": [None] * passes} for name in workers]
     for i in range(passes):

@@ -43,9 +43,7 @@ def seconds_of(work: Callable[..., object], *args: Any) -> float:
 
 
 def machine(device: str, quick: bool) -> dict[str, Any]:
-    """Its name, its versions, and its limits, each the fastest of six: matrix FLOP/s in the dtype
-    of training, and bytes/s of a large copy, where each counts twice, read and written.
-    """
+    """Its names and limits, the best of six: FLOP/s as in training, bytes/s read and written."""
     where, info, flops = devices.pick_device(device), Path("/proc/cpuinfo"), 0.0
     named = re.search(r"model name\s*: *(.+)", info.read_text() if info.exists() else "")
     on_cuda = where.type == "cuda"

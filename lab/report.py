@@ -266,6 +266,7 @@ def run(a: argparse.Namespace) -> None:
     if a.questions < 1:
         raise ValueError(f"--questions is {a.questions}; it must be 1 or more")
     check_range("--shots", a.shots, "0 to 1000")
+    check_file("--svg", a.svg)
     pairs = [open_pair(*both, a.device, a.qa, a.shots) for both in pairs_of(a)]
     metas = [model.meta for pair in pairs for model in (pair.base, pair.instruct)]
     texts = [text_at(m["config"]["data"].get("path") or "") for m in metas]
@@ -279,7 +280,6 @@ def run(a: argparse.Namespace) -> None:
         stale = report["made_from"] != made_from
     except (ValueError, TypeError, KeyError):  # none yet, or not one of ours
         stale = True
-    check_file("--svg", a.svg)
     if stale:
         a.out.mkdir(parents=True, exist_ok=True)
         report = {"made_from": made_from, **make_report(pairs, a.questions)}

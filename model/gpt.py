@@ -323,7 +323,7 @@ class GPT(nn.Module):
     def loss(self, x: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """The summed loss in nats of hidden states (n, C) against targets (n,)."""
         logits = self.padded_logits(x)
-        logits[:, self.vocab_size :] = -torch.inf  # no slice, whose gradient is another copy of all
+        logits.detach()[:, self.vocab_size :] = -torch.inf  # a slice would copy all gradients
         if weights is None:
             return F.cross_entropy(logits, targets, reduction="sum")
         return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()

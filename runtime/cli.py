@@ -86,10 +86,10 @@ def one_line_errors() -> Iterator[None]:
             text = f"{error.strerror}: {error.filename or 'while writing a file'}"
         elif isinstance(error, RecursionError):
             text = "the input is nested too deeply"
-        elif isinstance(error, MemoryError) or re.search("(out of|allocate) memory", text):
+        elif isinstance(error, RuntimeError | MemoryError):
+            if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", text):
+                raise
             text = f"out of memory: {text or 'an input is too large for this machine'}"
-        elif isinstance(error, RuntimeError):
-            raise
         say(shortened(f"error: {visible(text)}", LONGEST), error=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

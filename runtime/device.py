@@ -32,8 +32,8 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12, "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12,
 }
 # fmt: on
-# FLOPs of a run: minutes on any of these. Compiling takes one and more, and saves about a third.
-EARNS_COMPILING = 3e16
+# FLOPs of a run: three minutes and more on any of these. Compiling takes one and saves a third.
+EARNS_COMPILING = 1e17
 
 
 def pick_device(name: str) -> torch.device:
@@ -61,14 +61,15 @@ def set_up(device_name: str, seed: int | None = None) -> torch.device:
         if device.index is not None:
             torch.cuda.set_device(device)  # whose streams, graphs and generator are then used
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
-        torch.backends.cuda.enable_cudnn_sdp(False)  # see `autocast`
+        torch.backends.cuda.enable_cudnn_sdp(False)  # but in `cudnn_attention`
     torch.set_flush_denormal(True)  # tiny numbers slow a CPU down a hundredfold
     if device.type == "cpu":
         keep_freed_memory()
-        threads, cores, load = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]
-        if threads > 1 and load > cores:  # they wait for each other at every operation
-            what = f"note: {cores} cores have work for {load:.0f} already, which slows all down"
-            say(f"{what}; give each process OMP_NUM_THREADS=1", error=True)
+        with contextlib.suppress(OSError):  # a load that cannot be told
+            threads, cores, load = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]
+            if threads > 1 and load > cores:  # they wait for each other at every operation
+                what = f"note: {cores} cores have work for {load:.0f} already, which slows all down"
+                say(f"{what}; give each process OMP_NUM_THREADS=1", error=True)
     return device
 
 
@@ -82,16 +83,20 @@ def keep_freed_memory() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX
 
 
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A context of bfloat16 matrix products where `has_bf16`, else of fp32. Weights stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+
+
 @contextlib.contextmanager
-def autocast(device: torch.device, one_shape: bool = False) -> Iterator[None]:
-    """A context of bfloat16 matrix products where `has_bf16`, else of fp32. Weights stay fp32.
-    cuDNN's attention, the fastest of an H100's, is only for batches of one shape and no mask: it
-    plans each new shape for about a second, and with a mask it gave NaN (pytorch issue 196678).
+def cudnn_attention(allowed: bool) -> Iterator[None]:
+    """Whether cuDNN's attention, the fastest of an H100's, takes part. It plans each new shape for
+    about a second, and with a mask it gave NaN (pytorch issue 196678). Around a forward pass and
+    its backward pass alike, in which blocks may be computed again.
     """
-    torch.backends.cuda.enable_cudnn_sdp(one_shape)
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            yield
+        yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -114,6 +119,9 @@ def compile_model(
         return
     if mode == "auto" and flops < EARNS_COMPILING:
         say("not compiled: a run this short does not earn it back; run.compile=on does it anyway")
+        return
+    if mode == "auto" and model.is_sharded:
+        say("not compiled: with run.shard that was never measured; run.compile=on does it anyway")
         return
     try:
         x = torch.ones(8, device=device, requires_grad=True)

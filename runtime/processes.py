@@ -101,7 +101,8 @@ def any_process(value: bool) -> bool:
 
 def place(model: GPT, device: torch.device, shard: bool) -> GPT:
     """The model on its device; with `shard`, of each weight only this process's share, which is
-    brought together for as long as a block computes (FSDP2). ValueError: there is one process.
+    brought together for as long as a block computes (FSDP2). Each process has once held all of them
+    in the machine's memory. ValueError: there is one process.
     """
     if shard:
         if world_size() == 1:

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from data.pretrain import PretrainDataConfig
 from data.tokenizer import create_tokenizer
-from model.gpt import GPT, ModelConfig
+from model.gpt import GPT, Block, ModelConfig
 from model.seen import Batch
 from runtime.device import EARNS_COMPILING, compile_model
 from train_pretrain import PretrainConfig
@@ -200,7 +200,9 @@ def test_out_of_memory_halves_the_rows_at_a_time_and_changes_nothing_else(
 
         Memory(fits, monkeypatch)
         if not fits:
-            with pytest.raises(ValueError, match="out of memory at micro-batches of 1 rows"):
+            with pytest.raises(
+                ValueError, match=r"out of memory at data\.micro_batch_size=1; lower it"
+            ):
                 run.within_memory(train, 0)
             break
         results = [run.within_memory(train, step) for step in range(2)]
@@ -291,13 +293,13 @@ def test_auto_says_what_it_decides_and_compiles_no_short_run(
 
 
 def test_cudnn_takes_part_in_attention_only_for_plain_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, forward = list[bool](), GPT.forward
+    seen, forward = list[bool](), Block.forward
 
     def watched(*args: Any) -> torch.Tensor:
         seen.append(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
         return forward(*args)
 
-    monkeypatch.setattr(GPT, "forward", watched)
+    monkeypatch.setattr(Block, "forward", watched)
     model, (idx, targets, weights) = random_model(), random_batch()
     optimizers, config = build_optimizers(model, OptimConfig()), OptimConfig()
     documents = torch.zeros_like(idx)
@@ -308,5 +310,9 @@ def test_cudnn_takes_part_in_attention_only_for_plain_rows(monkeypatch: pytest.M
     ):
         train_step(model, optimizers, [batch], 0, config)
     mean_loss(model, [Batch(idx, targets)])
-    assert seen == [True, False, False, False]
+    assert seen == [True, True, False, False, False, False, False, False]  # of two blocks
+    seen.clear()
+    model.activation_checkpointing = True
+    train_step(model.train(), optimizers, [Batch(idx, targets)], 0, config)
+    assert seen == [True] * 4  # also where they are computed again
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]

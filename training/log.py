@@ -99,7 +99,7 @@ class RunLog:
 
         `tokens` counts computed positions, padding included. `tokens_per_second` is of training
         since the last logged row, without evaluations and saves; `seconds` is the time since the
-        first step began, with them, over all resumes.
+        run was set up, with them, over all resumes.
         """
         if not is_first():
             return

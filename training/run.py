@@ -208,8 +208,8 @@ class Run:
                 return train(step, self.rows)
             # Out of the handler, which holds on to everything that was computed.
             if self.rows == 1 or processes.world_size() > 1:
-                remedy = "set run.activation_checkpointing or run.loss_chunk, or use shorter blocks"
-                raise ValueError(f"out of memory at micro-batches of {self.rows} rows; {remedy}")
+                remedy = "lower it, set run.activation_checkpointing or run.loss_chunk"
+                raise ValueError(f"out of memory at data.micro_batch_size={self.rows}; {remedy}")
             self.rows //= 2
             self._state[0].zero_grad()
             torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.seen import Batch
-from runtime.device import autocast, to_device
+from runtime.device import autocast, cudnn_attention, to_device
 from runtime.processes import my_share, sum_over_processes, whole, world_size
 from training.optim import OptimConfig, lr_factor, set_lr
 
@@ -102,7 +102,9 @@ def add_gradients(network: nn.Module, parts: list[list[Batch]], weight: float) -
         with contextlib.ExitStack() as stack:
             if isinstance(network, DistributedDataParallel) and i < len(mine):
                 stack.enter_context(network.no_sync())  # all-reduce only at the last one
-            with autocast(device, one_shape=batch.weights is None and batch.documents is None):
+            # Where all batches are of one shape and have no mask: rows of text.
+            stack.enter_context(cudnn_attention(batch.weights is None and batch.documents is None))
+            with autocast(device):
                 part = network(*moved) / weight
             (part * n).backward()  # DDP averages gradients: times n, their sum
         losses[k] += part.detach()
