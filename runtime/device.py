@@ -65,12 +65,18 @@ def set_up(device_name: str, seed: int | None = None) -> torch.device:
     torch.set_flush_denormal(True)  # tiny numbers slow a CPU down a hundredfold
     if device.type == "cpu":
         keep_freed_memory()
-        with contextlib.suppress(OSError):  # a load that cannot be told
-            threads, cores, load = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]
-            if threads > 1 and load > cores:  # they wait for each other at every operation
-                what = f"note: {cores} cores have work for {load:.0f} already, which slows all down"
-                say(f"{what}; give each process OMP_NUM_THREADS=1", error=True)
+        cores, others = os.cpu_count() or 1, running() - 1
+        if torch.get_num_threads() > 1 and others >= cores:  # all wait for all at every operation
+            what = f"note: {cores} cores have work for {others} already, which slows all down"
+            say(f"{what}; give each process OMP_NUM_THREADS=1", error=True)
     return device
+
+
+def running() -> int:
+    """How many threads of this machine run or could, this one included; 1 where nobody tells."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+    return 1
 
 
 def keep_freed_memory() -> None:
