@@ -144,18 +144,24 @@ def test_sampling_again_and_again_needs_no_more_memory() -> None:
     assert abs(reserved[-1] - reserved[1]) < 1 << 25  # less than one more workspace
 
 
+def loss_and_peak(model: GPT, idx: torch.Tensor) -> tuple[float, int]:
+    """The loss of some ids, and the most bytes that it and its gradients took."""
+    torch.cuda.reset_peak_memory_stats()
+    loss = model(idx, idx)
+    loss.backward()
+    model.zero_grad()
+    return loss.item(), torch.cuda.max_memory_allocated()
+
+
 def test_blocks_computed_again_need_less_memory_for_the_same_loss() -> None:
     config = ModelConfig(n_layer=8, n_head=2, n_embd=128, block_size=256)
     torch.manual_seed(1)
     model, losses, peaks = GPT(config, 300).to("cuda"), [], []
     idx = torch.randint(300, (16, 256), device="cuda")
     for model.activation_checkpointing in (False, True):
-        torch.cuda.reset_peak_memory_stats()
-        loss = model(idx, idx)
-        loss.backward()
-        model.zero_grad()
-        losses.append(loss.item())
-        peaks.append(torch.cuda.max_memory_allocated())
+        loss, peak = loss_and_peak(model, idx)
+        losses.append(loss)
+        peaks.append(peak)
     assert losses[0] == losses[1]
     assert peaks[1] < 0.6 * peaks[0]
 
@@ -271,11 +277,8 @@ def test_a_chunked_loss_needs_less_memory() -> None:
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=64, block_size=512), 50_000).to("cuda")
     idx, peaks, losses = torch.randint(50_000, (8, 512), device="cuda"), [], []
     for model.loss_chunk in (None, 256):
-        torch.cuda.reset_peak_memory_stats()
-        loss = model(idx, idx)
-        loss.backward()
-        model.zero_grad()
-        losses.append(loss.item())
-        peaks.append(torch.cuda.max_memory_allocated())
+        loss, peak = loss_and_peak(model, idx)
+        losses.append(loss)
+        peaks.append(peak)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert peaks[1] < 0.5 * peaks[0]

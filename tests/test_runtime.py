@@ -132,5 +132,9 @@ def test_more_work_than_cores_is_said_with_its_remedy(
     assert said.out == ""
 
 
-def test_what_runs_on_a_machine_is_at_least_this_test() -> None:
-    assert running() >= 1
+@pytest.mark.parametrize(("text", "n"), [("0.5 0.4 0.3 7/99 123\n", 7), ("", 1), ("x y z ?", 1)])
+def test_what_runs_on_a_machine_is_read_or_taken_for_this_alone(
+    text: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda path: text)
+    assert running() == n
