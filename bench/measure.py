@@ -242,7 +242,7 @@ class Bench:
         return figures | output.figures()
 
     def profile(self) -> None:
-        """What one training step spends its time on."""
+        """What one step spends its time on."""
         found = call("bench.workers:profile", case=self.case, device=self.device)
         rows = [{"name": f"`{key}`", "runs": [run]} for key, run in found.pop("operators")]
         print("\n".join(table(self.write(rows, **found))))
@@ -272,6 +272,5 @@ def settle(rows: list[Row], curves: Mapping[str, list[Curve]], target: float) ->
             reached = next((point for point in curve if point[2] <= target), (None, None))
             figures["seconds_to_loss"], figures["tokens_to_loss"] = reached[:2]
         times = [figures["seconds_to_loss"] for figures in row["runs"] if figures]
-        if None in times:
-            there = len(times) - times.count(None)
-            row["note"] = f"{there} of {len(times)} runs reached the loss"
+        if late := times.count(None):
+            row["note"] = f"{len(times) - late} of {len(times)} runs reached the loss"

@@ -54,10 +54,9 @@ def start(command: Sequence[Any], values: dict[str, Any], cwd: Path = ROOT, **en
             for line in process.stdout or ():
                 lines.append((time.perf_counter() - begin, line.rstrip("\n")))
         seconds = time.perf_counter() - begin
-        if process.returncode:
+        if code := process.returncode:
             errors.seek(0)
-            said = [line.strip() for line in errors if line.strip()]
-            said = said or [f"ended with code {process.returncode}"]
+            said = [*filter(None, map(str.strip, errors))] or [f"ended with code {code}"]
             raise WorkerError(re.sub("^(ValueError|error): ", "", said[-1]))
     return Output(lines, seconds)
 
@@ -76,12 +75,11 @@ def interleave(workers: Mapping[str, Callable[[], Figures]], passes: int) -> lis
         for row in [row for row in rows[:: -1 if i % 2 else 1] if "error" not in row]:
             try:
                 row["runs"][i] = figures = workers[row["name"]]()
+                said = "  ".join(f"{k} {v:,.4g}" for k, v in figures.items())
+                print(f"pass {i + 1} of {passes}, {row['name']}: {said}", flush=True)
             except WorkerError as error:
                 row["error"] = without_folders(str(error))
                 print(f"{row['name']}: error: {error}", file=sys.stderr)
-            else:
-                said = "  ".join(f"{k} {v:,.4g}" for k, v in figures.items())
-                print(f"pass {i + 1} of {passes}, {row['name']}: {said}", flush=True)
     errors = [row.get("error") for row in rows if row["name"].startswith("ours")]
     if errors and all(errors):
         raise ValueError(f"nothing of ours ran: {errors[0]}")

@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import runpy
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -199,25 +198,29 @@ def sample(name: str, tree: str, case: Case, device: str) -> Figures:
 
 
 def profile(case: Case, device: str) -> Figures:
-    """What some steps on random ids spend their time on: the largest `operators`, and speed."""
-    where, steps = devices.set_up(device, 1), case["steps"]
+    """What steps of training, or with `prompt_tokens` of drawing tokens, spend their time on."""
+    where, steps, T = devices.set_up(device, 1), case["steps"], case.get("prompt_tokens")
     model = GPT(ModelConfig(recipe=case["recipe"], **sizes(case)), case["vocab_size"]).to(where)
     config = OptimConfig(optimizer="adamw" if case["recipe"] == "gpt2" else "muon")
     optimizers = build_optimizers(model, config)
     devices.compile_model(model, "on" if case["compile"] else "off")
     idx = torch.randint(case["vocab_size"], (case["batch_size"], case["block_size"] + 1))
     batch = Batch(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
-    step = partial(seconds_of, train_step, model, optimizers, [batch], 0, config)
-    seconds = statistics.median([step() for _ in range(5 + steps)][5:])
+    step = partial(train_step, model, optimizers, [batch], 0, config)
+
+    def run(n: int) -> None:
+        list(stream(model, idx[:, :T].tolist(), Sampling(n)) if T else (step() for _ in range(n)))
+
+    run(5)
+    speed = (len(idx) if T else batch.idx.numel()) * steps / seconds_of(run, steps)
     with torch.profiler.profile() as profiler:
-        for _ in range(steps):
-            step()
+        seconds_of(run, steps)
     spent = "self_device_time_total" if where.type == "cuda" else "self_cpu_time_total"
     costs = [(getattr(e, spent), e.count, e.key) for e in profiler.key_averages()]
-    total, speed = sum(cost for cost, _, _ in costs), batch.idx.numel() / seconds
+    total = sum(cost for cost, _, _ in costs)
     operators = [
         (key, {"calls": n / steps, "milliseconds": cost / 1e3 / steps, "share": cost / total})
         for cost, n, key in sorted(costs, reverse=True)[: case["rows"]]
     ]
-    flops = devices.flops_per_token(model) * speed
+    flops = devices.flops_per_token(model) * speed / (3 if T else 1)  # no backward pass
     return {"tokens_per_second": speed, "flops_per_second": flops, "operators": operators}

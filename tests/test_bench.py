@@ -106,6 +106,14 @@ def results(tmp_path_factory: pytest.TempPathFactory, nanogpt: Path) -> dict[str
     return {(r := json.loads(f.read_text()))["what"]: r for f in out.glob("*-cpu-quick*.json")}
 
 
+def test_the_profile_of_a_drawn_token_is_of_one_forward_pass() -> None:
+    case = BENCHES["profile"]["cases"]["quick"] | {"recipe": "modern", "compile": False}
+    found = workers.profile(case | {"prompt_tokens": 4, "rows": 99}, "cpu")
+    calls = {name: row["calls"] for name, row in found["operators"]}
+    assert calls["aten::mm"] == 6 * case["n_layer"] + 1
+    assert not any("Backward" in name for name in calls)
+
+
 @pytest.mark.parametrize("what", FIGURES)
 def test_each_runs_and_says_what_it_measured(what: str, results: dict[str, Any]) -> None:
     result = results[what]
