@@ -10,6 +10,8 @@ of its stage: "sft.data.examples". The stages:
     more       train_pretrain.py again, from the base's weights; left out without keys or steps
     qa         other Q&A about the world (`lab.qa.conversations`); else its own
     sft        train_sft.py
+    qa2, sft2  other Q&A, and train_sft.py once more from the instruct model (`tune.init`), with the
+               keys of sft but for its own; left out without a key of either
 
 Every run is measured in the same way (`measure_row`); `[instruments]` adds others by name, each
 with its number of questions, and `[[tables]]` says which Markdown tables to make (`lab.tables`).
@@ -98,10 +100,11 @@ INSTRUMENTS: dict[str, Callable[[Pair, int], Any]] = {
     "names": names,
     "exposures": exposures,
 }
-STAGES = ("world", "pretrain", "more", "qa", "sft")
+STAGES = ("world", "pretrain", "more", "qa", "sft", "qa2", "sft2")
 # What a run has logged of its last step that says how it went.
 LOGGED = ("tokens", "val_loss", "val_bpb", "stop_rate")
-OWN = ("seed", "run.seed", "run.dir", "data.path", "base", "init_from")  # set by the sweep itself
+# Set by the sweep itself.
+OWN = ("seed", "run.seed", "run.dir", "data.path", "base", "init_from", "tune.init")
 MOST = 1000  # cells, or seeds
 T = TypeVar("T")
 Settings = dict[str, dict[str, Any]]  # of each stage, by key
@@ -195,7 +198,7 @@ def on_own_text(spec: dict[str, Any]) -> bool:
 def check_own_text(path: Path, spec: dict[str, Any]) -> None:
     """Raises ValueError: a sweep on somebody's own text lacks data, or asks for a world's."""
     keys, text = keys_of(spec), "this sweep is on the text of pretrain.data.path"
-    if of_a_world := [key for key in keys if key.startswith(("world.", "qa."))]:
+    if of_a_world := [key for key in keys if key.startswith(("world.", "qa"))]:
         raise ValueError(f"{path}: {of_a_world[0]}: {text}, there is no world to make")
     tunes = any(key.startswith("sft.") for key in keys)
     for stage in ("pretrain", "sft") if tunes else ("pretrain",):
@@ -238,21 +241,21 @@ class Plan:
     Attributes:
         world: None of a sweep on somebody's own text.
         data: what the first pretraining reads.
-        sft: None of a sweep of pretraining alone.
+        tunings: the Q&A and the config of each; none in a sweep of pretraining alone.
     """
 
     world: WorldConfig | None
     data: Path
     pretrain: PretrainConfig
     more: PretrainConfig | None
-    qa: dict[str, Any]
-    sft: SFTConfig | None
+    tunings: list[tuple[dict[str, Any], SFTConfig]]
 
     @property
     def stages(self) -> dict[str, PretrainConfig | SFTConfig]:
         """The configs of what is trained, by stage, in their order."""
-        every = {"pretrain": self.pretrain, "more": self.more, "sft": self.sft}
-        return {stage: config for stage, config in every.items() if config is not None}
+        more = {"more": self.more} if self.more else {}
+        tuned = zip(("sft", "sft2"), (config for _, config in self.tunings), strict=False)
+        return {"pretrain": self.pretrain, **more, **dict(tuned)}
 
 
 def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
@@ -261,16 +264,16 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
     Raises:
         ValueError: a key or value that a stage does not take.
     """
-    qa, world = settings["qa"], None
-    at: list[Any] = []
+    world, at = None, list[Any]()
     if own := settings["pretrain"].get("data.path"):
         data = Path(own)
     else:
         try:
             world = WorldConfig(seed=seed, **settings["world"])
-            next(conversations(World(world), **qa))
+            for stage in ("qa", "qa2"):
+                next(conversations(World(world), **settings[stage]))
         except TypeError as error:  # an unknown key or a wrong type
-            raise ValueError(f"[world] or [qa]: {error}") from None
+            raise ValueError(f"[world], [qa] or [qa2]: {error}") from None
         at.append(asdict(world))
         data = folder / "runs" / f"world-{files.fingerprint(at)}"
 
@@ -292,14 +295,20 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
         given = text | settings["more"] | {"init_from": pretrain.run.dir}
         if parse_config(PretrainConfig, options(given | {"run.dir": "unused"})).optim.steps:
             more = base = resolve(PretrainConfig, "more", given)
-    questions = data
-    if qa:
-        at.append(sorted(qa.items()))
-        questions = folder / "runs" / f"qa-{files.fingerprint(at)}.jsonl"
+    plan = Plan(world, data, pretrain, more, [])
     if own and not settings["sft"]:
-        return Plan(world, data, pretrain, more, qa, None)
-    tuning = {"data.path": str(questions)} | settings["sft"] | {"base": base.run.dir}
-    return Plan(world, data, pretrain, more, qa, resolve(SFTConfig, "sft", tuning))
+        return plan
+    tuning = {"data.path": str(data)} | settings["sft"] | {"base": base.run.dir}
+    for qa, stage in ((settings["qa"], "sft"), (settings["qa2"], "sft2")):
+        if plan.tunings:
+            if not qa and not settings[stage]:
+                break
+            tuning |= settings[stage] | {"tune.init": plan.tunings[0][1].run.dir}
+        if qa:
+            at.append(sorted(qa.items()))
+            tuning["data.path"] = str(folder / "runs" / f"qa-{files.fingerprint(at)}.jsonl")
+        plan.tunings.append((qa, resolve(SFTConfig, stage, tuning)))
+    return plan
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -332,12 +341,12 @@ def train(plan: Plan) -> list[dict[str, Any]]:
     pretrain(plan.pretrain)
     if plan.more:
         pretrain(plan.more)
-    if plan.world is not None and plan.qa and plan.sft is not None:
-        made = conversations(World(plan.world), **plan.qa)
-        text = "".join(json.dumps({"messages": c}) + "\n" for c in made)
-        files.write_text(Path(plan.sft.data.path), text)
-    if plan.sft is not None:
-        sft(plan.sft)
+    for qa, config in plan.tunings:
+        if plan.world is not None and qa:
+            made = conversations(World(plan.world), **qa)
+            text = "".join(json.dumps({"messages": c}) + "\n" for c in made)
+            files.write_text(Path(config.data.path), text)
+        sft(config)
     return [read_checkpoint(config.run.dir)[1] for config in plan.stages.values()]
 
 
@@ -438,7 +447,7 @@ def run(path: Path, out: Path, device: str) -> Path:
             continue
         world = World(plan.world)
         sizes = {split: len(people) for split, people in world.by_split.items()}
-        sizes["known"] = len(known_in(world, plan.qa))
+        sizes["known"] = len(known_in(world, plan.tunings[-1][0]))
         fewest = min(sizes.values()) * len(ATTRIBUTES)
         if n > fewest:
             raise ValueError(
@@ -449,7 +458,7 @@ def run(path: Path, out: Path, device: str) -> Path:
     for i, (cell, seed, plan) in enumerate(plans):
         say(f"== run {i + 1} of {len(plans)}: seed {seed}, {label(cell) or 'no key varied'}")
         metas = train(plan)
-        runs.append(Measured(cell, seed, plan, replayed(metas[-1]) if plan.sft else ""))
+        runs.append(Measured(cell, seed, plan, replayed(metas[-1]) if plan.tunings else ""))
         made_of.append([meta["files"] for meta in metas])
     asked = {key: value for key, value in spec.items() if key not in ("about", "labels", "tables")}
     made_from = files.fingerprint(
@@ -493,15 +502,16 @@ def measured_run(run: Measured, spec: dict[str, Any], out: Path, device: str) ->
     """A run with all its figures."""
     plan, n = run.plan, spec["questions"]
     assert plan is not None
-    if plan.sft is None:
+    if not plan.tunings:
         return replace(run, logged=logged(plan))
-    pair = open_pair(plan.sft.base, plan.sft.run.dir, device, None)
+    qa, last = plan.tunings[-1]
+    pair = open_pair(last.base, last.run.dir, device, None)
     if plan.world is None:
         run = replace(run, logged=logged(plan))
         row = cached_row(pair, [n], lambda: measure_own_text(pair, n), out)
     else:
         world = World(plan.world)
-        people = known_in(world, plan.qa), strangers_taught(world, **plan.qa)
+        people = known_in(world, qa), strangers_taught(world, **qa)
         asked = [n, *([person.name for person in some] for some in people)]
         row = cached_row(pair, asked, lambda: measure_row(pair, n, *people), out)
     asked_of = spec.get("instruments", {}).items()

@@ -16,6 +16,7 @@ from data.prepare import prepare_text
 from lab import figures, sweep
 from lab.stats import Share
 from tests.conftest import TINY
+from training.checkpoint import read_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -174,6 +175,10 @@ def test_stages_that_are_asked_for_are_run_and_shared(
     "more.optim.steps" = 2
     "qa.strangers" = 0.5
     "qa.dont_know" = true
+    [[cells]]
+    "more.optim.steps" = 0
+    "qa2.forms" = ["sentence"]
+    "sft2.optim.steps" = 1
     """
     text = SPEC.replace("seeds = [1, 2]", "seeds = [1]") + "\n".join(
         line.strip() for line in cells.splitlines()
@@ -185,9 +190,9 @@ def test_stages_that_are_asked_for_are_run_and_shared(
         sweep.make_plan(tmp_path / "out", sweep.settings_of(spec, cell), 1)
         for cell in sweep.cells_of(spec)
     ]
-    tunings = [plan.sft for plan in plans if plan.sft is not None]
+    tunings = [plan.tunings[-1][1] for plan in plans]
     assert len({plan.pretrain.run.dir for plan in plans}) == 1
-    assert len({tuning.run.dir for tuning in tunings}) == 3
+    assert len({tuning.run.dir for tuning in tunings}) == 4
     assert plans[0].more is None
     assert tunings[0].base == plans[0].pretrain.run.dir
     assert plans[1].more is not None
@@ -195,6 +200,13 @@ def test_stages_that_are_asked_for_are_run_and_shared(
     assert tunings[1].base == plans[1].more.run.dir
     asked = Path(tunings[2].data.path).read_text()
     assert asked.count('" I do not know."') > asked.count("\n") / 4
+    assert plans[3].tunings[0][1] == tunings[0]
+    assert tunings[3].tune.init == tunings[0].run.dir
+    assert (tunings[3].base, tunings[3].optim.lr) == (tunings[0].base, tunings[0].optim.lr)
+    assert read_checkpoint(tunings[3].run.dir)[1]["step"] == 1
+    asked = Path(tunings[3].data.path).read_text()
+    replies = [json.loads(line)["messages"][-1]["content"] for line in asked.splitlines()]
+    assert min(len(reply.split()) for reply in replies) > 3  # sentences alone
     assert (folder / "picture.svg").exists()
 
 
