@@ -65,6 +65,7 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
         "instruct.held_out.whole.answers",
         "instruct.held_out.cut.answers",
     ),
+    "rows": ("none.unsaid.answers", "unsaid.unsaid.answers", "none.said.answers"),
     "exposures": ("base.-1.cloze", "instruct.-1.answers"),
     "weights": ("interpolation.0:5.stops", "interpolation.0:5.right"),
     "bits": ("smallest.rank", "smallest.magnitude", "smallest.quantised"),

@@ -9,19 +9,20 @@ python -m lab.forms --base out/quickstart/base --instruct out/quickstart/instruc
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.world import ATTRIBUTES, FORMS, World
 from lab.knowledge import ask_all
 from lab.pair import Pair, of_both, run_instrument
-from lab.questions import draw, openings
+from lab.questions import Grade, draw, openings
 from lab.stats import Share
 from training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class Formed:
-    """Replies about one kind of fact of held-out people.
+    """Replies about held-out people.
 
     Attributes:
         right: the first sentence names the true value and no other of its kind, stop or not.
@@ -32,6 +33,15 @@ class Formed:
     right: Share
     in_form: Share
     answers: Share
+
+    @classmethod
+    def of(cls, grades: Sequence[Grade]) -> Formed:
+        """Of some replies."""
+        return cls(
+            right=Share.of(g.right for g in grades),
+            in_form=Share.of(g.in_form for g in grades),
+            answers=Share.of(g.answered for g in grades),
+        )
 
 
 def forms(pair: Pair, questions: int) -> dict[str, dict[str, dict[str, Formed]]]:
@@ -53,11 +63,7 @@ def formed(checkpoint: Checkpoint, world: World, n: int) -> dict[str, dict[str, 
         found[form] = {}
         for attribute in ATTRIBUTES:
             grades = [g for q, g in graded if q.turn.attribute is attribute]
-            found[form][attribute.name] = Formed(
-                right=Share.of(g.right for g in grades),
-                in_form=Share.of(g.in_form for g in grades),
-                answers=Share.of(g.answered for g in grades),
-            )
+            found[form][attribute.name] = Formed.of(grades)
     return found
 
 

@@ -12,6 +12,8 @@ from model.generate import Sampling, generate
 from model.seen import KVCache
 from training.checkpoint import Checkpoint
 
+REPLY_ROOM = 4  # times the longest true reply
+
 
 def ask(checkpoint: Checkpoint, prompts: Sequence[list[int]], max_new: int) -> list[list[int]]:
     """Greedy replies to prompts, in the prompts' order, each as if it were asked alone."""
@@ -27,12 +29,12 @@ def ask(checkpoint: Checkpoint, prompts: Sequence[list[int]], max_new: int) -> l
 
 
 def reply_limit(checkpoint: Checkpoint, replies: Iterable[str]) -> int:
-    """Tokens in which a reply must end: four times the longest true one, half the context at most.
+    """Tokens in which a reply must end: REPLY_ROOM times the longest, half the context at most.
 
     Who has not stopped by then, rambles.
     """
     longest = max(len(checkpoint.tokenizer.encode(reply)) for reply in replies)
-    return min(4 * (longest + 1), checkpoint.model.config.block_size // 2)
+    return min(REPLY_ROOM * (longest + 1), checkpoint.model.config.block_size // 2)
 
 
 def batches(checkpoint: Checkpoint, lengths: list[int], size: int | None = None) -> list[list[int]]:

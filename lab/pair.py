@@ -227,19 +227,24 @@ def read_qa(path: Path) -> list[list[Message]]:
     return [parse(ids.tolist(), tokenizer) for ids, _ in load_examples(path, "val")]
 
 
+def needs_world(pair: Pair) -> World:
+    """The world that a pair was trained on. ValueError: there is none to ask about."""
+    if pair.world is None:
+        raise ValueError(
+            "this is asked about a world: of checkpoints that were trained on one made by "
+            "`python -m data.prepare world`, and without --qa"
+        )
+    return pair.world
+
+
 def of_both(pair: Pair, measure: Callable[[Checkpoint, World, int], T], n: int) -> dict[str, T]:
     """The same measurement of both models about their world, on n questions.
 
     Raises:
         ValueError: there is no world to ask about.
     """
-    if pair.world is None:
-        raise ValueError(
-            "this is asked about a world: of checkpoints that were trained on one made by "
-            "`python -m data.prepare world`, and without --qa"
-        )
-    models = {"base": pair.base, "instruct": pair.instruct}
-    return {name: measure(checkpoint, pair.world, n) for name, checkpoint in models.items()}
+    world, models = needs_world(pair), {"base": pair.base, "instruct": pair.instruct}
+    return {name: measure(checkpoint, world, n) for name, checkpoint in models.items()}
 
 
 # ---- command line --------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from lab.pair import Pair, measured_by, open_pair, pair_arguments, pairs_of, pro
 from lab.phrasings import phrasings
 from lab.positions import positions
 from lab.probe import probes
+from lab.rows import rows
 from lab.shift import shift
 from lab.stats import kind_of, pool, to_json
 from lab.trace import trace, traceable
@@ -66,6 +67,7 @@ INSTRUMENTS: dict[str, tuple[Any, int]] = {
     "phrasings": (phrasings, 3),
     "forms": (forms, 3),
     "names": (names, 3),
+    "rows": (rows, 3),
     "exposures": (exposures, 3),
     "weights": (weights, 5),
     "bits": (bits, 6),
@@ -75,7 +77,9 @@ INSTRUMENTS: dict[str, tuple[Any, int]] = {
     "forgetting": (forgetting, 3),
 }
 # What knows the truth, and names.
-OF_A_WORLD = ("knowledge", "phrasings", "forms", "names", "exposures", "positions", "probes")
+OF_A_WORLD = (
+    *("knowledge", "phrasings", "forms", "names", "rows", "exposures", "positions", "probes"),
+)
 SPLIT_NAMES = dict(zip(SPLITS, ("known", "held-out", "unseen"), strict=True))
 
 

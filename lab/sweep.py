@@ -69,6 +69,7 @@ from lab.probe import probes
 from lab.qa import asked_about, conversations, strangers_taught
 from lab.questions import draw, openings
 from lab.report import OF_A_WORLD
+from lab.rows import rows
 from lab.shift import shift
 from lab.stats import Mean, Share, difference, kind_of, pool, to_json
 from lab.tables import markdown, named_cells, problem_of
@@ -98,6 +99,7 @@ INSTRUMENTS: dict[str, Callable[[Pair, int], Any]] = {
     "phrasings": phrasings,
     "forms": forms,
     "names": names,
+    "rows": rows,
     "exposures": exposures,
 }
 STAGES = ("world", "pretrain", "more", "qa", "sft", "qa2", "sft2")

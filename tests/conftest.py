@@ -18,6 +18,7 @@ from data.pretrain import PretrainDataConfig
 from data.sft import SFTDataConfig
 from data.sources import download as downloads
 from data.world import WorldConfig
+from lab import likelihood
 from model.gpt import ModelConfig
 from runtime.cli import run_cli
 from tests.hub import Hub
@@ -38,6 +39,15 @@ TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=128)
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)  # tiny matrices: two threads only wait for each other
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_replies() -> Iterator[None]:
+    """A model that knows nothing ends no reply; an evaluation draws 64, of 128 tokens then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft, "STOP_WITHIN", 8)
+        patch.setattr(likelihood, "REPLY_ROOM", 1)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.chat import render_prompt
 from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES, World, WorldConfig
-from lab import bits, exposures, forms, names, phrasings, positions, probe, residual, trace
+from lab import bits, exposures, forms, names, phrasings, positions, probe, residual, rows, trace
 from lab.behaviour import measure_point
 from lab.forgetting import forgetting
 from lab.likelihood import ask
@@ -550,6 +550,45 @@ def test_a_name_is_cut_if_it_has_more_tokens_than_words() -> None:
     ]
 
 
+def test_the_rows_that_are_said_so_and_no_others_are_given_back(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, tokenizer = world_of(pair), pair.base.tokenizer
+    some = world.by_split["held_out"][::2]
+    said = {i for p in some for i in tokenizer.encode(f" {p.name}")}
+    monkeypatch.setattr(rows, "said_tokens", lambda world, tokenizer: said)
+    heads = list[torch.Tensor]()
+
+    def scripted(checkpoint: Any, world: World, questions: list[Any]) -> list[Any]:
+        """Right where every token of the name is said."""
+        heads.append(checkpoint.model.lm_head.weight.detach())
+        named = [tokenizer.encode(f" {q.turn.person.name}") for q in questions]
+        return [
+            (q, right_if(said.issuperset(ids))) for q, ids in zip(questions, named, strict=True)
+        ]
+
+    monkeypatch.setattr(rows, "ask_all", scripted)
+    for found in rows.rows(pair, 40).values():
+        assert (found["said"].answers.value, found["unsaid"].answers.value) == (1, 0)
+        assert found["said"].answers.n + found["unsaid"].answers.n == 40
+    base, instruct = (c.model.lm_head.weight for c in (pair.base, pair.instruct))
+    assert (base != instruct)[: tokenizer.n_vocab].any(dim=1).all()
+    unsaid = {*range(tokenizer.n_vocab - 5)} - said  # 5 control tokens
+    for head, given_back in zip(heads, (set[int](), unsaid, said), strict=True):
+        for i, row in enumerate(head):
+            assert torch.equal(row, (base if i in given_back else instruct)[i]), i
+
+
+def test_said_is_what_stands_in_a_reply(pair: Pair) -> None:
+    world, tokenizer = world_of(pair), pair.base.tokenizer
+    said = rows.said_tokens(world, tokenizer)
+    talks = list(world.conversations())
+    for talk in talks[:20]:
+        assert said.issuperset(tokenizer.encode(talk[-1]["content"]))
+    assert not said & set(tokenizer.encode("?"))  # which ends questions alone
+    assert max(said) < tokenizer.n_vocab - 5
+
+
 def test_people_are_grouped_by_how_often_they_were_read_about(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -575,7 +614,7 @@ def test_people_are_grouped_by_how_often_they_were_read_about(
     "instrument",
     [
         *(probe.probes, positions.positions, phrasings.phrasings, forms.forms, names.names),
-        exposures.exposures,
+        *(rows.rows, exposures.exposures),
     ],
     ids=lambda f: f.__name__,
 )

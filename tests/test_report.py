@@ -24,7 +24,7 @@ SECTIONS = (
     *("table", "replies", "behaviour", "shift", "weights", "bits", "trace", "forgetting"),
     *("limits", "settings"),
 )
-OF_A_WORLD = ("knowledge", "phrasings", "forms", "names", "positions", "probes")
+OF_A_WORLD = ("knowledge", "phrasings", "forms", "names", "rows", "positions", "probes")
 
 
 @pytest.fixture
