@@ -2,8 +2,8 @@
 
 Each step of tuning lowers the logits of all tokens but the next one of a reply. The head's row of a
 token that is never the next one is only ever lowered, and who copies such a name has to overcome
-that. So some of the head's rows are given back, as the base has them: the unsaid ones, or those of
-all other tokens but the template's.
+that. So rows of the tokens in people's names are given back, as the base has them: of those that
+are unsaid, or of the others.
 
 python -m lab.rows --base out/quickstart/base --instruct out/quickstart/instruct
 """
@@ -15,7 +15,7 @@ import random
 import torch
 
 from data.chat import render
-from data.tokenizer import CONTROL_TOKENS, Tokenizer
+from data.tokenizer import Tokenizer
 from data.world import World
 from lab.forms import Formed
 from lab.knowledge import ask_all
@@ -26,14 +26,15 @@ from lab.weights import graft, mixed
 
 def rows(pair: Pair, questions: int) -> dict[str, dict[str, Formed]]:
     """Sentences that are asked for about held-out people, by which rows are given back ("none",
-    "unsaid", "said"), and whether the person's name holds an "unsaid" token or is all "said".
+    "unsaid", "said"), and by whether the person's name holds an "unsaid" token or is all "said".
 
     Raises:
         ValueError: there is no world to ask about.
     """
     world, tokenizer = needs_world(pair), pair.instruct.tokenizer
     said = said_tokens(world, tokenizer)
-    unsaid = {*range(tokenizer.n_vocab - len(CONTROL_TOKENS))} - said
+    names = {i for person in world.people for i in tokenizer.encode(f" {person.name}")}
+    given_back = {"none": set[int](), "unsaid": names - said, "said": names & said}
     rng = random.Random(f"rows {world.config.seed}")
     asked = openings(draw(world, "held_out", questions, rng), rng, ("sentence",))
     base, instruct = (
@@ -42,7 +43,7 @@ def rows(pair: Pair, questions: int) -> dict[str, dict[str, Formed]]:
     )
     head = "lm_head.weight" if "lm_head.weight" in base else "wte.weight"  # a tied one
     found = dict[str, dict[str, Formed]]()
-    for given_back, ids in {"none": set[int](), "unsaid": unsaid, "said": said}.items():
+    for rows_of, ids in given_back.items():
         chosen = torch.zeros(len(base[head]), dtype=torch.bool, device=base[head].device)
         chosen[sorted(ids)] = True
         model = mixed(pair.instruct, graft(instruct, base, {head: chosen}))
@@ -50,7 +51,7 @@ def rows(pair: Pair, questions: int) -> dict[str, dict[str, Formed]]:
         for question, grade in ask_all(model, world, asked):
             name = tokenizer.encode(f" {question.turn.person.name}")
             groups["said" if said.issuperset(name) else "unsaid"].append(grade)
-        found[given_back] = {group: Formed.of(grades) for group, grades in groups.items()}
+        found[rows_of] = {group: Formed.of(grades) for group, grades in groups.items()}
     return found
 
 

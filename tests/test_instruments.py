@@ -573,8 +573,9 @@ def test_the_rows_that_are_said_so_and_no_others_are_given_back(
         assert found["said"].answers.n + found["unsaid"].answers.n == 40
     base, instruct = (c.model.lm_head.weight for c in (pair.base, pair.instruct))
     assert (base != instruct)[: tokenizer.n_vocab].any(dim=1).all()
-    unsaid = {*range(tokenizer.n_vocab - 5)} - said  # 5 control tokens
-    for head, given_back in zip(heads, (set[int](), unsaid, said), strict=True):
+    of_names = {i for p in world.people for i in tokenizer.encode(f" {p.name}")}
+    assert of_names - said
+    for head, given_back in zip(heads, (set[int](), of_names - said, said), strict=True):
         for i, row in enumerate(head):
             assert torch.equal(row, (base if i in given_back else instruct)[i]), i
 
