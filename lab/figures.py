@@ -366,6 +366,25 @@ def forms_plot(cells: Cells) -> Figure:
     return figure
 
 
+def rows_plot(cells: Cells) -> Figure:
+    """Sentences about people whose names need an unsaid token: as tuned, with rows given back."""
+    figure, (axes,) = panels(6.4, 0.45 * len(cells) + 1.2, ["sentences"])
+    for rows, group, name, color, shift in (
+        ("none", "said", "all other names", GREY, -0.2),
+        ("none", "unsaid", "names with an unsaid token", INSTRUCT, 0),
+        ("unsaid", "unsaid", "the same, the head's rows given back", GREEN, 0.2),
+    ):
+        shares = [found[rows][group]["answers"] for found in cells.values()]
+        dots(axes, [row + shift for row in range(len(cells))], shares, name, color)
+    axes.set_yticks(range(len(cells)), list(cells))
+    axes.invert_yaxis()
+    axes.set_xlim(-0.03, 1.03)
+    axes.grid(axis="x", color="#dddddd", lw=0.6)
+    axes.set_xlabel("sentences about held-out people, right and stopped")
+    figure.legend(loc="outside upper left")
+    return figure
+
+
 def exposures_plot(cells: Cells) -> Figure:
     """What is completed and answered of held-out people, by how often they were read about."""
     figure, axes = panels(3.0, 3.2, list(cells))
@@ -412,6 +431,7 @@ PLOTS: dict[str, Any] = {
     "bits": bits_plot,
     "phrasings": phrasings_plot,
     "forms": forms_plot,
+    "rows": rows_plot,
     "exposures": exposures_plot,
     "trace": trace_plot,
 }
