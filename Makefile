@@ -40,7 +40,7 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Everything that docs/findings.md reports, from nothing: about half a day on one core. It goes on
+# Everything that docs/findings.md reports, from nothing: about a day of one core. It goes on
 # where it was interrupted. SWEEPS="rates order" runs these alone.
 findings: .venv/runtime
 	$(BIN)/python -m lab.findings $(SWEEPS)
