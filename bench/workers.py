@@ -222,5 +222,5 @@ def profile(case: Case, device: str) -> Figures:
         (key, {"calls": n / steps, "milliseconds": cost / 1e3 / steps, "share": cost / total})
         for cost, n, key in sorted(costs, reverse=True)[: case["rows"]]
     ]
-    flops = devices.flops_per_token(model) * speed / (3 if T else 1)  # no backward pass
+    flops = None if T else devices.flops_per_token(model) * speed  # the context grows
     return {"tokens_per_second": speed, "flops_per_second": flops, "operators": operators}

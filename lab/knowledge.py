@@ -209,8 +209,8 @@ def ask_all(
 
     Args:
         prompt: how a conversation is put to the model.
-        limit: tokens of a reply at most; None for four times as many as the longest true one in the
-            forms asked for has.
+        limit: tokens of a reply at most; None for `reply_limit` of the true ones in the forms
+            asked for.
     """
     begins = [checkpoint.tokenizer.encode(q.begin) for q in questions]
     prompts = [prompt(q.messages, checkpoint.tokenizer) for q in questions]

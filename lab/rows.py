@@ -1,9 +1,10 @@
 """Unsaid tokens: what becomes of a name with a token that no reply of tuning holds?
 
-Each step of tuning lowers the logits of all tokens but the next one of a reply. The head's row of a
-token that is never the next one is only ever lowered, and who copies such a name has to overcome
-that. So rows of the tokens in people's names are given back, as the base has them: of those that
-are unsaid, or of the others.
+Each step of tuning pushes down the logits of all tokens but the next one of a reply. The head's row
+of a token that is never the next one is pushed nowhere else, unless text that holds it is replayed,
+and who copies such a name has to overcome that. So rows of the tokens in people's names are given
+back, as the base has them: of those that are unsaid, or of the others. "Unsaid" is by the world's
+own Q&A, all of it: by less of it (`data.examples`, a sweep's `[qa]`) more tokens are.
 
 python -m lab.rows --base out/quickstart/base --instruct out/quickstart/instruct
 """

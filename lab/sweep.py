@@ -11,7 +11,7 @@ of its stage: "sft.data.examples". The stages:
     qa         other Q&A about the world (`lab.qa.conversations`); else its own
     sft        train_sft.py
     qa2, sft2  other Q&A, and train_sft.py once more from the instruct model (`tune.init`), with the
-               keys of sft but for its own; left out without a key of either
+               keys of sft and its own over them; left out without a key of either
 
 Every run is measured in the same way (`measure_row`); `[instruments]` adds others by name, each
 with its number of questions, and `[[tables]]` says which Markdown tables to make (`lab.tables`).
@@ -202,7 +202,7 @@ def check_own_text(path: Path, spec: dict[str, Any]) -> None:
     keys, text = keys_of(spec), "this sweep is on the text of pretrain.data.path"
     if of_a_world := [key for key in keys if key.startswith(("world.", "qa"))]:
         raise ValueError(f"{path}: {of_a_world[0]}: {text}, there is no world to make")
-    tunes = any(key.startswith("sft.") for key in keys)
+    tunes = any(key.startswith("sft") for key in keys)
     for stage in ("pretrain", "sft") if tunes else ("pretrain",):
         for cell in cells_of(spec):
             if "data.path" not in settings_of(spec, cell)[stage]:
@@ -309,7 +309,8 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
         if qa:
             at.append(sorted(qa.items()))
             tuning["data.path"] = str(folder / "runs" / f"qa-{files.fingerprint(at)}.jsonl")
-        plan.tunings.append((qa, resolve(SFTConfig, stage, tuning)))
+        asked = qa or (plan.tunings[0][0] if plan.tunings else qa)  # the same questions again
+        plan.tunings.append((asked, resolve(SFTConfig, stage, tuning)))
     return plan
 
 
@@ -460,7 +461,8 @@ def run(path: Path, out: Path, device: str) -> Path:
     for i, (cell, seed, plan) in enumerate(plans):
         say(f"== run {i + 1} of {len(plans)}: seed {seed}, {label(cell) or 'no key varied'}")
         metas = train(plan)
-        runs.append(Measured(cell, seed, plan, replayed(metas[-1]) if plan.tunings else ""))
+        texts = dict.fromkeys(map(replayed, metas[len(metas) - len(plan.tunings) :]))
+        runs.append(Measured(cell, seed, plan, "/".join(texts)))
         made_of.append([meta["files"] for meta in metas])
     asked = {key: value for key, value in spec.items() if key not in ("about", "labels", "tables")}
     made_from = files.fingerprint(

@@ -204,6 +204,10 @@ def test_stages_that_are_asked_for_are_run_and_shared(
     assert tunings[3].tune.init == tunings[0].run.dir
     assert (tunings[3].base, tunings[3].optim.lr) == (tunings[0].base, tunings[0].optim.lr)
     assert read_checkpoint(tunings[3].run.dir)[1]["step"] == 1
+    cell = {"qa.asked": 0.5, "sft2.optim.lr": 0.01}  # the same questions again
+    both = sweep.make_plan(tmp_path / "out", sweep.settings_of(spec, cell), 1).tunings
+    assert [qa for qa, _ in both] == [{"asked": 0.5}] * 2
+    assert len({c.data.path for _, c in both}) == 1 < len({c.run.dir for _, c in both})
     asked = Path(tunings[3].data.path).read_text()
     replies = [json.loads(line)["messages"][-1]["content"] for line in asked.splitlines()]
     assert min(len(reply.split()) for reply in replies) > 3  # sentences alone
