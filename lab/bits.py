@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lab.behaviour import Point, measure_point
 from lab.pair import Pair, run_instrument
-from lab.weights import TABLES, State, mixed, template_rows
+from lab.weights import TABLES, State, mixed, states, template_rows
 
 RANKS = (1, 2, 4, 8, 16, 32)
 KEPT = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)  # shares of the entries
@@ -62,10 +62,7 @@ Cutter = Callable[[Tensor], tuple[Tensor, float]]  # a change (m, n) cut down, a
 
 def bits(pair: Pair, questions: int) -> Bits:
     """All cuts; `questions` per point."""
-    base, instruct = (
-        {name: p.detach() for name, p in c.model.named_parameters()}
-        for c in (pair.base, pair.instruct)
-    )
+    base, instruct = states(pair)
 
     template = template_rows(pair)
 

@@ -4,7 +4,8 @@ Each step of tuning pushes down the logits of all tokens but the next one of a r
 of a token that is never the next one is pushed nowhere else, unless text that holds it is replayed,
 and who copies such a name has to overcome that. So rows of the tokens in people's names are given
 back, as the base has them: of those that are unsaid, or of the others. "Unsaid" is by the world's
-own Q&A, all of it: by less of it (`data.examples`, a sweep's `[qa]`) more tokens are.
+own Q&A, all of it: by less of it (`data.examples`, a sweep's `[qa]`) more tokens are. The rows of a
+tied head are also what the prompt is read with.
 
 python -m lab.rows --base out/quickstart/base --instruct out/quickstart/instruct
 """
@@ -22,7 +23,7 @@ from lab.forms import Formed
 from lab.knowledge import ask_all
 from lab.pair import Pair, needs_world, run_instrument
 from lab.questions import Grade, draw, openings
-from lab.weights import graft, mixed
+from lab.weights import graft, mixed, states
 
 
 def rows(pair: Pair, questions: int) -> dict[str, dict[str, Formed]]:
@@ -38,10 +39,7 @@ def rows(pair: Pair, questions: int) -> dict[str, dict[str, Formed]]:
     given_back = {"none": set[int](), "unsaid": names - said, "said": names & said}
     rng = random.Random(f"rows {world.config.seed}")
     asked = openings(draw(world, "held_out", questions, rng), rng, ("sentence",))
-    base, instruct = (
-        {name: p.detach() for name, p in c.model.named_parameters()}
-        for c in (pair.base, pair.instruct)
-    )
+    base, instruct = states(pair)
     head = "lm_head.weight" if "lm_head.weight" in base else "wte.weight"  # a tied one
     found = dict[str, dict[str, Formed]]()
     for rows_of, ids in given_back.items():

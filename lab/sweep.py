@@ -301,6 +301,7 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
     if own and not settings["sft"]:
         return plan
     tuning = {"data.path": str(data)} | settings["sft"] | {"base": base.run.dir}
+    asked: dict[str, Any] = {}  # by a second tuning, the same again if it names nothing else
     for qa, stage in ((settings["qa"], "sft"), (settings["qa2"], "sft2")):
         if plan.tunings:
             if not qa and not settings[stage]:
@@ -309,7 +310,7 @@ def make_plan(folder: Path, settings: Settings, seed: int) -> Plan:
         if qa:
             at.append(sorted(qa.items()))
             tuning["data.path"] = str(folder / "runs" / f"qa-{files.fingerprint(at)}.jsonl")
-        asked = qa or (plan.tunings[0][0] if plan.tunings else qa)  # the same questions again
+        asked = qa or asked
         plan.tunings.append((asked, resolve(SFTConfig, stage, tuning)))
     return plan
 

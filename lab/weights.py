@@ -74,10 +74,7 @@ State = dict[str, Tensor]
 
 def weights(pair: Pair, questions: int) -> Weights:
     """All of it; `questions` per point."""
-    base, instruct = (
-        {name: p.detach() for name, p in c.model.named_parameters()}
-        for c in (pair.base, pair.instruct)
-    )
+    base, instruct = states(pair)
 
     def point(state: State) -> Point:
         return measure_point(pair, mixed(pair.instruct, state), questions)
@@ -99,6 +96,15 @@ def weights(pair: Pair, questions: int) -> Weights:
             for group, part in groups.items()
         },
     )
+
+
+def states(pair: Pair) -> tuple[State, State]:
+    """The parameters of the base and of the instruct model, by name; a tied head counts as wte."""
+    base, instruct = (
+        {name: p.detach() for name, p in c.model.named_parameters()}
+        for c in (pair.base, pair.instruct)
+    )
+    return base, instruct
 
 
 def interpolate(base: Tensor, instruct: Tensor, scale: float) -> Tensor:

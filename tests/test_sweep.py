@@ -456,6 +456,7 @@ def test_instruments_that_need_no_world_are_asked_on_own_text(own: Path, tmp_pat
         (ALONE + "[instruments]\nbehaviour = 2\n", "behaviour needs an instruct model"),
         (OWN.replace('"data.path" = "QUESTIONS"', ""), "sft.data.path is needed for every cell"),
         (OWN.replace('"data.path" = "TEXT"', ""), "sft.data.path is the sweep's own to set"),
+        (ALONE + '[grid]\n"sft2.optim.steps" = [2]\n', "sft.data.path is needed for every cell"),
         (
             OWN.replace('"data.path" = "TEXT"', "")
             + '[[cells]]\n"pretrain.data.path" = "TEXT"\n[[cells]]\n"pretrain.optim.lr" = 0.1\n',
