@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from data.chat import jinja_template, template_fingerprint
 from data.tokenizer import END_OF_TEXT, END_OF_TURN
 from hf.architecture import export_config, export_weights, import_weights, read_config
-from hf.hub import GPT2_NAMES, HUB_FILES, ORIGIN_FILE, find_model, origin_of, weight_files
+from hf.hub import GPT2_NAMES, ORIGIN_FILE, find_model, origin_of, weight_files
 from hf.tokenizer import export_tokenizer, import_tokenizer, marked
 from model.gpt import GPT, ModelConfig
 from runtime.cli import Parser, one_line_errors, say
@@ -41,7 +41,7 @@ def import_checkpoint(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another folder, or delete it")
-    folder = find_model(source, downloads, HUB_FILES, _check)
+    folder = find_model(source, downloads, _check)
     with _importing(folder):
         config, n_rows = read_config(folder)
         tokenizer, n_known = import_tokenizer(folder, n_rows)

@@ -25,10 +25,9 @@ from model.seen import KVCache, Seen
 from runtime.device import environment, set_up
 from runtime.files import fingerprint, read_json
 from training import checkpoint
-from training.checkpoint import WEIGHTS_FILE, Checkpoint, not_finite
+from training.checkpoint import WEIGHTS_FILE, Checkpoint, check_models, not_finite
 
 PREFIX = "hf:"
-FILES = ("*.json", "*.jinja", "model*.safetensors")
 LONGEST = 4096  # tokens of a context, however long the model's own is: whole batches must fit
 SAID = [Message(role="user", content="Ada?"), Message(role="assistant", content="Babbage.")]
 
@@ -44,6 +43,7 @@ class ForeignTokenizer(Tokenizer):
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.vocabulary = inner, inner.get_vocab()
+        self.has_template = bool(inner.chat_template)
         self.n_vocab = max(self.vocabulary.values()) + 1
         ends = (inner.bos_token_id, inner.eos_token_id, inner.pad_token_id)
         self.end_of_text = next(i for i in ends if i is not None)
@@ -56,11 +56,6 @@ class ForeignTokenizer(Tokenizer):
         self.end_of_turn = next(iter(inner.encode(after, add_special_tokens=False)), own_end)
         if self.decode(self.encode("A b, 12é")).strip() != "A b, 12é":
             raise ValueError("its tokens are not pieces of text that can be read one by one")
-
-    @property
-    def has_template(self) -> bool:  # type: ignore[override]
-        """Whether there is a chat template."""
-        return bool(self.inner.chat_template)
 
     def _render(self, messages: list[Message], opens_reply: bool) -> str:
         if not self.has_template:
@@ -76,8 +71,7 @@ class ForeignTokenizer(Tokenizer):
 
     def chat_prompt(self, messages: list[Message]) -> list[int]:
         """As `render_prompt`. Raises ValueError: there is no template, or it refuses these."""
-        ids: list[int] = self.inner.encode(self._render(messages, True), add_special_tokens=False)
-        return ids
+        return self.inner.encode(self._render(messages, True), add_special_tokens=False)
 
     @cached_property
     def template_ids(self) -> list[int]:
@@ -94,9 +88,7 @@ class ForeignTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """As of ours."""
-        how = {"add_special_tokens": False, "split_special_tokens": True}
-        ids: list[int] = self.inner.encode(text, **how)
-        return ids
+        return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Any) -> str:
         """As of ours."""
@@ -151,15 +143,12 @@ class ForeignModel(GPT):
             raise ValueError(f"{T} tokens exceed the model's context of {self.config.block_size}")
         given: dict[str, Any] = {"use_cache": False}
         if seen is not None:
-            mask, positions = seen.mask, seen.positions.expand(idx.shape)
-            if seen.cache is not None:
+            if seen.cache is not None and seen.columns is not None:
                 given = {"use_cache": True, "past_key_values": Bridge(seen)}
-            if mask is None and seen.columns is not None:
-                past = torch.arange(seen.width, device=idx.device)
-                mask = (past <= seen.columns[:, None])[None, None]
-            if mask is not None:  # what is added to attention's logits
-                mask = torch.zeros(mask.shape).to(self.wte.weight).masked_fill(~mask, -torch.inf)
-            given |= {"attention_mask": mask, "position_ids": positions}
+                seen = seen.cache.see_at(seen.columns, seen.width)  # the same, always with a mask
+            if (mask := seen.mask) is not None:  # what is added to attention's logits
+                mask = self.wte.weight.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+            given |= {"attention_mask": mask, "position_ids": seen.positions.expand(idx.shape)}
         return self.inner.base_model(input_ids=idx, **given).last_hidden_state
 
     def padded_logits(self, x: Tensor) -> Tensor:
@@ -236,8 +225,7 @@ def load(path: str, kind: str, device: torch.device) -> Checkpoint:
         raise ValueError(f"{path} needs `pip install -r requirements-hf.txt`") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    name, downloads = path.removeprefix(PREFIX), Path("out/downloads")
-    folder = find_model(name, downloads, FILES, check_config)
+    folder = find_model(path.removeprefix(PREFIX), Path("out/downloads"), check_config)
     given: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     of_weights = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
@@ -293,29 +281,29 @@ def meta_of(folder: Path, kind: str, model: ForeignModel, tokenizer: str) -> dic
 def load_models(
     paths: dict[str, str | None], device: str, to_sample: bool = False
 ) -> dict[str, Checkpoint]:
-    """`training.checkpoint.load_models`, or models that `hf:...` names; of two, both have tokenizer
-    and chat template of the instruct model. Raises ValueError: they are no pair.
+    """Those that are given of the models "base" and "instruct", see `check_models`; of two that
+    `hf:...` names, both have the tokenizer and chat template of the instruct model. Raises
+    ValueError: they are no pair.
     """
     given = {kind: path for kind, path in paths.items() if path}
-    foreign = [kind for kind, path in given.items() if path.startswith(PREFIX)]
-    if not foreign:
-        return checkpoint.load_models(paths, device, to_sample)
-    if len(foreign) < len(given):
+    if len({path.startswith(PREFIX) for path in given.values()}) > 1:
         raise ValueError(f"either both --base and --instruct begin with {PREFIX}, or none")
     where = set_up(device)
-    found = {kind: load(path, kind, where) for kind, path in given.items()}
+    found = {kind: load_checkpoint(path, where, kind) for kind, path in given.items()}
     if "instruct" in found:
-        found["instruct"].tokenizer.chat_prompt(SAID)  # type: ignore[attr-defined]
+        chat_prompt(SAID, found["instruct"].tokenizer)  # there must be a template
     if len(found) == 2:
-        share_tokenizer(*found.values())
-    return checkpoint.check_models(found, to_sample)
+        share_tokenizer(found["base"], found["instruct"])
+    return check_models(found, to_sample)
 
 
 def share_tokenizer(base: Checkpoint, instruct: Checkpoint) -> None:
-    """Gives a base the tokenizer of its instruct model. Raises ValueError: it is another one."""
+    """Gives a base of transformers the tokenizer of its instruct model. Raises ValueError: it is
+    another one.
+    """
     old, new = base.tokenizer, instruct.tokenizer
-    assert isinstance(old, ForeignTokenizer)
-    assert isinstance(new, ForeignTokenizer)
+    if not isinstance(old, ForeignTokenizer) or not isinstance(new, ForeignTokenizer):
+        return
     # Only tokens that were added to a vocabulary may be the base's alone.
     added = {token: i for token, i in old.vocabulary.items() if i in old.added}
     if any(new.vocabulary.get(t, added.get(t)) != i for t, i in old.vocabulary.items()):

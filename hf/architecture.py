@@ -43,13 +43,12 @@ KEYS = {  #        gpt2                                 nanochat: of a config.js
     "activation": ("activation_function",               "hidden_act"),
     "dropout":    ("resid_pdrop embd_pdrop attn_pdrop", "attention_dropout"),
 }
-CONSTANTS: dict[str, dict[str, Any]] = {  # of a config.json too; None stands for what varies
+CONSTANTS: dict[str, dict[str, Any]] = {  # of a config.json too
     "gpt2": {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
              "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
              "architectures": ["GPT2LMHeadModel"], "dtype": "float32"},
-    "nanochat": {"num_key_value_heads": None, "attention_bias": False, "rms_norm_eps": 1e-6,
+    "nanochat": {"attention_bias": False, "rms_norm_eps": 1e-6,
                  "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-                 "final_logit_softcapping": None,
                  "architectures": ["NanoChatForCausalLM"], "dtype": "float32"},
 }
 MODULES = {  #               gpt2                            nanochat

@@ -1,7 +1,7 @@
 """Folders of models, on this machine or on the Hugging Face hub."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +9,14 @@ from runtime.files import read_json, sha256_file
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ORIGIN_FILE = "diptych.json"  # in an export: what its checkpoint's meta.json said
-HUB_FILES = ("config.json", "model*.safetensors*", "tokenizer.json", "vocab.json", ORIGIN_FILE)
+HUB_FILES = ("*.json", "*.jinja", "model*.safetensors")  # what is wanted of a repository: no code
 
 
-def find_model(
-    name: str, downloads: Path, files: Sequence[str], check: Callable[[Path], object]
-) -> Path:
-    """A folder, or what is downloaded of a name on the hub: GPT2_NAMES, or owner/name.
-
-    Args:
-        files: patterns of what is wanted.
-        check: raises ValueError where the config.json in a folder is not what is wanted; asked
-            before gigabytes of something else are brought.
-
-    Raises:
-        ValueError: neither a folder nor such a name, or not to be had.
+def find_model(name: str, downloads: Path, check: Callable[[Path], object]) -> Path:
+    """A folder, or what is downloaded of a name on the hub: GPT2_NAMES, or owner/name. `check`
+    raises ValueError where the config.json in a folder is not what is wanted; it is asked before
+    gigabytes of something else are brought. Raises ValueError: neither a folder nor such a name, or
+    not to be had.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -36,7 +29,7 @@ def find_model(
         raise ValueError(f"{name} is neither a folder nor a GPT-2; it can be {known} or owner/name")
     repo = name if "/" in name else f"openai-community/{name}"
     try:
-        folder, found = downloads / repo, hub_files(repo, "models", files)
+        folder, found = downloads / repo, hub_files(repo, "models", HUB_FILES)
     except ValueError as error:
         raise ValueError(f"there is no folder {name}, and as a name on the hub: {error}") from None
     download([file for file in found if file.name == "config.json"], folder)

@@ -413,11 +413,12 @@ def test_mistakes_are_told_in_one_line(fails: Fails, tmp_path: Path) -> None:
 
 
 def test_an_instruct_model_alone_is_imported_if_its_template_is_ours(
-    runs: tuple[Path, Path], tmp_path: Path
+    runs: tuple[Path, Path], tmp_path: Path, hub: Hub
 ) -> None:
     export_checkpoint(str(runs[1]), tmp_path / "export")
     (tmp_path / "export" / "diptych.json").unlink()  # as if somebody had gone on training it
-    import_checkpoint(str(tmp_path / "export"), tmp_path / "run", tmp_path, None, "instruct")
+    hub.files["some/one"] = {f.name: f.read_bytes() for f in (tmp_path / "export").iterdir()}
+    import_checkpoint("some/one", tmp_path / "run", tmp_path / "downloads", None, "instruct")
     found, expected = load_checkpoint(tmp_path / "run"), load_checkpoint(runs[1])
     assert found.meta["kind"] == "instruct"
     assert torch.equal(found.model.wte.weight, expected.model.wte.weight)
