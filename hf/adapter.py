@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.chat import Message, render_prompt
 from data.tokenizer import RANKS_FILE, Tokenizer
-from hf.hub import find_model, origin_of, weight_files
+from hf.hub import UNKNOWN, find_model, origin_of, weight_files
 from hf.tokenizer import byte_letters
 from model.gpt import GPT
 from model.seen import KVCache, Seen
@@ -270,12 +270,9 @@ def meta_of(folder: Path, kind: str, model: ForeignModel, tokenizer: str) -> dic
     weights = weight_files(folder)
     files = {WEIGHTS_FILE: fingerprint(weights), RANKS_FILE: tokenizer}
     shape = vars(model.config) | {"model_type": model.inner.config.model_type}
-    return origin_of(folder, weights) or {
-        **{"kind": kind, "step": 0, "metrics": {}, "prepared": {}, "base": {}, "files": files},
-        **{"config": {"data": {"path": None}}, "data": {"fingerprint": None}},
-        **{"model": shape, "vocab_size": model.vocab_size},
-        "environment": environment(model.wte.weight.device),
-    }
+    meta = UNKNOWN | {"kind": kind, "base": {}, "files": files, "model": shape}
+    meta |= {"vocab_size": model.vocab_size, "environment": environment(model.wte.weight.device)}
+    return origin_of(folder, weights) or meta
 
 
 def load_models(

@@ -9,6 +9,9 @@ from runtime.files import read_json, sha256_file
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ORIGIN_FILE = "diptych.json"  # in an export: what its checkpoint's meta.json said
+# What a meta.json says of a model of which nobody knows what it was trained on.
+UNKNOWN: dict[str, Any] = {"step": 0, "metrics": {}, "prepared": {}, "data": {"fingerprint": None}}
+UNKNOWN["config"] = {"data": {"path": None}}
 HUB_FILES = ("*.json", "*.jinja", "model*.safetensors")  # what is wanted of a repository: no code
 
 
