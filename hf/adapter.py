@@ -293,20 +293,19 @@ def meta_of(folder: Path, kind: str, model: ForeignModel, tokenizer: str) -> dic
 def load_models(
     paths: dict[str, str | None], device: str, to_sample: bool = False
 ) -> dict[str, Checkpoint]:
-    """`training.checkpoint.load_models`, or models that `hf:...` names; of two, both have tokenizer
-    and chat template of the instruct model. Raises ValueError: they are no pair.
+    """Those that are given of "base" and "instruct": checkpoints, or models that `hf:...` names. Of
+    two such models, both have tokenizer and chat template of the instruct model. Raises ValueError:
+    they are no pair, or as `check_models`.
     """
     given = {kind: path for kind, path in paths.items() if path}
     foreign = [kind for kind, path in given.items() if path.startswith(PREFIX)]
-    if not foreign:
-        return checkpoint.load_models(paths, device, to_sample)
-    if len(foreign) < len(given):
+    if foreign and len(foreign) < len(given):
         raise ValueError(f"either both --base and --instruct begin with {PREFIX}, or none")
     where = set_up(device)
-    found = {kind: load(path, kind, where) for kind, path in given.items()}
-    if "instruct" in found:
+    found = {kind: load_checkpoint(path, where, kind) for kind, path in given.items()}
+    if "instruct" in foreign:
         found["instruct"].tokenizer.chat_prompt(SAID)  # type: ignore[attr-defined]
-    if len(found) == 2:
+    if len(foreign) == 2:
         share_tokenizer(*found.values())
     return checkpoint.check_models(found, to_sample)
 

@@ -18,10 +18,11 @@ import pytest
 import sample
 from data.chat import Message, raw_prompt, render_prompt
 from data.fitting import recent_turns
+from hf.adapter import load_models
 from model.generate import Sampling, generate
 from model.gpt import GPT
 from tests.conftest import Fails
-from training.checkpoint import load_checkpoint, load_models
+from training.checkpoint import load_checkpoint
 
 Runs = tuple[Path, Path]
 

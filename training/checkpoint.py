@@ -23,7 +23,7 @@ from data.tokenizer import RANKS_FILE, Tokenizer
 from model.gpt import GPT, ModelConfig
 from runtime import files
 from runtime.cli import listed
-from runtime.device import check_size, has_bf16, set_up
+from runtime.device import check_size, has_bf16
 from runtime.processes import is_first, share_of, whole
 from training.config import differences
 
@@ -188,18 +188,10 @@ def load_checkpoint(
     return Checkpoint(model.to(device).eval(), tokenizer, meta, folder)
 
 
-def load_models(
-    paths: dict[str, str | None], device: str, to_sample: bool = False
-) -> dict[str, Checkpoint]:
-    """Those that are given of the checkpoints "base" and "instruct", see `check_models`."""
-    where = set_up(device)
-    found = {kind: load_checkpoint(path, where) for kind, path in paths.items() if path}
-    return check_models(found, to_sample)
-
-
 def check_models(found: dict[str, Checkpoint], to_sample: bool) -> dict[str, Checkpoint]:
-    """What it is given; `to_sample` in bf16 where the device computes in it. Raises ValueError:
-    none is given, they are not of these kinds, or do not share a tokenizer and this template.
+    """What it is given, of the kinds "base" and "instruct"; `to_sample` in bf16 where the device
+    computes in it. Raises ValueError: none is given, they are not of these kinds, or do not share a
+    tokenizer and this template.
     """
     if not found:
         raise ValueError("there is no model to ask; give --base, --instruct or both")
