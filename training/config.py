@@ -72,9 +72,7 @@ def changes(old: dict[str, Any], config: Any) -> list[str]:
 
 
 def with_defaults(old: Any, config: Any) -> Any:
-    """An older config, or a table of it, with the defaults of keys that it lacks; `config` is
-    today's.
-    """
+    """An old config or table with the defaults of keys it lacks; `config` says which there are."""
     if not isinstance(old, dict) or not is_dataclass(config) or isinstance(config, type):
         return old
     known = {f.name: getattr(config, f.name) for f in fields(config) if f.name in old}
