@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from training.config import RunConfig
-from training.log import RunLog, is_complete, is_due, read_metrics
+from training.log import RunLog, is_due, read_metrics
 from training.optim import OptimConfig
 from training.step import StepResult
 
@@ -190,14 +190,3 @@ def test_a_logarithmic_schedule_is_the_powers_of_its_factor_rounded(factor: floa
     due = {step for step in range(1, last + 1) if is_due(step, f"log:{factor}", last)}
     assert due == powers | {last}
     assert factor != 2 or due == {s for s in range(1, last + 1) if is_due(s, "log", last)}
-
-
-def test_a_run_is_complete_once_its_last_step_is_saved_evaluated_and_logged(tmp_path: Path) -> None:
-    newest = tmp_path / f"step_{STEPS:06d}"
-    assert not is_complete(newest, STEPS)
-    last = log_steps(make_log(tmp_path), STEPS)
-    assert not is_complete(newest, STEPS)
-    with make_log(tmp_path, last) as log:
-        log.write(STEPS, {"val_loss": 1.0})
-    assert is_complete(newest, STEPS)
-    assert not is_complete(tmp_path / "step_000001", STEPS)

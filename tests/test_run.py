@@ -107,6 +107,23 @@ def test_a_logarithmic_schedule_saves_its_steps_also_across_a_resume(
     assert [s for s in second if s[0] == "s"] == [s for s in due if int(s[5:]) > interrupted_at]
 
 
+def test_a_run_is_complete_once_its_last_step_is_saved_evaluated_and_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tmp_path, steps=4)
+    assert not Run("base", config).is_complete()
+    follow(make_run(tmp_path, steps=4))
+    assert not Run("base", config).is_complete()
+    with make_run(tmp_path, steps=4) as run:
+        run.log.write(4, {"val_loss": 1.0})
+    assert "nothing to do" not in capsys.readouterr().out
+    assert Run("base", config).is_complete()
+    assert "complete at step 4, nothing to do" in capsys.readouterr().out
+    (tmp_path / "step_000004").rename(tmp_path / "copy")
+    save(tmp_path, 3, asdict(config))
+    assert not Run("base", config).is_complete()
+
+
 def test_a_new_run_begins_anew_also_after_a_start_that_failed(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     for run in (tmp_path, tmp_path / "a" / "b"):  # an empty folder, and none

@@ -189,8 +189,9 @@ def load_checkpoint(
 
 
 def check_models(found: dict[str, Checkpoint], to_sample: bool) -> dict[str, Checkpoint]:
-    """What it is given; `to_sample` in bf16 where the device computes in it. Raises ValueError:
-    none is given, they are not of these kinds, or do not share a tokenizer and this template.
+    """What it is given, of the kinds "base" and "instruct"; `to_sample` in bf16 where the device
+    computes in it. Raises ValueError: none is given, they are not of these kinds, or do not share a
+    tokenizer and this template.
     """
     if not found:
         raise ValueError("there is no model to ask; give --base, --instruct or both")

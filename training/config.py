@@ -1,7 +1,8 @@
 """What a run is told besides model, data and optimizer; and whether two configs differ."""
 
+import contextlib
 import re
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from model.check import check_range
@@ -64,32 +65,22 @@ class RunConfig:
                 raise ValueError(f"run.{name} is {value!r:.80}; give steps, log, or log:1.5")
 
 
-def changes(old: Any, config: Any) -> list[str]:
+def changes(old: dict[str, Any], config: Any) -> list[str]:
     """What differs between a checkpoint's config and today's, but for what may change."""
-    if not isinstance(old, dict):
-        return ["what is noted of its config is damaged"]
     found = differences(with_defaults(old, config), asdict(config))
     return [text for text in found if text.split(" ")[0] not in MAY_CHANGE]
 
 
-def with_defaults(old: dict[str, Any], config: Any) -> dict[str, Any]:
-    """An older config with the defaults of keys that it lacks; `config` says which there are."""
-    filled = dict(old)
-    for field in fields(config):
-        value, there = getattr(config, field.name), old.get(field.name)
-        if is_dataclass(value) and not isinstance(value, type) and isinstance(there, dict):
-            known = {f.name for f in fields(value)}
-            try:  # made anew, because a default may follow from other keys
-                made = type(value)(**{k: v for k, v in there.items() if k in known})
-                filled[field.name] = asdict(made) | there
-            except (TypeError, ValueError):
-                continue  # it could not be built today: then it differs
-        elif field.name not in old and field.default is not MISSING:
-            filled[field.name] = field.default
-        elif field.name not in old and field.default_factory is not MISSING:
-            made = field.default_factory()
-            filled[field.name] = asdict(made) if is_dataclass(made) else made
-    return filled
+def with_defaults(old: Any, config: Any) -> Any:
+    """An old config or table with the defaults of keys it lacks; `config` says which there are."""
+    if not isinstance(old, dict) or not is_dataclass(config) or isinstance(config, type):
+        return old
+    known = {f.name: getattr(config, f.name) for f in fields(config) if f.name in old}
+    known = {name: with_defaults(old[name], value) for name, value in known.items()}
+    with contextlib.suppress(TypeError, ValueError):  # what could not be built today differs
+        # Made anew, because a default may follow from other keys.
+        return asdict(type(config)(**known)) | old | known
+    return old | known
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:

@@ -40,7 +40,6 @@ class RunLog:
     ) -> None:
         self.config, self.run_dir, self.steps = config, Path(config.run.dir), config.optim.steps
         self.peak_speed = peak_speed
-        self.tokens = row.get("tokens", 0)
         self._since = time.perf_counter()
         self._begin = self._since - row.get("seconds", 0.0)
         self.first_step = row.get("step", 0)
@@ -104,13 +103,12 @@ class RunLog:
         if not is_first():
             return
         now = time.perf_counter()
-        self.tokens += result.tokens
         self._recent_tokens += result.tokens
         self._recent_seconds += now - self._since
         speed, replayed = self._recent_tokens / self._recent_seconds, result.replay_loss
         self.row = {
             "step": result.step,
-            "tokens": self.tokens,
+            "tokens": self.row.get("tokens", 0) + result.tokens,
             "loss": result.loss,
             **({"replay_loss": replayed} if replayed is not None else {}),
             "lr": result.lr,
@@ -128,8 +126,7 @@ class RunLog:
         time of the next step begins here.
         """
         self._since = time.perf_counter()
-        evaluated = bool(scores)
-        due = evaluated or is_due(step, self.config.run.log_every, self.steps)
+        due = scores or is_due(step, self.config.run.log_every, self.steps)
         if not (step and due and is_first()):
             return
         row = self.row | scores
@@ -146,7 +143,7 @@ class RunLog:
         if "val_loss" in row:
             self._val_losses[step] = row["val_loss"]
         # On a terminal the bar shows the rest; a pipe gets every logged line.
-        if evaluated or self._progress.disable:
+        if scores or self._progress.disable:
             names = "loss replay_loss val_loss val_bpb val_kl stop_logprob stop_rate".split()
             shown = "  ".join(f"{k} {row[k]:.4f}" for k in names if k in row)
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
@@ -166,13 +163,6 @@ class RunLog:
         """Prints a line above the bar."""
         text = visible(text)
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def is_complete(checkpoint: Path, steps: int) -> bool:
-    """Whether a run's newest checkpoint is its last, and its evaluation is logged."""
-    last = read_metrics(checkpoint.parent / "metrics.jsonl")[-1:]
-    logged = [row["step"] for row in last if "val_loss" in row] == [steps]
-    return logged and checkpoint.name == f"step_{steps:06d}"
 
 
 def is_due(step: int, every: int | str, last: int) -> bool:

@@ -26,7 +26,7 @@ from runtime.cli import listed, say
 from runtime.files import checkpoints, is_checkpoint, lock, read_meta, step_of, verify_checksums
 from training.checkpoint import read_checkpoint, resume, save_checkpoint
 from training.config import changes, differences
-from training.log import RunLog, is_complete, is_due
+from training.log import RunLog, is_due, read_metrics
 from training.step import StepResult
 
 PREPARED_QA = "prepared_qa"  # in an SFT run: what was made of a Q&A file
@@ -54,8 +54,7 @@ class Run:
         self._signals, self._interrupted = device.StopOnSignal(), False
         # Of a run in this process that failed before it trained: this one takes its place.
         _locks.pop(self.folder, contextlib.ExitStack()).close()
-        self._lock = _locks[self.folder] = contextlib.ExitStack()
-        self._is_taken = False
+        self._held = contextlib.ExitStack()  # the folder's lock; in training log and signals too
 
     def made_from(self, prepared: dict[str, Any], **origin: dict[str, Any] | None) -> None:
         """Notes what the run is made of; ValueError if its newest checkpoint is of other data."""
@@ -73,22 +72,24 @@ class Run:
         return self.newest
 
     def is_complete(self) -> bool:
-        """Whether there is nothing left to do, which it says."""
-        if self.newest is None or not is_complete(self.newest, self.last_step):
+        """Whether its last step is saved and that step's evaluation logged, which it says."""
+        last = read_metrics(self.folder / "metrics.jsonl")[-1:]
+        logged = [row["step"] for row in last if "val_loss" in row] == [self.last_step]
+        if self.newest is None or step_of(self.newest) != self.last_step or not logged:
             return False
         say(f"{self.folder}: complete at step {self.last_step}, nothing to do")
         return True
 
     def _take(self) -> None:
         """Makes the folder this process's own until the run ends; ValueError if it is another's."""
-        if processes.is_first() and not self._is_taken:
-            self._lock.enter_context(lock(self.folder, "training in"))
-            if find_checkpoint(self.folder, self.config) != self.newest:
-                self._lock.close()
-                what = f"another process was training in {self.folder}"
-                raise ValueError(f"{what}; the same command goes on")
-            tidy(self.folder)
-            self._is_taken = True
+        if processes.is_first() and _locks.get(self.folder) is not self._held:
+            with contextlib.ExitStack() as taken:
+                taken.enter_context(lock(self.folder, "training in"))
+                if find_checkpoint(self.folder, self.config) != self.newest:
+                    what = f"another process was training in {self.folder}"
+                    raise ValueError(f"{what}; the same command goes on")
+                tidy(self.folder)
+                self._held = _locks[self.folder] = taken.pop_all()
 
     def _is_own(self, folder: Path) -> bool:
         """Whether a folder is whole, and what the newest checkpoint was made from."""
@@ -130,11 +131,10 @@ class Run:
     ) -> nn.Module:
         """Puts all back as the newest checkpoint has it; returns what to train, `loss` or model."""
         self._take()
-        where = model.wte.weight.device
-        run, length = self.config.run, model.config.block_size
+        run, where = self.config.run, model.wte.weight.device
         model.loss_chunk = run.loss_chunk
         model.activation_checkpointing = run.activation_checkpointing
-        n_tokens = self.last_step * self.config.data.batch_size * length
+        n_tokens = self.last_step * self.config.data.batch_size * model.config.block_size
         flops, tunes = n_tokens * device.flops_per_token(model), self.kind == "instruct"
         device.compile_model(model, run.compile, flops, dynamic=tunes)
         row = resume(self.newest, model, optimizers) if self.newest else {}
@@ -151,15 +151,13 @@ class Run:
         return processes.distribute(loss or model, self.config.run.seed, self.first_step)
 
     def __enter__(self) -> Self:
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(self._lock)
-        self._open.enter_context(self.log)
-        self._open.enter_context(self._signals)
+        self._held.enter_context(self.log)
+        self._held.enter_context(self._signals)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         gc.unfreeze()
-        self._open.__exit__(*exception)
+        self._held.__exit__(*exception)
         if exception[0] is None and self.log.overfitted:
             step, lowest, last = self.log.overfitted
             path = self.folder / f"step_{step:06d}"
@@ -228,13 +226,11 @@ def find_checkpoint(folder: Path, config: Any) -> Path | None:
         if not meta["step"] == noted == step_of(steps[-1]):
             raise ValueError(f"{steps[-1]} is of step {meta['step']}; name it so, or delete it")
         return steps[-1]
-    if folder.exists() and not (folder / "config.json").exists():
-        # What a start that failed early leaves behind is ours: prepared Q&A, dotted names.
-        ours = folder.is_dir() and all(
-            p.name == PREPARED_QA or p.name.startswith(".") for p in folder.iterdir()
-        )
-        if not ours:
-            raise ValueError(f"{folder} is not empty and holds no run; give another --run.dir")
+    names = {p.name for p in folder.glob("[!.]*")}
+    # What a start that failed early leaves behind is ours: prepared Q&A, dotted names.
+    ours = "config.json" in names or names <= {PREPARED_QA}
+    if not ours or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder} is not empty and holds no run; give another --run.dir")
     return None
 
 
