@@ -64,8 +64,8 @@ def prepare_world(config: WorldConfig, out: Path, tokenizer: str, val_fraction: 
         trained = create_tokenizer(tokenizer, chain(biographies, words))
         bar = partial(track, transient=True, disable=not sys.stdout.isatty())
         options = (trained, folder, val_fraction, config.seed)
-        documents = ([biography] for biography in bar(biographies, "encoding"))
-        text = write_text(documents, *options, shuffle=not config.adjacent)
+        pieces = ((True, biography) for biography in bar(biographies, "encoding"))
+        text = write_text(pieces, *options, shuffle=not config.adjacent)
         qa = write_qa(bar(conversations, "rendering"), *options)
         return trained, {"text": text, "qa": qa, **made}
 
@@ -82,11 +82,11 @@ def prepare_text(
 
     def fill(folder: Path) -> tuple[Tokenizer, Meta]:
         with _reading("reading", files) as advance:
-            pieces = chain.from_iterable(read.read_files(files, reader, advance))
-            trained = create_tokenizer(tokenizer, pieces)
+            texts = (text for _, text in read.read_files(files, reader, advance))
+            trained = create_tokenizer(tokenizer, texts)
         with _reading("encoding", files) as advance:
-            documents = read.read_files(files, reader, advance)
-            return trained, {"text": write_text(documents, trained, folder, val_fraction, seed)}
+            pieces = read.read_files(files, reader, advance)
+            return trained, {"text": write_text(pieces, trained, folder, val_fraction, seed)}
 
     options = {"val_fraction": val_fraction, "field": field, "seed": seed}
     return write_folder(out, _request(_sources(files), tokenizer, **options), fill)
