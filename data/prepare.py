@@ -36,8 +36,7 @@ def _reading(label: str, files: Sequence[Path]) -> Iterator[Callable[[int], obje
 def _sources(files: Sequence[Path]) -> list[Meta]:
     if missing := [f for f in files if not f.is_file()]:  # before gigabytes are hashed
         raise ValueError(f"{missing[0]} not found")
-    hashed = {f: sha256_file(f) for f in files}
-    return [{"file": f.name, "bytes": f.stat().st_size, "sha256": s} for f, s in hashed.items()]
+    return [{"file": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files]
 
 
 def _request(files: list[Meta], tokenizer: str | Tokenizer, **options: object) -> Meta:
@@ -145,7 +144,7 @@ def fetch(
     found = [{"file": Path(f.name).name, "bytes": f.size, "sha256": f.sha256} for f in files]
     share = val_fraction or (0.1 if named.size < 1e9 else 0.005)
     options: Meta = {"val_fraction": share, "seed": seed}
-    options |= {"field": named.field} if is_text else {"skip_bad": True, "trees": named.trees}
+    options |= {"field": "text"} if is_text else {"skip_bad": True, "trees": named.trees}
     given: Any = spec if is_text else tokens
     is_made = shards.check_folder(out, _request(found, given, **options))
     preparing = 0 if is_made else sets.bytes_to_prepare(named, files, tokens.kind)
