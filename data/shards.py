@@ -61,7 +61,7 @@ def _check_ids(folder: Path, kind: str, n_vocab: int) -> None:
     """Raises ValueError: an id that the vocabulary does not have, which a GPU would die of."""
     for part in ("train", "val"):
         ids = load_tokens(folder, part) if kind == "text" else _load(folder / f"qa_{part}_ids.npy")
-        if any((ids[i : i + PIECE] >= n_vocab).any() for i in range(0, len(ids), PIECE)):
+        if ids.max(initial=0) >= n_vocab:
             raise ValueError(f"{folder}: an id of {part} is outside of its vocabulary")
 
 

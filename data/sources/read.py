@@ -40,10 +40,10 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} not found")
-        walk: Iterable[Any] = [(path.parent, [], [path.name])]
+        inside = [path]
         if path.is_dir():
             walk = os.walk(path, onerror=_raise)
-        inside = sorted(Path(at, name) for at, _, names in walk for name in names)
+            inside = sorted(Path(at, name) for at, _, names in walk for name in names)
         shown = [f for f in inside if not any(p[0] == "." for p in f.relative_to(path).parts)]
         found = [f for f in shown if f.is_file() and f.name.lower().endswith(TEXT_SUFFIXES)]
         if not found:
