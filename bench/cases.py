@@ -54,8 +54,8 @@ def random_data(out: Path, n_vocab: int, n_tokens: int, lengths: Sequence[int]) 
 def plain(text: Path, out: Path) -> Path:
     """A text file's documents one after another, a line's end between them, as one .txt file."""
     with open(text, "rb") as raw, open(out, "w", encoding="utf-8", newline="\n") as f:
-        for document in read_documents(text, raw, "text"):
-            f.writelines([*document, "\n"])
+        for i, (begins, piece) in enumerate(read_documents(text, raw, "text")):
+            f.write("\n" * (begins and i > 0) + piece)
     return out
 
 

@@ -36,8 +36,7 @@ def _reading(label: str, files: Sequence[Path]) -> Iterator[Callable[[int], obje
 def _sources(files: Sequence[Path]) -> list[Meta]:
     if missing := [f for f in files if not f.is_file()]:  # before gigabytes are hashed
         raise ValueError(f"{missing[0]} not found")
-    hashed = {f: sha256_file(f) for f in files}
-    return [{"file": f.name, "bytes": f.stat().st_size, "sha256": s} for f, s in hashed.items()]
+    return [{"file": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files]
 
 
 def _request(files: list[Meta], tokenizer: str | Tokenizer, **options: object) -> Meta:
@@ -64,8 +63,8 @@ def prepare_world(config: WorldConfig, out: Path, tokenizer: str, val_fraction: 
         trained = create_tokenizer(tokenizer, chain(biographies, words))
         bar = partial(track, transient=True, disable=not sys.stdout.isatty())
         options = (trained, folder, val_fraction, config.seed)
-        documents = ([biography] for biography in bar(biographies, "encoding"))
-        text = write_text(documents, *options, shuffle=not config.adjacent)
+        pieces = ((True, biography) for biography in bar(biographies, "encoding"))
+        text = write_text(pieces, *options, shuffle=not config.adjacent)
         qa = write_qa(bar(conversations, "rendering"), *options)
         return trained, {"text": text, "qa": qa, **made}
 
@@ -82,11 +81,11 @@ def prepare_text(
 
     def fill(folder: Path) -> tuple[Tokenizer, Meta]:
         with _reading("reading", files) as advance:
-            pieces = chain.from_iterable(read.read_files(files, reader, advance))
-            trained = create_tokenizer(tokenizer, pieces)
+            texts = (text for _, text in read.read_files(files, reader, advance))
+            trained = create_tokenizer(tokenizer, texts)
         with _reading("encoding", files) as advance:
-            documents = read.read_files(files, reader, advance)
-            return trained, {"text": write_text(documents, trained, folder, val_fraction, seed)}
+            pieces = read.read_files(files, reader, advance)
+            return trained, {"text": write_text(pieces, trained, folder, val_fraction, seed)}
 
     options = {"val_fraction": val_fraction, "field": field, "seed": seed}
     return write_folder(out, _request(_sources(files), tokenizer, **options), fill)
@@ -145,7 +144,7 @@ def fetch(
     found = [{"file": Path(f.name).name, "bytes": f.size, "sha256": f.sha256} for f in files]
     share = val_fraction or (0.1 if named.size < 1e9 else 0.005)
     options: Meta = {"val_fraction": share, "seed": seed}
-    options |= {"field": named.field} if is_text else {"skip_bad": True, "trees": named.trees}
+    options |= {"field": "text"} if is_text else {"skip_bad": True, "trees": named.trees}
     given: Any = spec if is_text else tokens
     is_made = shards.check_folder(out, _request(found, given, **options))
     preparing = 0 if is_made else sets.bytes_to_prepare(named, files, tokens.kind)

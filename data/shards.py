@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, count, groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def _check_ids(folder: Path, kind: str, n_vocab: int) -> None:
     """Raises ValueError: an id that the vocabulary does not have, which a GPU would die of."""
     for part in ("train", "val"):
         ids = load_tokens(folder, part) if kind == "text" else _load(folder / f"qa_{part}_ids.npy")
-        if any((ids[i : i + PIECE] >= n_vocab).any() for i in range(0, len(ids), PIECE)):
+        if ids.max(initial=0) >= n_vocab:
             raise ValueError(f"{folder}: an id of {part} is outside of its vocabulary")
 
 
@@ -196,37 +196,34 @@ def on_disk(
 
 
 def write_text(
-    documents: Iterable[Iterable[str]],
+    pieces: Iterable[tuple[bool, str]],
     tokenizer: Tokenizer,
     folder: Path,
     val_fraction: float,
     seed: int,
     shuffle: bool = True,
 ) -> Meta:
-    """Writes train.bin and val.bin from documents, each in pieces; returns meta.json's `text`.
-    Their order is shuffled; without `shuffle` the training documents stay in their given order.
+    """Writes train.bin and val.bin from documents in pieces, each with whether a document begins
+    with it; returns meta.json's `text`. The documents are shuffled, but without `shuffle` those of
+    training stay in their given order.
     Raises ValueError: no text at all, or a share that leaves training or validation empty.
     """
-    dtype, sizes = id_dtype(tokenizer), list[int]()
+    dtype, counts = id_dtype(tokenizer), list[tuple[int, int]]()  # of empty documents, and of bytes
     end_of_text = np.array([tokenizer.end_of_text], dtype)
 
-    def encode(pieces: list[tuple[bool, str]]) -> tuple[np.ndarray, Any]:
-        sizes.append(sum(len(text.encode()) for _, text in pieces))
-        ids = [(end_of_text[:begins], tokenizer.encode_array(text)) for begins, text in pieces]
-        joined = np.concatenate([*chain(*ids)]).astype(dtype)
+    def encode(batch: list[tuple[bool, str]]) -> tuple[np.ndarray, Any]:
+        filled = [(begins, text) for begins, text in batch if text]
+        counts.append((len(batch) - len(filled), sum(len(text.encode()) for _, text in filled)))
+        ids = [(end_of_text[:begins], tokenizer.encode_array(text)) for begins, text in filled]
+        joined = np.concatenate([end_of_text[:0], *chain(*ids)]).astype(dtype)
         return joined, joined == tokenizer.end_of_text
 
-    given = count()
-    pieces = (
-        (i == 0, piece)  # whether a document begins with it: one without any is none
-        for document, _ in zip(documents, given, strict=False)
-        for i, piece in enumerate(document)
-    )
     tables = in_threads(encode, pieces, lambda piece: len(piece[1]))
     with on_disk(folder, tables, dtype) as (ids, spans):
-        if empty := next(given) - len(spans):
-            say(f"left out: {empty:,} empty document{'s' * (empty > 1)}")
-        meta: Meta = {"dtype": dtype.str, "documents": len(spans), "bytes": sum(sizes)}
+        n_empty, n_bytes = map(sum, zip(*counts, strict=True))
+        if n_empty:
+            say(f"left out: {n_empty:,} empty document{'s' * (n_empty > 1)}")
+        meta: Meta = {"dtype": dtype.str, "documents": len(spans), "bytes": n_bytes}
         parts = split_documents(np.random.default_rng(seed).permutation(spans), val_fraction)
         if not shuffle:
             parts["train"] = parts["train"][parts["train"][:, 0].argsort()]

@@ -84,8 +84,7 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each id stands for, (n_vocab,); a control token stands for none."""
         lengths = np.zeros(self.n_vocab, dtype=np.int64)
-        for token, rank in self.ranks.items():
-            lengths[rank] = len(token)
+        lengths[list(self.ranks.values())] = [len(token) for token in self.ranks]
         return lengths
 
     @cached_property

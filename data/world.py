@@ -44,13 +44,13 @@ class Attribute:
     """
 
     name: str
-    values: tuple[str, ...]
-    sentences: tuple[str, ...]
-    questions: tuple[str, ...]
-    taught_questions: tuple[str, ...]
-    untaught_questions: tuple[str, ...]
-    follow_ups: tuple[str, ...]
-    replies: tuple[str, ...]
+    values: Sequence[str]
+    sentences: Sequence[str]
+    questions: Sequence[str]
+    taught_questions: Sequence[str]
+    untaught_questions: Sequence[str]
+    follow_ups: Sequence[str]
+    replies: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,12 @@ class WorldConfig:
     """Biographies of the least known person; those between follow Zipf's law. None: `bios` each."""
 
     def __post_init__(self) -> None:
-        for option, low, high in (
-            ("people", 4, 20_000),  # one of them held out
-            ("unseen", 0, 2_000),
-            ("bios", 1, 100_000),
-            ("paraphrases", 1, min(len(a.sentences) for a in ATTRIBUTES)),
-            ("fewest", 1, self.bios),
-        ):
-            check_range(f"--{option}", getattr(self, option), f"{low} to {high}")
+        wordings = min(len(a.sentences) for a in ATTRIBUTES)
+        check_range("--people", self.people, "4 to 20000")  # one of them held out
+        check_range("--unseen", self.unseen, "0 to 2000")
+        check_range("--bios", self.bios, "1 to 100000")
+        check_range("--paraphrases", self.paraphrases, f"1 to {wordings}")
+        check_range("--fewest", self.fewest, f"1 to {self.bios}")
 
 
 @dataclass(frozen=True)
@@ -252,7 +250,4 @@ def converse(
 
 WORDS: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 INSTRUCTIONS: dict[str, dict[str, list[str]]] = WORDS["instructions"]
-ATTRIBUTES = tuple(
-    Attribute(**dict[str, Any]({k: tuple(v) if isinstance(v, list) else v for k, v in t.items()}))
-    for t in WORDS["attributes"]
-)
+ATTRIBUTES = tuple(Attribute(**table) for table in WORDS["attributes"])

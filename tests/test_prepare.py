@@ -135,15 +135,12 @@ def test_memory_does_not_grow_with_what_is_read(
     monkeypatch.setattr("data.shards.n_cores", lambda: 2)
     read = encoded = ahead = 0
 
-    def counted(documents: Iterator[Iterator[str]]) -> Iterator[Iterator[str]]:
-        def pieces(document: Iterator[str]) -> Iterator[str]:
-            nonlocal read, ahead
-            for piece in document:
-                read += 1
-                ahead = max(ahead, read - encoded)
-                yield piece
-
-        return map(pieces, documents)
+    def counted(pieces: Iterator[tuple[bool, str]]) -> Iterator[tuple[bool, str]]:
+        nonlocal read, ahead
+        for piece in pieces:
+            read += 1
+            ahead = max(ahead, read - encoded)
+            yield piece
 
     real = Tokenizer.encode_array
 
@@ -154,8 +151,8 @@ def test_memory_does_not_grow_with_what_is_read(
 
     (tmp_path / "a.txt").write_text("x" * 300_000)  # one document
     monkeypatch.setattr(Tokenizer, "encode_array", encode_array)
-    documents = read_files([tmp_path / "a.txt"], partial(read_documents, field="text"))
-    shards.write_text(counted(documents), BYTE, tmp_path, 0.1, 1)
+    pieces = read_files([tmp_path / "a.txt"], partial(read_documents, field="text"))
+    shards.write_text(counted(pieces), BYTE, tmp_path, 0.1, 1)
     assert read == encoded == 300
     assert ahead <= 2 * 2 + 2
 

@@ -31,7 +31,6 @@ class NamedSet:
     recipe: str  # the config that trains on it
     licence: str
     shape: str  # what a document or an example looks like
-    field: str = "text"  # of text, the key or column that holds it
     tokenizer: str = "gpt2"  # what it is prepared with unless told otherwise
     trees: bool = False  # whether rows are OASST's single messages, of which a tree is an example
     sha256: str | None = None  # of a URL's file (the hub names those of its own)

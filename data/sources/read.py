@@ -40,10 +40,10 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} not found")
-        walk: Iterable[Any] = [(path.parent, [], [path.name])]
+        inside = [path]
         if path.is_dir():
             walk = os.walk(path, onerror=_raise)
-        inside = sorted(Path(at, name) for at, _, names in walk for name in names)
+            inside = sorted(Path(at, name) for at, _, names in walk for name in names)
         shown = [f for f in inside if not any(p[0] == "." for p in f.relative_to(path).parts)]
         found = [f for f in shown if f.is_file() and f.name.lower().endswith(TEXT_SUFFIXES)]
         if not found:
@@ -98,12 +98,15 @@ def _readable(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} is not a whole {kind} file: {error}") from None
 
 
-def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[Iterator[str]]:
-    """The documents of one open file, each as pieces of at most about PIECE characters.
+def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[tuple[bool, str]]:
+    """The documents of one open file, in pieces of at most PIECE characters; with each, whether a
+    document begins with it. Of an empty one there is an empty piece.
     Raises ValueError: damaged, not UTF-8, not JSON, or no text under `field`; with the place.
     """
     if file.name.lower().endswith(PLAIN_SUFFIXES):
-        yield _read_pieces(file, raw)
+        whole = _open_text(file, raw)
+        yield True, whole.read(PIECE)
+        yield from ((False, piece) for piece in iter(partial(whole.read, PIECE), ""))
         return
     parquet = file.suffix.lower() == ".parquet"
     rows = _read_rows(file, raw, [field]) if parquet else _read_lines(file, raw)
@@ -117,12 +120,7 @@ def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[Iterator[
             raise ValueError(f"{place}: {field!r} holds {type(text).__name__}, not text")
         if not _is_unicode(text):
             raise ValueError(f"{place}: half a surrogate pair")
-        yield iter([text[i : i + PIECE] for i in range(0, len(text), PIECE)])
-
-
-def _read_pieces(file: Path, raw: IO[bytes]) -> Iterator[str]:
-    with _readable(file):
-        yield from iter(partial(_open_text(file, raw).read, PIECE), "")
+        yield from ((i == 0, text[i : i + PIECE]) for i in range(0, len(text) or 1, PIECE))
 
 
 def _open_text(file: Path, raw: Any) -> io.TextIOWrapper:
