@@ -34,8 +34,9 @@ def _reading(label: str, files: Sequence[Path]) -> Iterator[Callable[[int], obje
 
 
 def _sources(files: Sequence[Path]) -> list[Meta]:
-    if missing := [f for f in files if not f.is_file()]:  # before gigabytes are hashed
-        raise ValueError(f"{missing[0]} not found")
+    for f in files:
+        if not f.is_file():  # before gigabytes are hashed
+            raise ValueError(f"{f} is no file" if f.exists() else f"{f} not found")
     return [{"file": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files]
 
 

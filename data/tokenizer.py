@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -141,10 +142,9 @@ def create_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:
                 "to a folder that holds it, or use --tokenizer bpe:4096, which needs no download"
             ) from None
         return Tokenizer("gpt2", WORD_PATTERN, gpt2._mergeable_ranks)
-    name, _, size = spec.partition(":")
-    if name != "bpe" or not size.isascii() or not size.isdecimal() or int(size) > 1_000_000:
+    if not re.fullmatch(r"bpe:([0-9]{1,6}|1000000)", spec):
         raise ValueError(f"unknown tokenizer {spec!r}; use gpt2, byte, or bpe:N such as bpe:4096")
-    n_ranks = int(size) - len(CONTROL_TOKENS)
+    n_ranks = int(spec.removeprefix("bpe:")) - len(CONTROL_TOKENS)
     if n_ranks < 256:
         raise ValueError(f"{spec!r} is too small: {256 + len(CONTROL_TOKENS)} entries or more")
     import rustbpe  # only needed to train; a checkpoint's tokenizer loads without it

@@ -774,6 +774,8 @@ def test_unusable_questions_are_one_clear_error(
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=reason):
         prepare.prepare_qa([file], tmp_path / "qa", base, 0.1, seed=1)
+    with pytest.raises(ValueError, match="is no file"):
+        prepare.prepare_qa([tmp_path], tmp_path / "qa", base, 0.1, seed=1)
     assert not (tmp_path / "qa").exists()
 
 

@@ -103,7 +103,12 @@ def test_bpe_n_counts_every_entry(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "gpt3", "bpe", "bpe:", "bpe:x", "bpe:-5", "bpe:1.5", "bpe:260", "byte:300"]
+    "spec",
+    [
+        *("", "gpt3", "bpe", "bpe:", "bpe:x", "bpe:-5", "bpe:1.5", "bpe:260", "byte:300"),
+        "bpe:1000001",
+        pytest.param("bpe:" + "1" * 5000, id="5000 digits"),  # Python makes no number of so many
+    ],
 )
 def test_an_unknown_spec_is_refused_by_name(spec: str) -> None:
     with pytest.raises(ValueError, match=f"'{spec}'"):
