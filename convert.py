@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from data.chat import jinja_template, template_fingerprint
 from data.tokenizer import END_OF_TEXT, END_OF_TURN
 from hf.architecture import export_config, export_weights, import_weights, read_config
-from hf.hub import GPT2_NAMES, ORIGIN_FILE, UNKNOWN, find_model, origin_of, weight_files
+from hf.hub import GPT2_NAMES, ORIGIN_FILE, find_model, origin_of, unknown_training, weight_files
 from hf.tokenizer import export_tokenizer, import_tokenizer, marked
 from model.gpt import GPT, ModelConfig
 from runtime.cli import Parser, one_line_errors, say
@@ -52,7 +52,8 @@ def import_checkpoint(
                 raise ValueError(f"its {ORIGIN_FILE} names an unknown kind")
             check_meta(meta, f"its {ORIGIN_FILE}")
         else:
-            meta = UNKNOWN | {"kind": kind, "environment": environment(torch.device("cpu"))}
+            meta = unknown_training() | {"kind": kind}
+            meta |= {"environment": environment(torch.device("cpu"))}
             if kind == "instruct":
                 check_template(folder, n_known == tokenizer.n_vocab)
                 meta |= {"template": template_fingerprint(), "base": {}}

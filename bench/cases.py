@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from data.chat import template_fingerprint
 from data.shards import id_dtype, load_tokens, save_examples, save_tokens, write_folder
-from data.sources.read import read_documents
+from data.sources.read import read_documents, read_files
 from data.tokenizer import CONTROL_TOKENS, WORD_PATTERN, Tokenizer
 
 Case = dict[str, Any]
@@ -53,9 +53,9 @@ def random_data(out: Path, n_vocab: int, n_tokens: int, lengths: Sequence[int]) 
 
 def plain(text: Path, out: Path) -> Path:
     """A text file's documents one after another, a line's end between them, as one .txt file."""
-    with open(text, "rb") as raw, open(out, "w", encoding="utf-8", newline="\n") as f:
-        for i, (begins, piece) in enumerate(read_documents(text, raw, "text")):
-            f.write("\n" * (begins and i > 0) + piece)
+    pieces = read_files([text], lambda file, raw: read_documents(file, raw, "text"))
+    with open(out, "w", encoding="utf-8", newline="\n") as f:
+        f.writelines("\n" * (begins and f.tell() > 0) + piece for begins, piece in pieces)
     return out
 
 

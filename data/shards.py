@@ -218,7 +218,7 @@ def write_text(
         joined = np.concatenate([end_of_text[:0], *chain(*ids)]).astype(dtype)
         return joined, joined == tokenizer.end_of_text
 
-    tables = in_threads(encode, pieces, lambda piece: len(piece[1]))
+    tables = in_threads(encode, pieces, lambda piece: len(piece[1]) or 1)
     with on_disk(folder, tables, dtype) as (ids, spans):
         n_empty, n_bytes = map(sum, zip(*counts, strict=True))
         if n_empty:

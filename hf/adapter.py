@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.chat import Message, render_prompt
 from data.tokenizer import RANKS_FILE, Tokenizer
-from hf.hub import UNKNOWN, find_model, origin_of, weight_files
+from hf.hub import find_model, origin_of, unknown_training, weight_files
 from hf.tokenizer import byte_letters
 from model.gpt import GPT
 from model.seen import KVCache, Seen
@@ -143,10 +143,13 @@ class ForeignModel(GPT):
             raise ValueError(f"{T} tokens exceed the model's context of {self.config.block_size}")
         given: dict[str, Any] = {"use_cache": False}
         if seen is not None:
-            if seen.cache is not None and seen.columns is not None:
+            mask = seen.mask
+            if seen.cache is not None:
                 given = {"use_cache": True, "past_key_values": Bridge(seen)}
-                seen = seen.cache.see_at(seen.columns, seen.width)  # the same, always with a mask
-            if (mask := seen.mask) is not None:  # what is added to attention's logits
+            if mask is None and seen.columns is not None:  # all rows see alike
+                past = torch.arange(seen.width, device=idx.device)
+                mask = (past <= seen.columns[:, None])[None, None]
+            if mask is not None:  # what is added to attention's logits
                 mask = self.wte.weight.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
             given |= {"attention_mask": mask, "position_ids": seen.positions.expand(idx.shape)}
         return self.inner.base_model(input_ids=idx, **given).last_hidden_state
@@ -270,7 +273,7 @@ def meta_of(folder: Path, kind: str, model: ForeignModel, tokenizer: str) -> dic
     weights = weight_files(folder)
     files = {WEIGHTS_FILE: fingerprint(weights), RANKS_FILE: tokenizer}
     shape = vars(model.config) | {"model_type": model.inner.config.model_type}
-    meta = UNKNOWN | {"kind": kind, "base": {}, "files": files, "model": shape}
+    meta = unknown_training() | {"kind": kind, "base": {}, "files": files, "model": shape}
     meta |= {"vocab_size": model.vocab_size, "environment": environment(model.wte.weight.device)}
     return origin_of(folder, weights) or meta
 
@@ -295,8 +298,8 @@ def load_models(
 
 
 def share_tokenizer(base: Checkpoint, instruct: Checkpoint) -> None:
-    """Gives a base of transformers the tokenizer of its instruct model. Raises ValueError: it is
-    another one.
+    """Gives a base of transformers the tokenizer of its instruct model; ours have the same already.
+    Raises ValueError: it is another one.
     """
     old, new = base.tokenizer, instruct.tokenizer
     if not isinstance(old, ForeignTokenizer) or not isinstance(new, ForeignTokenizer):

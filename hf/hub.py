@@ -9,9 +9,6 @@ from runtime.files import read_json, sha256_file
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ORIGIN_FILE = "diptych.json"  # in an export: what its checkpoint's meta.json said
-# What a meta.json says of a model of which nobody knows what it was trained on.
-UNKNOWN: dict[str, Any] = {"step": 0, "metrics": {}, "prepared": {}, "data": {"fingerprint": None}}
-UNKNOWN["config"] = {"data": {"path": None}}
 HUB_FILES = ("*.json", "*.jinja", "model*.safetensors")  # what is wanted of a repository: no code
 
 
@@ -32,13 +29,20 @@ def find_model(name: str, downloads: Path, check: Callable[[Path], object]) -> P
         raise ValueError(f"{name} is neither a folder nor a GPT-2; it can be {known} or owner/name")
     repo = name if "/" in name else f"openai-community/{name}"
     try:
-        folder, found = downloads / repo, hub_files(repo, "models", HUB_FILES)
+        found = [f for f in hub_files(repo, "models", HUB_FILES) if "/" not in f.name]
     except ValueError as error:
         raise ValueError(f"there is no folder {name}, and as a name on the hub: {error}") from None
+    folder = downloads / repo
     download([file for file in found if file.name == "config.json"], folder)
     check(folder)
     download(found, folder)
     return folder
+
+
+def unknown_training() -> dict[str, Any]:
+    """What a meta.json says of a model of which nobody knows what it was trained on."""
+    config, data = {"data": {"path": None}}, {"fingerprint": None}
+    return {"step": 0, "metrics": {}, "prepared": {}, "config": config, "data": data}
 
 
 def weight_files(folder: Path) -> dict[str, str]:

@@ -157,6 +157,28 @@ def test_memory_does_not_grow_with_what_is_read(
     assert ahead <= 2 * 2 + 2
 
 
+def test_memory_does_not_grow_with_empty_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.shards.PIECE", 1000)
+    monkeypatch.setattr("data.shards.n_cores", lambda: 2)
+    held = most = 0
+
+    class Empty(str):
+        def __init__(self) -> None:
+            nonlocal held, most
+            held += 1
+            most = max(most, held)
+
+        def __del__(self) -> None:
+            nonlocal held
+            held -= 1
+
+    pieces = ((True, Empty() if i % 5000 else "a") for i in range(30_000))
+    assert shards.write_text(pieces, BYTE, tmp_path, 0.5, 1)["documents"] == 6
+    assert most <= (2 * 2 + 2) * 1000
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_files_are_read_a_little_at_a_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

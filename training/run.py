@@ -30,7 +30,9 @@ from training.log import RunLog, is_due, read_metrics
 from training.step import StepResult
 
 PREPARED_QA = "prepared_qa"  # in an SFT run: what was made of a Q&A file
-_locks = dict[Path, contextlib.ExitStack]()  # on folders of runs, held by this process
+_locks = dict[
+    Path, contextlib.ExitStack
+]()  # what closes a run of this process, by the folder that it has locked
 
 
 class Run:
@@ -54,7 +56,8 @@ class Run:
         self._signals, self._interrupted = device.StopOnSignal(), False
         # Of a run in this process that failed before it trained: this one takes its place.
         _locks.pop(self.folder, contextlib.ExitStack()).close()
-        self._held = contextlib.ExitStack()  # the folder's lock; in training log and signals too
+        # Of the folder's lock, once it is taken (in `_locks` then); in training of log and signals.
+        self._held = contextlib.ExitStack()
 
     def made_from(self, prepared: dict[str, Any], **origin: dict[str, Any] | None) -> None:
         """Notes what the run is made of; ValueError if its newest checkpoint is of other data."""
@@ -226,9 +229,9 @@ def find_checkpoint(folder: Path, config: Any) -> Path | None:
         if not meta["step"] == noted == step_of(steps[-1]):
             raise ValueError(f"{steps[-1]} is of step {meta['step']}; name it so, or delete it")
         return steps[-1]
-    names = {p.name for p in folder.glob("[!.]*")}
     # What a start that failed early leaves behind is ours: prepared Q&A, dotted names.
-    ours = "config.json" in names or names <= {PREPARED_QA}
+    names = {p.name for p in folder.glob("[!.]*")}
+    ours = (folder / "config.json").exists() or names <= {PREPARED_QA}
     if not ours or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"{folder} is not empty and holds no run; give another --run.dir")
     return None

@@ -100,8 +100,8 @@ def _readable(file: Path) -> Iterator[None]:
 
 def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[tuple[bool, str]]:
     """The documents of one open file, in pieces of at most PIECE characters; with each, whether a
-    document begins with it. Of an empty one there is an empty piece.
-    Raises ValueError: damaged, not UTF-8, not JSON, or no text under `field`; with the place.
+    document begins with it. Of an empty one there is an empty piece. Read it by `read_files`, which
+    names a damaged file. Raises ValueError: not JSON, or no text under `field`; with the place.
     """
     if file.name.lower().endswith(PLAIN_SUFFIXES):
         whole = _open_text(file, raw)
