@@ -50,6 +50,14 @@ def short_replies() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_of_this_machine() -> Iterator[None]:
+    """lm_eval asks a dozen programs, pip among them, after each of its evaluations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.collect_env.get_pretty_env_info", str)
+        yield
+
+
 @pytest.fixture(scope="session")
 def world_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "world"

@@ -15,6 +15,7 @@ from data.sft import SFTDataConfig
 from model.gpt import GPT, RECIPES, ModelConfig
 from runtime.cli import parse_config, run_cli
 from runtime.files import write_json
+from tests.forked import Forked
 from train_pretrain import PretrainConfig
 from train_sft import SFTConfig
 from training.config import RunConfig
@@ -279,8 +280,7 @@ def test_every_config_file_parses_and_says_no_more_than_it_means() -> None:
 
 def test_help_lists_every_key_with_what_it_means_and_what_a_recipe_sets() -> None:
     command = [sys.executable, "train_pretrain.py", "--help"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    text = " ".join(result.stdout.split())
+    text = " ".join(Forked(command).stdout.read().split())
     check_help(text, data=PretrainDataConfig, run=RunConfig, model=ModelConfig, optim=OptimConfig)
     for doc in ("Peak learning rate of Muon.", "Transformer blocks.", "Sequences per forward pass"):
         assert doc in text

@@ -35,6 +35,7 @@ from runtime.files import (
     write_meta,
 )
 from tests.conftest import pretrain_config
+from tests.forked import Forked
 from training.checkpoint import load_checkpoint, resume, save_checkpoint
 from training.log import read_metrics
 from training.optim import OptimConfig, build_optimizers
@@ -354,12 +355,14 @@ import {module}
         ("import torch; torch.ones(2**50)", "error: out of memory: [enforce fail at"),
     ],
 )
-def test_no_memory_is_one_line(use: str, said: str) -> None:
+def test_no_memory_is_one_line(use: str, said: str, tmp_path: Path) -> None:
     code = f"from runtime.cli import one_line_errors\nwith one_line_errors():\n  {use}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith(said)
-    assert done.stderr.count("\n") == 1
+    (tmp_path / "code.py").write_text(code)
+    with Forked([sys.executable, str(tmp_path / "code.py")]) as process:
+        error = process.stderr.read()
+    assert process.returncode == 1
+    assert error.startswith(said)
+    assert error.count("\n") == 1
 
 
 def test_a_list_in_a_message_is_short() -> None:
@@ -404,10 +407,12 @@ read_meta(folder)
 def test_a_pipe_where_a_file_of_a_run_is_expected_hangs_nobody(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "meta.json", "weights"):
         os.mkfifo(tmp_path / name)
-    command = [sys.executable, "-c", PIPES, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, text=True)
-    assert "meta.json is no file" in done.stderr
-    assert "weights is no file" in done.stdout
+    (tmp_path / "pipes.py").write_text(PIPES)
+    command = [sys.executable, str(tmp_path / "pipes.py"), str(tmp_path)]
+    with Forked(command) as process:
+        assert process.wait(60) is not None
+    assert "meta.json is no file" in process.stderr.read()
+    assert "weights is no file" in process.stdout.read()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == [1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from model.gpt import ModelConfig
 from model.seen import Batch
 from runtime import processes
 from tests.conftest import pretrain_config, sft_config
+from tests.forked import Forked
 from training.checkpoint import load_checkpoint
 from training.log import read_metrics
 from training.tune import TuneConfig
@@ -34,6 +36,7 @@ import train_pretrain, train_sft
 from runtime.cli import parse_config
 from runtime.processes import finish_processes, is_first
 
+train_sft.STOP_WITHIN = 8
 for name, file, stop_at in json.loads(sys.argv[1]):
     script = {"train_pretrain": train_pretrain, "train_sft": train_sft}[name]
     real = script.train_step
@@ -52,24 +55,37 @@ finish_processes()
 """
 
 
-def torchrun(jobs: list[tuple[Any, Any, int | None]], folder: Path) -> str:
-    """Runs (script, config, stop_at) in two processes, one after another; what they print."""
+def torchrun(jobs: list[tuple[Any, Any, int | None]], folder: Path, itself: bool = True) -> str:
+    """Runs (script, config, stop_at) in two processes, one after another; what they print.
+
+    torchrun itself imports torch three times. Else what it starts is started as it would.
+    """
     listed = []
     for i, (script, config, stop_at) in enumerate(jobs):
         (folder / f"{i}.json").write_text(json.dumps(asdict(config)))
         listed.append((script.__name__, str(folder / f"{i}.json"), stop_at))
     (folder / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(folder / "worker.py"), json.dumps(listed)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    words = [str(folder / "worker.py"), json.dumps(listed)]
+    if itself:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        done = subprocess.run(
+            [*launch, "--nproc_per_node=2", *words],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [{**env, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+    both = [Forked([sys.executable, *words], env=rank) for rank in ranks]
+    printed = "".join(process.stdout.read() for process in both)
+    assert [process.wait() for process in both] == [0, 0], both[0].stderr.read()
+    return printed
 
 
 def compare(run: Path, whole: Path) -> None:
@@ -110,7 +126,7 @@ def test_two_processes_that_each_hold_a_share_train_as_one_that_holds_all(
     jobs: list[Any] = [(train_pretrain, base("two"), None)]
     jobs += [(train_pretrain, base("two_one"), 4), (train_pretrain, base("two_two"), 4)]
     jobs += [(train_sft, instruct("two_sft"), None)]
-    torchrun([*jobs, (train_pretrain, base("two_two"), None)], tmp_path)
+    torchrun([*jobs, (train_pretrain, base("two_two"), None)], tmp_path, itself=False)
     train_pretrain.main(base("two_one", shard=False))
     for run in ("two", "two_one", "two_two"):
         compare(tmp_path / run, tmp_path / "one")

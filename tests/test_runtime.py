@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from data.sources.read import distinct
 from runtime.cli import LONGEST, Parser, visible
 from runtime.device import running, set_up
 from runtime.files import check_file, new_directory, new_file
+from tests.forked import Forked
 
 FAULTS = """
 import resource, sys, torch
@@ -33,11 +33,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
-def test_freed_memory_is_not_mapped_anew() -> None:
-    faults = {
-        way: int(subprocess.check_output([sys.executable, "-c", FAULTS, way]))
-        for way in ("kept", "as it comes")
-    }
+def test_freed_memory_is_not_mapped_anew(tmp_path: Path) -> None:
+    (tmp_path / "faults.py").write_text(FAULTS)
+    command = [sys.executable, str(tmp_path / "faults.py")]
+    faults = {way: int(Forked([*command, way]).stdout.read()) for way in ("kept", "as it comes")}
     assert faults["as it comes"] > 1000
     assert faults["kept"] < 0.1 * faults["as it comes"]
 

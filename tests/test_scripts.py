@@ -27,6 +27,7 @@ from model.gpt import GPT
 from runtime.cli import run_cli
 from runtime.device import flops_per_token
 from tests.conftest import Fails, pretrain_config, sft_config
+from tests.forked import Forked
 from training.checkpoint import load_checkpoint
 from training.log import read_metrics
 
@@ -42,15 +43,12 @@ def outcome(run: Path) -> tuple[list[dict[str, Any]], bytes, str]:
     return kept, (last / "model.safetensors").read_bytes(), last.name
 
 
-def start(script: str, config: Any, folder: Path) -> subprocess.Popen[bytes]:
+def start(script: str, config: Any, folder: Path) -> Forked:
     """The script as its own process, on a resolved config."""
     file = folder / f"{script}.json"
     file.write_text(json.dumps(asdict(config)))
     command = [sys.executable, str(ROOT / f"{script}.py"), "--config", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return Forked(command)
 
 
 @pytest.mark.parametrize("script", ["train_pretrain", "train_sft"])
@@ -62,11 +60,11 @@ def test_killed_at_a_random_step_and_resumed_is_bit_identical(
             c: Any = pretrain_config(world_dir, out, steps=60)
         else:
             c = sft_config(world_dir, runs[0], out, steps=60)
-        return replace(c, run=replace(c.run, eval_every=20, save_every=7))
+        return replace(c, run=replace(c.run, eval_every=30, save_every=7))
 
     whole, killed = config(tmp_path / "whole"), config(tmp_path / "killed")
     reference = start(script, whole, tmp_path)
-    assert reference.wait(300) == 0, reference.stderr and reference.stderr.read()
+    assert reference.wait(300) == 0, reference.stderr.read()
     step = random.randint(1, 45)  # of 60: the kill must come before the end
     process = start(script, killed, tmp_path)
     metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 300
@@ -76,7 +74,7 @@ def test_killed_at_a_random_step_and_resumed_is_bit_identical(
     process.kill()
     assert process.wait() == -signal.SIGKILL
     resumed = start(script, killed, tmp_path)
-    assert resumed.wait(300) == 0, resumed.stderr and resumed.stderr.read()
+    assert resumed.wait(300) == 0, resumed.stderr.read()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole"), f"killed after step {step}"
 
 

@@ -184,17 +184,15 @@ def test_a_killed_script_that_is_resumed_tells_every_step_once(
     config = pretrain_config(world_dir, tmp_path / "run", steps=2000)
     config = replace(config, run=replace(config.run, wandb="offline", eval_every=1000))
     process = start("train_pretrain", config, tmp_path)
-    assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith(b"step 22/"):  # checkpoints are every 4 steps
+        if line.startswith("step 22/"):  # checkpoints are every 4 steps
             process.kill()
             break
     process.wait()
     reached = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     process = start("train_pretrain", config, tmp_path)
-    assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith(b"step %d/" % (reached + 8)):
+        if line.startswith(f"step {reached + 8}/"):
             process.terminate()
             break
     process.stdout.read()
