@@ -39,10 +39,26 @@ def call(monkeypatch: pytest.MonkeyPatch, runs: Runs, *options: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def measured() -> dict[str, Any]:
+    """What each instrument has found for the report that is `made`, by its name."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def made(runs: Runs, measured: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a report about both runs."""
     out = tmp_path_factory.mktemp("report")
+
+    def kept(name: str, instrument: Any) -> Any:
+        def measure(pair: Pair, questions: int) -> Any:
+            measured[name] = instrument(pair, questions)
+            return measured[name]
+
+        return measure
+
+    instruments = {name: (kept(name, f), part) for name, (f, part) in report.INSTRUMENTS.items()}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "INSTRUMENTS", instruments)
         patch.setattr("lab.forgetting.RETURN_STEPS", 4)
         patch.setattr("lab.forgetting.RETURN_EVERY", 2)
         call(patch, runs, "--out", out, "--questions", 20)
@@ -148,7 +164,13 @@ def test_pairs_that_replayed_different_text_are_refused_before_anything_is_measu
         report.make_report([pair, other], 12)
 
 
-def test_seeds_are_pooled(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeds_are_pooled(
+    runs: Runs,
+    made: Path,
+    measured: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name, run in zip(("base", "instruct"), runs, strict=True):
         for seed in "12":
             (tmp_path / seed).mkdir(exist_ok=True)
@@ -156,22 +178,15 @@ def test_seeds_are_pooled(runs: Runs, tmp_path: Path, monkeypatch: pytest.Monkey
 
     both = (tmp_path / "{seed}/base", tmp_path / "{seed}/instruct")
     pairs = [open_pair(str(runs[0]), str(runs[1]), "cpu", None)] * 2
-    monkeypatch.setattr("lab.forgetting.text_of", lambda base: None)
 
-    def once(instrument: Any) -> Any:  # of two seeds that are the same pair
-        made = list[Any]()
+    def again(name: str) -> Any:  # two seeds that are the same pair, and measured already
+        return lambda pair, questions: measured[name]
 
-        def measure(pair: Pair, questions: int) -> Any:
-            made.extend([] if made else [instrument(pair, questions)])
-            return made[0]
-
-        return measure
-
-    instruments = {name: (once(f), part) for name, (f, part) in report.INSTRUMENTS.items()}
+    instruments = {name: (again(name), part) for name, (_, part) in report.INSTRUMENTS.items()}
     monkeypatch.setattr(report, "INSTRUMENTS", instruments)
-    pooled = report.make_report(pairs, 12)
+    pooled = report.make_report(pairs, 20)
     figure = pooled["knowledge"]["instruct"]["cloze"]["known"]["all"]
-    assert figure["n"] == 24
+    assert figure["n"] == 40
     assert figure["runs"] == [figure["share"]] * 2
     report.write_page(pooled, tmp_path / "page.html")
     assert "2 seeds" in (tmp_path / "page.html").read_text()
@@ -204,9 +219,8 @@ def test_salience_is_reported_where_people_were_read_about_unequally_often(
     assert report.fits("exposures", [replace(pair, world=uneven)])
     found = json.loads((made / "report.json").read_text())
     assert found["exposures"] is None
+    assert 'id="exposures"' not in (made / "report.html").read_text()
     path = tmp_path / "report.html"
-    report.write_page(found, path)
-    assert 'id="exposures"' not in path.read_text()
     found["exposures"] = to_json(pool([exposures(pair, 10)]))
     report.write_page(found, path)
     assert 'id="exposures"' in path.read_text()

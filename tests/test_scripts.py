@@ -58,9 +58,11 @@ def test_killed_at_a_random_step_and_resumed_is_bit_identical(
     def config(out: Path) -> Any:
         if script == "train_pretrain":
             c: Any = pretrain_config(world_dir, out, steps=60)
+            eval_every = 20
         else:
             c = sft_config(world_dir, runs[0], out, steps=60)
-        return replace(c, run=replace(c.run, eval_every=30, save_every=7))
+            eval_every = 60  # it draws 64 replies each time
+        return replace(c, run=replace(c.run, eval_every=eval_every, save_every=7))
 
     whole, killed = config(tmp_path / "whole"), config(tmp_path / "killed")
     reference = start(script, whole, tmp_path)
