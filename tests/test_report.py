@@ -210,7 +210,7 @@ def test_a_number_of_questions_that_cannot_be_is_refused(
 
 
 def test_salience_is_reported_where_people_were_read_about_unequally_often(
-    made: Path, pair: Pair, tmp_path: Path
+    made: Path, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pair.world is not None
     assert not report.fits("exposures", [pair])
@@ -222,6 +222,7 @@ def test_salience_is_reported_where_people_were_read_about_unequally_often(
     assert 'id="exposures"' not in (made / "report.html").read_text()
     path = tmp_path / "report.html"
     found["exposures"] = to_json(pool([exposures(pair, 10)]))
+    monkeypatch.setattr("lab.figures.svg", lambda figure: "<svg/>")  # drawn for the page `made`
     report.write_page(found, path)
     assert 'id="exposures"' in path.read_text()
 
