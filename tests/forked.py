@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
-# A process that has imported torch and done nothing else; each script is a fork of it.
-SERVER = multiprocessing.get_context("forkserver")
+# A process that has imported torch and done nothing else; each script is a fork of it. Elsewhere
+# than on Linux a fork of such a process is not safe, and each script imports torch after all.
+SERVER: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 SERVER.set_forkserver_preload(["torch._dynamo"])
 
 
