@@ -65,9 +65,12 @@ class Forked:
     def __exit__(self, *_: object) -> None:
         self.wait()
 
-    def wait(self, timeout: float | None = None) -> int | None:
-        """Its exit code, a negative signal number where that ended it; None: it still runs."""
+    def wait(self, timeout: float = 300) -> int | None:
+        """Its exit code, or a negative signal number. TimeoutError: it still ran, and is killed."""
         self.process.join(timeout)
+        if self.returncode is None:
+            self.kill()
+            raise TimeoutError(f"{self.process.name} ran for more than {timeout} s")
         return self.returncode
 
     @property

@@ -280,7 +280,9 @@ def test_every_config_file_parses_and_says_no_more_than_it_means() -> None:
 
 def test_help_lists_every_key_with_what_it_means_and_what_a_recipe_sets() -> None:
     command = [sys.executable, "train_pretrain.py", "--help"]
-    text = " ".join(Forked(command).stdout.read().split())
+    with Forked(command) as process:
+        text = " ".join(process.stdout.read().split())
+    assert process.returncode == 0
     check_help(text, data=PretrainDataConfig, run=RunConfig, model=ModelConfig, optim=OptimConfig)
     for doc in ("Peak learning rate of Muon.", "Transformer blocks.", "Sequences per forward pass"):
         assert doc in text

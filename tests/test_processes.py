@@ -83,9 +83,9 @@ def torchrun(jobs: list[tuple[Any, Any, int | None]], folder: Path, itself: bool
     env = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     ranks = [{**env, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
     both = [Forked([sys.executable, *words], env=rank) for rank in ranks]
-    printed = "".join(process.stdout.read() for process in both)
-    assert [process.wait() for process in both] == [0, 0], both[0].stderr.read()
-    return printed
+    codes = [process.wait() for process in both]
+    assert codes == [0, 0], [process.stderr.read() for process in both]
+    return "".join(process.stdout.read() for process in both)
 
 
 def compare(run: Path, whole: Path) -> None:
