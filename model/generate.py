@@ -61,14 +61,8 @@ def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
 
 
 def next_logits(model: GPT, idx: Tensor, seen: Seen) -> Tensor:
-    """Logits (B, vocab_size) after the last of some tokens (B, T), without dropout."""
-    training = model.training
-    if training:
-        model.eval()  # sampling also happens during training
-    x = model.hidden(idx, seen)
-    if training:
-        model.train()
-    return model.logits(x[:, -1])
+    """Logits (B, vocab_size) after the last of some tokens (B, T)."""
+    return model.logits(model.hidden(idx, seen)[:, -1])
 
 
 @torch.inference_mode()
@@ -79,7 +73,8 @@ def stream(
 
     A reply ends with an id of `stop`, which is yielded, or after max_new_tokens. The same prompt
     and seed give the same reply, whatever the other prompts are. A prompt is cut to its newest
-    block_size tokens, a row that grows beyond them to its newer half. ValueError: one is empty.
+    block_size tokens, a row that grows beyond them to its newer half. The model is to be in eval
+    mode. ValueError: a prompt is empty.
     """
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("there must be a prompt, and each must have at least one token")
@@ -115,6 +110,10 @@ def stream(
 def generate(
     model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Collection[int] = ()
 ) -> list[list[int]]:
-    """The replies to several prompts, each with its stop id if it ended by one; see `stream`."""
-    replies = zip(*stream(model, prompts, sampling, stop), strict=True)
+    """The replies to several prompts, each with its stop id if it ended by one; see `stream`. The
+    model may be in the midst of training.
+    """
+    training = model.training
+    replies = zip(*stream(model.eval(), prompts, sampling, stop), strict=True)
+    model.train(training)
     return [[i for i in reply if i is not None] for reply in replies]

@@ -3,11 +3,9 @@ order is a function of (seed, step), so every process knows the whole batch of a
 its share of it, the gradients are averaged, and all take the same optimizer step.
 """
 
-import contextlib
 import os
 import socket
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import NoReturn
 
@@ -75,16 +73,6 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this is the process that prints, logs, evaluates and saves."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-@contextlib.contextmanager
-def first_alone() -> Iterator[None]:
-    """A block that the first process runs before the others, who then find what it has made."""
-    if not is_first():
-        any_process(False)  # returns once all have called it
-    yield
-    if is_first():
-        any_process(False)
 
 
 def sum_over_processes(value: Tensor) -> Tensor:

@@ -99,12 +99,11 @@ def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
 def not_finite(value: Any, name: str = "") -> str:
     """The key of a tensor in nested dicts and lists that is not finite; empty if all are."""
     if isinstance(value, Tensor):
-        return "" if not value.is_floating_point() or bool(value.isfinite().all()) else name
+        return "" if bool(value.isfinite().all()) else name
+    if not isinstance(value, dict | list):
+        return ""
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    nested = (
-        (f"{name}.{k}".strip("."), v) for k, v in items if isinstance(v, dict | list | Tensor)
-    )
-    return next(filter(None, (not_finite(part, key) for key, part in nested)), "")
+    return next(filter(None, (not_finite(v, f"{name}.{k}".strip(".")) for k, v in items)), "")
 
 
 @contextlib.contextmanager

@@ -86,7 +86,6 @@ def with_defaults(old: Any, config: Any) -> Any:
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """Text such as "optim.lr 0.1 -> 0.2" for every leaf in which two nested dicts differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
         prefix = f"{key}." if key else ""
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{prefix}{k}")]
+        return [d for k in old | new for d in differences(old.get(k), new.get(k), f"{prefix}{k}")]
     return [] if old == new else [f"{key} {old} -> {new}"]

@@ -32,11 +32,7 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        config: Any,
-        row: dict[str, Any],
-        about: dict[str, Any],
-        peak_speed: float | None = None,
+        self, config: Any, row: dict[str, Any], about: dict[str, Any], peak_speed: float | None
     ) -> None:
         self.config, self.run_dir, self.steps = config, Path(config.run.dir), config.optim.steps
         self.peak_speed = peak_speed

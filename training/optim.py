@@ -114,7 +114,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "peak_lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         # Matrices of one shape are one group, so that they are orthogonalised in one batch.
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for p in params:
@@ -155,14 +155,11 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         else:
             decayed.append(p)
     groups = [(decayed, config.weight_decay), (vectors, 0.0)]
-    named = [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    named = [{"params": p, "weight_decay": decay, "peak_lr": config.lr} for p, decay in groups if p]
     betas = (config.beta1, config.beta2)
     optimizers: list[torch.optim.Optimizer] = [AdamW(named, config.lr, betas, fused=True)]
     if muon:
         optimizers.append(Muon(muon, config.muon_lr, config.momentum, config.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
     return optimizers
 
 

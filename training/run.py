@@ -30,9 +30,8 @@ from training.log import RunLog, is_due, read_metrics
 from training.step import StepResult
 
 PREPARED_QA = "prepared_qa"  # in an SFT run: what was made of a Q&A file
-_locks = dict[
-    Path, contextlib.ExitStack
-]()  # what closes a run of this process, by the folder that it has locked
+# What closes a run of this process, by the folder that it has locked.
+_locks: dict[Path, contextlib.ExitStack] = {}
 
 
 class Run:
@@ -111,18 +110,21 @@ class Run:
         prepare = partial(
             prepare_qa, [Path(path)], folder, tokenizer_of, share, self.config.run.seed
         )
-        with processes.first_alone():
-            try:
-                prepare()
-            except ValueError:  # perhaps it is of a start with other Q&A, which was refused
-                # Bad Q&A, or something there that this project did not make.
-                if not Path(path).is_file() or not (folder / "meta.json").exists():
-                    raise
-                if self._is_own(folder):
-                    what = f"{self.newest} was made from another data than {path}"
-                    raise ValueError(f"{what}; give another --run.dir") from None
-                shutil.rmtree(folder, ignore_errors=True)
-                prepare()
+        if not processes.is_first():
+            processes.any_process(False)  # returns once the first one has made it, and says so
+        try:
+            prepare()
+        except ValueError:  # perhaps it is of a start with other Q&A, which was refused
+            # Bad Q&A, or something there that this project did not make.
+            if not Path(path).is_file() or not (folder / "meta.json").exists():
+                raise
+            if self._is_own(folder):
+                what = f"{self.newest} was made from another data than {path}"
+                raise ValueError(f"{what}; give another --run.dir") from None
+            shutil.rmtree(folder, ignore_errors=True)
+            prepare()
+        if processes.is_first():
+            processes.any_process(False)
         return folder
 
     def resume(

@@ -1,6 +1,5 @@
 """People's files: text, and conversations in the shapes that people have them in."""
 
-import contextlib
 import gzip
 import io
 import json
@@ -74,28 +73,22 @@ def read_files(
         if not file.is_file():
             raise ValueError(f"{file} not found")
         seen = 0
-        with open(file, "rb") as raw, _readable(file):
-            for item in read(file, raw):
-                yield item
-                # A reader that has seen it all may have closed the file.
-                at = file.stat().st_size if raw.closed else raw.tell()
-                if advance and at != seen:
-                    advance(at - seen)
-                    seen = at
-
-
-@contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Names the file whose bytes turn out not to be what they should."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error.reason}") from None
-    except (EOFError, OSError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        kind = PACKED.get(file.suffix.lower(), "parquet")
-        raise ValueError(f"{file} is not a whole {kind} file: {error}") from None
+        try:
+            with open(file, "rb") as raw:
+                for item in read(file, raw):
+                    yield item
+                    # A reader that has seen it all may have closed the file.
+                    at = file.stat().st_size if raw.closed else raw.tell()
+                    if advance and at != seen:
+                        advance(at - seen)
+                        seen = at
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error.reason}") from None
+        except (EOFError, OSError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            kind = PACKED.get(file.suffix.lower(), "parquet")
+            raise ValueError(f"{file} is not a whole {kind} file: {error}") from None
 
 
 def read_documents(file: Path, raw: IO[bytes], field: str) -> Iterator[tuple[bool, str]]:
