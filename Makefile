@@ -46,14 +46,15 @@ findings: .venv/runtime
 	$(BIN)/python -m lab.findings $(SWEEPS)
 
 # When in the quickstart's pretraining a fact becomes completable, readable by a probe and, after tuning,
-# answerable: about six hours of one core. It goes on where it was interrupted. SEEDS="3" is one seed.
+# answerable: about three hours of one core. It goes on where it was interrupted. SEEDS="3" is one seed.
 SEEDS ?= 3 4 5
+STEPS = 200 300 400 500 600 800 1200
 curve: .venv/runtime
 	for seed in $(SEEDS); do \
 	  $(BIN)/python -m data.prepare world --seed $$seed --out out/curve/$$seed/data && \
 	  $(BIN)/python train_pretrain.py --config configs/quickstart/pretrain.toml --run.seed=$$seed \
-	    --data.path=out/curve/$$seed/data --run.dir=out/curve/$$seed/base --run.save_every=log:1.5 || exit; done
-	$(BIN)/python -m lab.curve knowledge probes --run out/curve/{seed}/base --seeds $(SEEDS) --out out/curve \
+	    --data.path=out/curve/$$seed/data --run.dir=out/curve/$$seed/base --run.save_every=100 || exit; done
+	$(BIN)/python -m lab.curve knowledge probes --run out/curve/{seed}/base --seeds $(SEEDS) --out out/curve --steps $(STEPS) \
 	  --tune configs/quickstart/sft.toml run.seed={seed} data.path=out/curve/{seed}/data run.save_every=1000 \
 	  --figures completed=knowledge.base.cloze.held_out.all readable=probes.base.places.cloze.-1.rank \
 	    "readable by the name=probes.base.places.name.-1.rank" "answered after tuning=knowledge.instruct.answers.held_out.answered.all"

@@ -11,8 +11,9 @@ knowledge.base.cloze.held_out.all. `--figures NAME=PATH` calls it NAME in the ta
 
 Writes curve.json with all figures, curve.csv and curve.svg. Checkpoints are measured from the last
 to the first. What was measured or tuned is kept beside these and not made again: the same command
-goes on after an interruption, and other figures of the same instruments cost nothing. A run whose
-run.save_every is "log" has its early steps close together; its steps are drawn on a log axis.
+goes on after an interruption, and other figures of the same instruments cost nothing. `--steps`
+takes only some of the checkpoints. A run whose run.save_every is "log" has its early steps close
+together; its steps are drawn on a log axis.
 
 python -m lab.curve knowledge probes --run out/quickstart/base \\
     --tune configs/quickstart/sft.toml --out out/curve
@@ -297,9 +298,13 @@ def run(a: argparse.Namespace) -> None:
     ):
         tune = [text.replace("{seed}", seed) if seed else text for text in a.tune or []]
         parts = [points_of(path, tune, a.out) for path in runs]
-        curves.append({step: point for part in parts for step, point in part.items()})
-        if len({stage for stage, _ in curves[-1]}) < len(parts):
+        if len({stage for part in parts for stage, _ in part}) < len(parts):
             raise ValueError("--run is given two runs of one kind; pool them with --seeds")
+        every = [pair for part in parts for pair in part.items()]
+        curves.append({step: point for step, point in every if step[1] in (a.steps or [step[1]])})
+        if missing := set(a.steps or []) - {number for _, number in curves[-1]}:
+            what = f"--steps {min(missing)}: {' and '.join(runs)} has no checkpoint of this step"
+            raise ValueError(what)
     points = [point for curve in curves for point in curve.values()]
     check_instruments(names, points, a.qa)
     figures = figures_of(a.figures, names, all(point.alone for point in points))
@@ -355,6 +360,7 @@ def main() -> None:
     p.add_argument(
         "--figures", nargs="+", metavar="[NAME=]PATH", help="what is drawn, in its order"
     )
+    p.add_argument("--steps", nargs="+", type=int, metavar="STEP", help="only these checkpoints")
     p.add_argument("--questions", type=int, default=100, help="per figure (default 100)")
     p.add_argument(
         "--seeds", nargs="+", help="pool several: each of these for {seed} in --run and --tune"

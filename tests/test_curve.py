@@ -109,6 +109,9 @@ def test_a_killed_curve_measures_only_what_is_missing(
     other = call(*command[:3], "--figures", "again=forms.base.step")
     assert instrument.calls == 4
     assert other["points"] == made["points"]
+    some = call(*command, "--steps", 12, 4)
+    assert some["points"] == made["points"][::2]
+    assert instrument.calls == 4
     # A pair is something else than its base alone; what both commands measure is measured once.
     call("forms", "--run", *runs, "--figures", "forms.base.step")
     assert instrument.calls == 4 + 2
@@ -199,6 +202,7 @@ def test_seeds_are_pooled_where_all_have_a_step(
         ("forms --run BASE --tune SFT base=x", "--tune base=x"),
         ("forms --run BASE --tune SFT data.path=OTHER", "about another world"),
         ("forms --run BASE --questions 0", "--questions is 0"),
+        ("forms --run BASE --steps 8 7 9", "--steps 7: "),
     ],
 )
 def test_a_mistake_is_one_line(
