@@ -9,10 +9,10 @@ A figure is a dotted path into what an instrument finds, its name first, as in a
 knowledge.base.cloze.held_out.all. `--figures NAME=PATH` calls it NAME in the table and the picture;
 "-1" is the last of several entries, and ":" stands for a dot of a name.
 
-Writes curve.json with all figures, curve.csv and curve.svg. Checkpoints are measured from the last
-to the first. What was measured or tuned is kept beside these and not made again: the same command
-goes on after an interruption, and other figures of the same instruments cost nothing. `--steps`
-takes only some of the checkpoints. A run whose run.save_every is "log" has its early steps close
+Writes curve.json with all figures, curve.csv and curve.svg of those that are drawn. Checkpoints are
+measured from the last to the first; `--steps` takes only some. What was measured or tuned is kept
+beside these and not made again: the same command goes on after an interruption, and other figures
+of the same instruments cost nothing. A run whose run.save_every is "log" has its early steps close
 together; its steps are drawn on a log axis.
 
 python -m lab.curve knowledge probes --run out/quickstart/base \\
@@ -239,12 +239,15 @@ def measure(point: Point, names: list[str], a: argparse.Namespace) -> dict[str, 
     return found
 
 
-def cell_of(point: dict[str, Any], path: str) -> dict[str, Any] | None:
-    """A figure of a checkpoint; None where there is nothing to tell."""
-    value: Any = at(point, path) if leads(point, path) else None
-    if isinstance(value, int | float):
-        return {"mean": value, "n": 1, "low": None, "high": None}
-    return value if kind_of(value) and value[kind_of(value)] is not None else None
+def cells_of(point: dict[str, Any], figures: dict[str, str]) -> dict[str, dict[str, Any] | None]:
+    """The figures of a checkpoint by name; None where there is nothing to tell."""
+    cells = dict[str, dict[str, Any] | None]()
+    for name, path in figures.items():
+        value: Any = at(point, path) if leads(point, path) else None
+        if isinstance(value, int | float):
+            value = {"mean": value, "n": 1, "low": None, "high": None}
+        cells[name] = value if kind_of(value) and value[kind_of(value)] is not None else None
+    return cells
 
 
 def check_figures(point: dict[str, Any], figures: dict[str, str]) -> None:
@@ -256,29 +259,36 @@ def check_figures(point: dict[str, Any], figures: dict[str, str]) -> None:
             raise ValueError(f"the figure {path} {what}")
 
 
-def write_curve(out: Path, curve: dict[str, Any]) -> str:
-    """curve.json, curve.csv and curve.svg; returns the table, in Markdown."""
+def markdown(curve: dict[str, Any]) -> str:
+    """The table of what curve.json holds: a row a checkpoint, a column a figure."""
+    several = len({point["stage"] for point in curve["drawn"]}) > 1
+    rows = list[list[str]]()
+    for point in curve["drawn"]:
+        cells = ("-" if cell is None else figure(cell) for cell in point["cells"].values())
+        rows.append(
+            [f"{point['stage']} {point['step']}" if several else str(point["step"]), *cells]
+        )
+    return grid(list(curve["figures"]), rows)
+
+
+def write_curve(out: Path, curve: dict[str, Any]) -> None:
+    """curve.json, curve.csv and curve.svg."""
     files.write_json(out / "curve.json", curve)
     stages: dict[str, Curves] = {}
-    several = len({point["stage"] for point in curve["points"]}) > 1
-    lines, rows = io.StringIO(), []
+    lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(["stage", "step", "figure", "value", "low", "high", "n"])
-    for point in curve["points"]:
+    for point in curve["drawn"]:
         stage, step = point["stage"], point["step"]
-        stages.setdefault(stage, {name: {} for name in curve["figures"]})
-        rows.append([f"{stage} {step}" if several else str(step)])
-        for name, path in curve["figures"].items():
-            cell = cell_of(point, path)
-            rows[-1].append("-" if cell is None else figure(cell))
+        curves = stages.setdefault(stage, {name: {} for name in curve["figures"]})
+        for name, cell in point["cells"].items():
             if cell is not None:
-                stages[stage][name][step] = cell
+                curves[name][step] = cell
                 numbers = (cell[key] for key in (kind_of(cell), "low", "high"))
                 texts = ["" if x is None else f"{x:.4f}" for x in numbers]
                 writer.writerow([stage, step, name, *texts, cell["n"]])
     files.write_text(out / "curve.csv", lines.getvalue())
     files.write_text(out / "curve.svg", curve_plot(stages, curve["logarithmic"]))
-    return grid(list(curve["figures"]), rows)
 
 
 def run(a: argparse.Namespace) -> None:
@@ -335,9 +345,14 @@ def run(a: argparse.Namespace) -> None:
             {s for c in curves for (s, _), point in c.items() if point.logarithmic}
         ),
         "figures": figures,
+        "drawn": [
+            {"stage": stage, "step": step, "cells": cells_of(found[stage, step], figures)}
+            for stage, step in steps
+        ],
         "points": [found[step] for step in steps],
     }
-    say(write_curve(a.out, made))
+    write_curve(a.out, made)
+    say(markdown(made))
     if replay:
         say(f"replayed in tuning: {made['replayed']}")
     say(f"written: {a.out / 'curve.json'}, curve.csv and curve.svg")

@@ -5,7 +5,8 @@
 
 Each sweep's table.json goes to docs/findings beside it, with the pictures that the page shows. Give
 the command again after an interruption, or with the names of some sweeps to run those alone. Sweeps
-share their runs, so several at once would train the same thing twice.
+share their runs, so several at once would train the same thing twice. `--curve` puts what `make
+curve` has made into the page, as table "curve 1", and runs nothing.
 
 python -m lab.findings
 """
@@ -18,10 +19,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lab import sweep
+from lab import curve, sweep
 from lab.tables import markdown
 from runtime.cli import Parser, one_line_errors, say
-from runtime.files import read_json, write_text
+from runtime.files import as_ours, read_json, write_text
 
 ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"(<!-- table (\w+) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -63,6 +64,26 @@ def hours(tables: list[dict[str, Any]]) -> float:
     return (sum(training.values()) + measuring) / 3600
 
 
+def put(page: Path, name: str, kept: dict[str, Any], folder: Path, tables: list[str]) -> None:
+    """Figures go beside the page, the tables into it, and the folder's pictures that it shows."""
+    beside = page.with_suffix("")
+    beside.mkdir(parents=True, exist_ok=True)
+    write_text(beside / f"{name}.json", json.dumps(kept, separators=(",", ":")) + "\n")
+    text = fill(page.read_text(encoding="utf-8"), {name: tables})
+    for picture in folder.glob("*.svg"):
+        if f"/{name}_{picture.name})" in text:
+            write_text(beside / f"{name}_{picture.name}", picture.read_text(encoding="utf-8"))
+    write_text(page, text)
+
+
+def put_curve(folder: Path, page: Path) -> None:
+    """Puts what lab.curve wrote into a folder into the page; all but what is not drawn is kept."""
+    with as_ours(folder / "curve.json"):
+        made = shortened(read_json(folder / "curve.json"))
+        kept = {key: value for key, value in made.items() if key != "points"}
+        put(page, "curve", kept, folder, [curve.markdown(kept)])
+
+
 def run(names: list[str], out: Path, page: Path, device: str) -> None:
     """Runs sweeps by name, in their order, and writes the page after each one."""
     done = []
@@ -70,14 +91,7 @@ def run(names: list[str], out: Path, page: Path, device: str) -> None:
         say(f"==== {name}")
         folder = sweep.run(ROOT / "configs" / "sweeps" / f"{name}.toml", out, device)
         table = shortened(read_json(folder / "table.json"))
-        kept = page.with_suffix("")
-        kept.mkdir(parents=True, exist_ok=True)
-        write_text(kept / f"{name}.json", json.dumps(table, separators=(",", ":")) + "\n")
-        text = fill(page.read_text(encoding="utf-8"), {name: markdown(table)})
-        for picture in folder.glob("*.svg"):
-            if f"/{name}_{picture.name})" in text:
-                write_text(kept / f"{name}_{picture.name}", picture.read_text(encoding="utf-8"))
-        write_text(page, text)
+        put(page, name, table, folder, markdown(table))
         done.append(table)
         say(f"hours so far, one process: {hours(done):.1f}")
 
@@ -88,13 +102,22 @@ def main() -> None:
     known = sorted(path.stem for path in (ROOT / "configs" / "sweeps").glob("*.toml"))
     p.add_argument("names", nargs="*", metavar="NAME", help=f"sweeps: {', '.join(known)}")
     sweep.out_argument(p)
+    p.add_argument(
+        "--curve",
+        type=Path,
+        metavar="DIR",
+        help="what lab.curve wrote into DIR; alone it runs no sweep",
+    )
     p.add_argument("--page", type=Path, default=ROOT / "docs" / "findings.md", help="what to fill")
     p.add_argument("--device", default="auto", help="for measuring: auto (default), cpu, cuda, ...")
     with one_line_errors():
         a = p.parse_args()
         if unknown := sorted(set(a.names) - set(known)):
             raise ValueError(f"no sweep is called {unknown[0]}; there are {', '.join(known)}")
-        run(a.names or known, a.out, a.page, a.device)
+        if a.curve:
+            put_curve(a.curve, a.page)
+        if a.names or not a.curve:
+            run(a.names or known, a.out, a.page, a.device)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data.world import SPLITS
-from lab import findings, sweep
+from lab import curve, findings, sweep
 from lab.curve import DEFAULTS, check_figures
 from lab.figures import PLOTS, instrument_plots
 from lab.headline import TURNS
@@ -20,6 +20,7 @@ from lab.qa import strangers_to
 from lab.report import INSTRUMENTS
 from lab.stats import Difference, Mean, Share, difference, pool, to_json
 from lab.tables import STANDARD, at, figure, markdown, named_cells, number
+from tests.conftest import Fails
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = ROOT / "configs" / "sweeps"
@@ -169,6 +170,25 @@ def test_a_sweep_is_run_and_its_tables_put_into_the_page(
     assert (tmp_path / "page" / "rates_picture.svg").read_text() == "<svg/>"
     assert not (tmp_path / "page" / "rates_other.svg").exists()  # the page does not show it
     assert json.loads((tmp_path / "page" / "rates.json").read_text())["cells"]
+
+
+def test_a_curve_is_put_into_the_page(tmp_path: Path, fails: Fails) -> None:
+    cells = [to_json(Share(hits, 3)) for hits in (0, 2)]
+    drawn = [{"stage": "pretraining", "step": i, "cells": {"x": c}} for i, c in enumerate(cells)]
+    made = {"figures": {"x": "forms.x"}, "drawn": drawn, "logarithmic": [], "points": [{"a": 1}]}
+    out, page = tmp_path / "out", tmp_path / "page.md"
+    out.mkdir()
+    curve.write_curve(out, made)
+    page.write_text("<!-- table curve 1 -->\n<!-- end -->\n![](page/curve_curve.svg)\n")
+    findings.put_curve(out, page)
+    assert "| 1 | .67 |" in page.read_text()
+    kept = json.loads((tmp_path / "page" / "curve.json").read_text())
+    assert "points" not in kept
+    assert findings.fill(page.read_text(), {"curve": [curve.markdown(kept)]}) == page.read_text()
+    assert (tmp_path / "page" / "curve_curve.svg").read_text().startswith("<?xml")
+    (out / "curve.json").write_text('{"drawn": 3}')
+    message = fails(findings, "--curve", str(out), "--page", str(page))
+    assert "curve.json is damaged or of another version" in message
 
 
 def test_every_picture_of_the_page_is_there_and_no_other() -> None:
