@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,9 @@ import pytest
 
 from data.world import SPLITS
 from lab import curve, findings, sweep
-from lab.curve import DEFAULTS, check_figures
-from lab.figures import PLOTS, instrument_plots
 from lab.headline import TURNS
-from lab.pair import open_pair
-from lab.qa import strangers_to
-from lab.report import INSTRUMENTS
-from lab.stats import Difference, Mean, Share, difference, pool, to_json
-from lab.tables import STANDARD, at, figure, markdown, named_cells, number
+from lab.stats import Difference, Mean, Share, pool, to_json
+from lab.tables import STANDARD, at, figure, markdown, number
 from tests.conftest import Fails
 
 ROOT = Path(__file__).parents[1]
@@ -91,41 +85,6 @@ def test_a_path_that_leads_nowhere_is_named() -> None:
         markdown(table(tables=[{"columns": {"x": "n.b"}}]))
     with pytest.raises(ValueError, match="'stops' is a standard column's name"):
         markdown(table(tables=[{"columns": {"stops": "n.two.p"}}]))
-
-
-@pytest.fixture(scope="module")
-def cell(runs: tuple[Path, Path]) -> dict[str, Any]:
-    """All that a sweep can measure, of a tiny pair."""
-    pair = open_pair(str(runs[0]), str(runs[1]), "cpu", None)
-    assert pair.world is not None
-    row = sweep.measure_row(pair, 5, pair.world.by_split["known"], strangers_to(pair.world, 3))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lab.forgetting.RETURN_STEPS", 2)
-        found = {name: instrument(pair, 5) for name, instrument in sweep.INSTRUMENTS.items()}
-    differences = {key: difference(share, share) for key, share in row.items() if share.flags}
-    whole = {"from_the_first": differences, **row, **found}
-    return {"cell": {}, "replayed": "none", **to_json(whole)}
-
-
-@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_shipped_table_can_be_made(path: Path, cell: dict[str, Any]) -> None:
-    spec = sweep.read_sweep(path)
-    asked = {*spec.get("instruments", {})}
-    found = {key: value for key, value in cell.items() if key not in {*sweep.INSTRUMENTS} - asked}
-    cells = [found | {"cell": of} for of in sweep.cells_of(spec)]
-    made = markdown({"cells": cells, "spec": spec})
-    assert len(made) == len(spec["tables"])
-    assert all(len(rows_of(text)) > 2 for text in made)
-    two = dict(islice(named_cells({"cells": cells, "spec": spec}).items(), 2))  # drawing is slow
-    plots = instrument_plots(two)
-    assert set(plots) >= asked & set(PLOTS)
-    assert all(text.startswith("<?xml") for text in plots.values())
-
-
-def test_every_default_figure_of_a_curve_is_there(cell: dict[str, Any]) -> None:
-    assert set(DEFAULTS) == set(INSTRUMENTS)
-    paths = [f"{name}.{path}" for name, paths in DEFAULTS.items() for path in paths]
-    check_figures(cell, {path: path for path in paths})
 
 
 def test_a_page_is_filled_where_it_names_tables_and_nowhere_else() -> None:

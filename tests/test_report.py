@@ -1,4 +1,6 @@
-"""lab.report: what it writes, prints and refuses, and how the page looks in a real browser."""
+"""lab.report: what it writes, prints and refuses, and how the page looks in a real browser. What it
+has measured makes the shipped sweeps' tables too.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,16 @@ import pytest
 from playwright.sync_api import Page
 
 from data.world import ATTRIBUTES, SPLITS
-from lab import headline, report
+from lab import headline, report, sweep
+from lab.curve import DEFAULTS, check_figures
 from lab.exposures import exposures
+from lab.figures import PLOTS, instrument_plots
 from lab.pair import Pair, open_pair
-from lab.stats import pool, to_json
+from lab.qa import strangers_to
+from lab.stats import difference, pool, to_json
+from lab.tables import markdown, named_cells
 
+SWEEPS = Path(__file__).parents[1] / "configs" / "sweeps"
 Runs = tuple[Path, Path]
 SECTIONS = (
     *("table", "replies", "behaviour", "shift", "weights", "bits", "trace", "forgetting"),
@@ -102,6 +109,45 @@ def test_the_report_is_made_once_and_then_shown_again(
     assert "Text was replayed in tuning that leaves nobody out" in " ".join(printed.split())
     assert str(made / "report.html") in printed
     assert (made / "report.html").read_text() == page
+
+
+@pytest.fixture(scope="module")
+def cell(runs: Runs, made: Path, measured: dict[str, Any]) -> dict[str, Any]:
+    """All that a sweep can measure, of the pair that the report is about."""
+    pair = open_pair(str(runs[0]), str(runs[1]), "cpu", None)
+    assert pair.world is not None
+    row = sweep.measure_row(pair, 5, pair.world.by_split["known"], strangers_to(pair.world, 3))
+    differences = {key: difference(share, share) for key, share in row.items() if share.flags}
+    found = measured | {"exposures": exposures(pair, 5)}
+    assert set(found) == set(sweep.INSTRUMENTS) == set(report.INSTRUMENTS)
+    return {
+        "cell": {},
+        "replayed": "none",
+        **to_json({"from_the_first": differences} | row | found),
+    }
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_table_can_be_made(path: Path, cell: dict[str, Any]) -> None:
+    spec = sweep.read_sweep(path)
+    asked = {*spec.get("instruments", {})}
+    found = {key: value for key, value in cell.items() if key not in {*sweep.INSTRUMENTS} - asked}
+    cells = [found | {"cell": of} for of in sweep.cells_of(spec)]
+    made = markdown({"cells": cells, "spec": spec})
+    assert len(made) == len(spec["tables"])
+    assert all(text.count("\n| ") > 1 for text in made)
+    two = dict(
+        itertools.islice(named_cells({"cells": cells, "spec": spec}).items(), 2)
+    )  # drawing is slow
+    plots = instrument_plots(two)
+    assert set(plots) >= asked & set(PLOTS)
+    assert all(text.startswith("<?xml") for text in plots.values())
+
+
+def test_every_default_figure_of_a_curve_is_there(cell: dict[str, Any]) -> None:
+    assert set(DEFAULTS) == set(report.INSTRUMENTS)
+    paths = [f"{name}.{path}" for name, paths in DEFAULTS.items() for path in paths]
+    check_figures(cell, {path: path for path in paths})
 
 
 def test_each_row_of_the_headline_is_the_figure_that_it_names(pair: Pair) -> None:

@@ -250,8 +250,7 @@ def test_mean_loss_weighs_every_token_alike_without_dropout(training: bool) -> N
     assert model.training is training
 
 
-@pytest.mark.parametrize("loss_chunk", [None, 8])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dynamic", "loss_chunk"), [(False, None), (True, 8)])
 def test_a_compiled_model_takes_the_same_steps_and_few_graphs_for_all_shapes(
     dynamic: bool, loss_chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
