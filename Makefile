@@ -48,7 +48,7 @@ findings: .venv/runtime
 # When in the quickstart's pretraining a fact becomes completable, readable by a probe and, after tuning,
 # answerable: about three hours of one core. It goes on where it was interrupted. SEEDS="3" is one seed.
 SEEDS ?= 3 4 5
-STEPS = 200 300 400 500 600 800 1200
+STEPS = 200 300 400 500 600 1200
 curve: .venv/runtime
 	for seed in $(SEEDS); do \
 	  $(BIN)/python -m data.prepare world --seed $$seed --out out/curve/$$seed/data && \
