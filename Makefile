@@ -48,16 +48,24 @@ findings: .venv/runtime
 # When in the quickstart's pretraining a fact becomes completable, readable by a probe and, after tuning,
 # answerable: about three hours of one core. It goes on where it was interrupted. SEEDS="3" is one seed.
 SEEDS ?= 3 4 5
-STEPS = 200 300 400 500 600 1200
+PRETRAIN = $(BIN)/python train_pretrain.py --config configs/quickstart/pretrain.toml --run.seed=$$seed \
+  --data.path=out/curve/$$seed/data
+CURVE = $(BIN)/python -m lab.curve knowledge probes --seeds $(SEEDS) \
+  --tune configs/quickstart/sft.toml run.seed={seed} data.path=out/curve/{seed}/data run.save_every=1000 --figures \
+    completed=knowledge.base.cloze.held_out.all "completed, unseen people=knowledge.base.cloze.unseen.all" \
+    "read before the value=probes.base.places.cloze.-1.rank" "read at the name=probes.base.places.name.0.rank" \
+    "answered after tuning=knowledge.instruct.answers.held_out.answered.all" \
+    "the same, known people=knowledge.instruct.answers.known.answered.all" \
+    "the same, unseen people=knowledge.instruct.answers.unseen.answered.all" \
+    "completed after tuning=knowledge.instruct.cloze.held_out.all"
 curve: .venv/runtime
 	for seed in $(SEEDS); do \
 	  $(BIN)/python -m data.prepare world --seed $$seed --out out/curve/$$seed/data && \
-	  $(BIN)/python train_pretrain.py --config configs/quickstart/pretrain.toml --run.seed=$$seed \
-	    --data.path=out/curve/$$seed/data --run.dir=out/curve/$$seed/base --run.save_every=100 || exit; done
-	$(BIN)/python -m lab.curve knowledge probes --run out/curve/{seed}/base --seeds $(SEEDS) --out out/curve --steps $(STEPS) \
-	  --tune configs/quickstart/sft.toml run.seed={seed} data.path=out/curve/{seed}/data run.save_every=1000 \
-	  --figures completed=knowledge.base.cloze.held_out.all readable=probes.base.places.cloze.-1.rank \
-	    "readable by the name=probes.base.places.name.-1.rank" "answered after tuning=knowledge.instruct.answers.held_out.answered.all"
+	  $(PRETRAIN) --run.dir=out/curve/$$seed/base --run.save_every=100 && \
+	  $(PRETRAIN) --run.dir=out/curve/$$seed/decayed --run.save_every=600 --optim.steps=600 || exit; done
+	$(CURVE) --run out/curve/{seed}/base --out out/curve --steps 200 300 400 500 600 1200
+	$(CURVE) --run out/curve/{seed}/decayed --out out/curve/decayed
+	# then, for docs/findings.md: python -m lab.findings --curve out/curve out/curve/decayed
 
 # PEERS="--nanogpt DIR --nanochat DIR" measures beside them; docs/speed.md has the benches one by one.
 bench: .venv/dev

@@ -5,8 +5,8 @@
 
 Each sweep's table.json goes to docs/findings beside it, with the pictures that the page shows. Give
 the command again after an interruption, or with the names of some sweeps to run those alone. Sweeps
-share their runs, so several at once would train the same thing twice. `--curve` puts what `make
-curve` has made into the page, as table "curve 1", and runs nothing.
+share their runs, so several at once would train the same thing twice. `--curve out/curve` puts what
+lab.curve wrote there into the page, as table "curve 1".
 
 python -m lab.findings
 """
@@ -64,7 +64,7 @@ def hours(tables: list[dict[str, Any]]) -> float:
     return (sum(training.values()) + measuring) / 3600
 
 
-def put(page: Path, name: str, kept: dict[str, Any], folder: Path, tables: list[str]) -> None:
+def put_into(page: Path, name: str, kept: dict[str, Any], folder: Path, tables: list[str]) -> None:
     """Figures go beside the page, the tables into it, and the folder's pictures that it shows."""
     beside = page.with_suffix("")
     beside.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def put_curve(folder: Path, page: Path) -> None:
     with as_ours(folder / "curve.json"):
         made = shortened(read_json(folder / "curve.json"))
         kept = {key: value for key, value in made.items() if key != "points"}
-        put(page, "curve", kept, folder, [curve.markdown(kept)])
+        put_into(page, folder.name, kept, folder, [curve.markdown(kept)])
 
 
 def run(names: list[str], out: Path, page: Path, device: str) -> None:
@@ -91,7 +91,7 @@ def run(names: list[str], out: Path, page: Path, device: str) -> None:
         say(f"==== {name}")
         folder = sweep.run(ROOT / "configs" / "sweeps" / f"{name}.toml", out, device)
         table = shortened(read_json(folder / "table.json"))
-        put(page, name, table, folder, markdown(table))
+        put_into(page, name, table, folder, markdown(table))
         done.append(table)
         say(f"hours so far, one process: {hours(done):.1f}")
 
@@ -103,10 +103,7 @@ def main() -> None:
     p.add_argument("names", nargs="*", metavar="NAME", help=f"sweeps: {', '.join(known)}")
     sweep.out_argument(p)
     p.add_argument(
-        "--curve",
-        type=Path,
-        metavar="DIR",
-        help="what lab.curve wrote into DIR; alone it runs no sweep",
+        "--curve", type=Path, nargs="+", metavar="DIR", help="of lab.curve; alone, no sweep is run"
     )
     p.add_argument("--page", type=Path, default=ROOT / "docs" / "findings.md", help="what to fill")
     p.add_argument("--device", default="auto", help="for measuring: auto (default), cpu, cuda, ...")
@@ -114,8 +111,8 @@ def main() -> None:
         a = p.parse_args()
         if unknown := sorted(set(a.names) - set(known)):
             raise ValueError(f"no sweep is called {unknown[0]}; there are {', '.join(known)}")
-        if a.curve:
-            put_curve(a.curve, a.page)
+        for folder in a.curve or []:
+            put_curve(folder, a.page)
         if a.names or not a.curve:
             run(a.names or known, a.out, a.page, a.device)
 

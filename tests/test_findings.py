@@ -14,6 +14,7 @@ from lab import curve, findings, sweep
 from lab.headline import TURNS
 from lab.stats import Difference, Mean, Share, pool, to_json
 from lab.tables import STANDARD, at, figure, markdown, number
+from runtime.files import read_json
 from tests.conftest import Fails
 
 ROOT = Path(__file__).parents[1]
@@ -135,16 +136,16 @@ def test_a_curve_is_put_into_the_page(tmp_path: Path, fails: Fails) -> None:
     cells = [to_json(Share(hits, 3)) for hits in (0, 2)]
     drawn = [{"stage": "pretraining", "step": i, "cells": {"x": c}} for i, c in enumerate(cells)]
     made = {"figures": {"x": "forms.x"}, "drawn": drawn, "logarithmic": [], "points": [{"a": 1}]}
-    out, page = tmp_path / "out", tmp_path / "page.md"
+    out, page = tmp_path / "late", tmp_path / "page.md"
     out.mkdir()
     curve.write_curve(out, made)
-    page.write_text("<!-- table curve 1 -->\n<!-- end -->\n![](page/curve_curve.svg)\n")
+    page.write_text("<!-- table late 1 -->\n<!-- end -->\n![](page/late_curve.svg)\n")
     findings.put_curve(out, page)
     assert "| 1 | .67 |" in page.read_text()
-    kept = json.loads((tmp_path / "page" / "curve.json").read_text())
+    kept = json.loads((tmp_path / "page" / "late.json").read_text())
     assert "points" not in kept
-    assert findings.fill(page.read_text(), {"curve": [curve.markdown(kept)]}) == page.read_text()
-    assert (tmp_path / "page" / "curve_curve.svg").read_text().startswith("<?xml")
+    assert findings.fill(page.read_text(), {"late": [curve.markdown(kept)]}) == page.read_text()
+    assert (tmp_path / "page" / "late_curve.svg").read_text().startswith("<?xml")
     (out / "curve.json").write_text('{"drawn": 3}')
     message = fails(findings, "--curve", str(out), "--page", str(page))
     assert "curve.json is damaged or of another version" in message
@@ -157,9 +158,10 @@ def test_every_picture_of_the_page_is_there_and_no_other() -> None:
 
 def test_every_table_of_the_page_is_that_of_the_figures_beside_it() -> None:
     page = PAGE.read_text(encoding="utf-8")
+    kept = {path.stem: read_json(path) for path in PAGE.with_suffix("").glob("*.json")}
     tables = {
-        path.stem: markdown(json.loads(path.read_text(encoding="utf-8")))
-        for path in PAGE.with_suffix("").glob("*.json")
+        name: [curve.markdown(made)] if "drawn" in made else markdown(made)
+        for name, made in kept.items()
     }
     assert findings.fill(page, tables) == page
     assert {match[2] for match in findings.PLACE.finditer(page)} <= set(tables)
@@ -167,8 +169,8 @@ def test_every_table_of_the_page_is_that_of_the_figures_beside_it() -> None:
 
 def test_the_figures_beside_the_page_are_those_that_today_s_sweeps_ask_for() -> None:
     for path in PAGE.with_suffix("").glob("*.json"):
-        spec = json.loads(path.read_text(encoding="utf-8"))["spec"]
-        assert spec == sweep.read_sweep(SWEEPS / f"{path.stem}.toml")
+        if "drawn" not in (made := read_json(path)):  # else a curve's
+            assert made["spec"] == sweep.read_sweep(SWEEPS / f"{path.stem}.toml")
         assert re.fullmatch(r"[a-z_]+", path.stem)
 
 
