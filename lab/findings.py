@@ -6,7 +6,7 @@
 Each sweep's table.json goes to docs/findings beside it, with the pictures that the page shows. Give
 the command again after an interruption, or with the names of some sweeps to run those alone. Sweeps
 share their runs, so several at once would train the same thing twice. `--curve out/curve` puts what
-lab.curve wrote there into the page, as table "curve 1".
+lab.curve wrote there into the page, as table "curve 1": by the folder's name.
 
 python -m lab.findings
 """
@@ -25,6 +25,7 @@ from runtime.cli import Parser, one_line_errors, say
 from runtime.files import as_ours, read_json, write_text
 
 ROOT = Path(__file__).parents[1]
+KNOWN = sorted(path.stem for path in (ROOT / "configs" / "sweeps").glob("*.toml"))
 PLACE = re.compile(r"(<!-- table (\w+) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -77,11 +78,19 @@ def put_into(page: Path, name: str, kept: dict[str, Any], folder: Path, tables: 
 
 
 def put_curve(folder: Path, page: Path) -> None:
-    """Puts what lab.curve wrote into a folder into the page; all but what is not drawn is kept."""
+    """Puts what lab.curve wrote into a folder into the page; what is not drawn is not kept.
+
+    Raises:
+        ValueError: it wrote nothing there, or the page has no place for a curve of this name.
+    """
+    name, places = folder.resolve().name, PLACE.finditer(page.read_text(encoding="utf-8"))
+    if name not in {match[2] for match in places} - set(KNOWN):
+        raise ValueError(f"{page} has no place for a curve: <!-- table {name} 1 -->")
     with as_ours(folder / "curve.json"):
         made = shortened(read_json(folder / "curve.json"))
         kept = {key: value for key, value in made.items() if key != "points"}
-        put_into(page, folder.name, kept, folder, [curve.markdown(kept)])
+        put_into(page, name, kept, folder, [curve.markdown(kept)])
+    say(f"written: table {name} of {page}, and {page.with_suffix('') / name}.json")
 
 
 def run(names: list[str], out: Path, page: Path, device: str) -> None:
@@ -99,8 +108,7 @@ def run(names: list[str], out: Path, page: Path, device: str) -> None:
 def main() -> None:
     """Runs one command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = sorted(path.stem for path in (ROOT / "configs" / "sweeps").glob("*.toml"))
-    p.add_argument("names", nargs="*", metavar="NAME", help=f"sweeps: {', '.join(known)}")
+    p.add_argument("names", nargs="*", metavar="NAME", help=f"sweeps: {', '.join(KNOWN)}")
     sweep.out_argument(p)
     p.add_argument(
         "--curve", type=Path, nargs="+", metavar="DIR", help="of lab.curve; alone, no sweep is run"
@@ -109,12 +117,12 @@ def main() -> None:
     p.add_argument("--device", default="auto", help="for measuring: auto (default), cpu, cuda, ...")
     with one_line_errors():
         a = p.parse_args()
-        if unknown := sorted(set(a.names) - set(known)):
-            raise ValueError(f"no sweep is called {unknown[0]}; there are {', '.join(known)}")
+        if unknown := sorted(set(a.names) - set(KNOWN)):
+            raise ValueError(f"no sweep is called {unknown[0]}; there are {', '.join(KNOWN)}")
         for folder in a.curve or []:
             put_curve(folder, a.page)
         if a.names or not a.curve:
-            run(a.names or known, a.out, a.page, a.device)
+            run(a.names or KNOWN, a.out, a.page, a.device)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,8 @@ def generate(
     model may be in the midst of training.
     """
     training = model.training
-    replies = zip(*stream(model.eval(), prompts, sampling, stop), strict=True)
-    model.train(training)
+    try:
+        replies = zip(*stream(model.eval(), prompts, sampling, stop), strict=True)
+    finally:
+        model.train(training)
     return [[i for i in reply if i is not None] for reply in replies]

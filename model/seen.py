@@ -124,8 +124,10 @@ class KVCache:
     """
 
     def __init__(self, n_layer: int, shape: tuple[int, int, int, int], like: Tensor) -> None:
-        both = torch.zeros(2, n_layer, *shape, dtype=like.dtype, device=like.device)
-        self.keys, self.values = map(list, both)
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layer)]
+            for _ in range(2)
+        )
         self.room, self.device = shape[2], like.device
         self.used, self.is_ragged = 0, False  # columns filled; whether rows have different starts
         self.starts = torch.zeros(shape[0], dtype=torch.long, device=self.device)

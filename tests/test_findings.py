@@ -149,6 +149,12 @@ def test_a_curve_is_put_into_the_page(tmp_path: Path, fails: Fails) -> None:
     (out / "curve.json").write_text('{"drawn": 3}')
     message = fails(findings, "--curve", str(out), "--page", str(page))
     assert "curve.json is damaged or of another version" in message
+    for name in ("rates", "early"):  # a sweep's; none of the page's
+        folder = out.rename(tmp_path / name)
+        assert f"no place for a curve: <!-- table {name} 1" in fails(
+            findings, "--curve", str(folder), "--page", str(page)
+        )
+        out = folder
 
 
 def test_every_picture_of_the_page_is_there_and_no_other() -> None:
@@ -169,7 +175,9 @@ def test_every_table_of_the_page_is_that_of_the_figures_beside_it() -> None:
 
 def test_the_figures_beside_the_page_are_those_that_today_s_sweeps_ask_for() -> None:
     for path in PAGE.with_suffix("").glob("*.json"):
-        if "drawn" not in (made := read_json(path)):  # else a curve's
+        if "drawn" in (made := read_json(path)):  # a curve's
+            assert f"<!-- table {path.stem} 1 -->" in PAGE.read_text(encoding="utf-8")
+        else:
             assert made["spec"] == sweep.read_sweep(SWEEPS / f"{path.stem}.toml")
         assert re.fullmatch(r"[a-z_]+", path.stem)
 

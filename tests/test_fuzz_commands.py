@@ -206,7 +206,7 @@ COMMANDS = [
         "lab.curve forms",
         {"--run": "../in/base", "--questions": "2", "--device": "cpu", "--out": "out"},
         {"--run": "in", "--tune": "in", "--questions": "int", "--qa": "in", "--seeds": "never"}
-        | {"--figures": "never", "--device": "device", "--out": "place"},
+        | {"--figures": "never", "--steps": "int", "--device": "device", "--out": "place"},
         "--out",
         cheap=False,
     ),

@@ -212,9 +212,11 @@ def test_each_seed_must_be_in_range() -> None:
         Sampling(seeds=[1, 2**63])
 
 
-def test_an_empty_prompt_is_refused() -> None:
+def test_an_empty_prompt_is_refused_and_a_model_in_training_stays_in_it() -> None:
+    model = random_model().train()
     with pytest.raises(ValueError, match="at least one token"):
-        generate(random_model(), [[1], []], Sampling(2))
+        generate(model, [[1], []], Sampling(2))
+    assert model.training
 
 
 def test_generating_leaves_mode_weights_and_global_generator_as_they_were() -> None:
