@@ -46,18 +46,18 @@ findings: .venv/runtime
 	$(BIN)/python -m lab.findings $(SWEEPS)
 
 # When in the quickstart's pretraining a fact becomes completable, readable by a probe and, after tuning,
-# answerable: about three hours of one core. It goes on where it was interrupted. SEEDS="3" is one seed.
+# answerable: about three and a half hours of one core. It goes on where it was interrupted. SEEDS="3" is one seed.
 SEEDS ?= 3 4 5
 PRETRAIN = $(BIN)/python train_pretrain.py --config configs/quickstart/pretrain.toml --run.seed=$$seed \
   --data.path=out/curve/$$seed/data
 CURVE = $(BIN)/python -m lab.curve knowledge probes --seeds $(SEEDS) \
   --tune configs/quickstart/sft.toml run.seed={seed} data.path=out/curve/{seed}/data run.save_every=1000 --figures \
-    completed=knowledge.base.cloze.held_out.all "completed, unseen people=knowledge.base.cloze.unseen.all" \
+    completed=knowledge.base.cloze.held_out.all "completed, known people=knowledge.base.cloze.known.all" \
+    "completed, unseen people=knowledge.base.cloze.unseen.all" \
     "read before the value=probes.base.places.cloze.-1.rank" "read at the name=probes.base.places.name.0.rank" \
     "answered after tuning=knowledge.instruct.answers.held_out.answered.all" \
-    "the same, known people=knowledge.instruct.answers.known.answered.all" \
-    "the same, unseen people=knowledge.instruct.answers.unseen.answered.all" \
-    "completed after tuning=knowledge.instruct.cloze.held_out.all"
+    "answered, known people=knowledge.instruct.answers.known.answered.all" \
+    "answered, unseen people=knowledge.instruct.answers.unseen.answered.all"
 curve: .venv/runtime
 	for seed in $(SEEDS); do \
 	  $(BIN)/python -m data.prepare world --seed $$seed --out out/curve/$$seed/data && \
