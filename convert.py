@@ -31,13 +31,13 @@ from training.checkpoint import check_meta, load_checkpoint, save_checkpoint, wr
 
 
 def import_checkpoint(
-    source: str, out: Path, downloads: Path, dropout: float | None, kind: str = "base"
+    source: str, out: Path, downloads: Path, dropout: float | None, kind: str | None = None
 ) -> Path:
     """Makes a run's folder with one checkpoint of a folder, or a name on the hub; returns it.
     An export of this project, unchanged since, becomes what it was, bit for bit; all else is of
-    `kind`. `dropout` is that of training from here on; None for what config.json says. Raises
-    ValueError: not a GPT-2, damaged, not to be had, an instruct model with another chat template
-    than ours, or `out` is not empty.
+    `kind`, or a base. `dropout` is that of training from here on; None for what config.json says.
+    Raises ValueError: not a GPT-2, damaged, not to be had, of another kind, an instruct model with
+    another chat template than ours, or `out` is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another folder, or delete it")
@@ -50,9 +50,11 @@ def import_checkpoint(
             config = ModelConfig(**meta["model"])
             if meta["kind"] not in ("base", "instruct"):
                 raise ValueError(f"its {ORIGIN_FILE} names an unknown kind")
+            if kind not in (None, meta["kind"]):
+                raise ValueError(f"it is the export of a checkpoint of kind {meta['kind']}")
             check_meta(meta, f"its {ORIGIN_FILE}")
         else:
-            meta = unknown_training() | {"kind": kind}
+            meta = unknown_training() | {"kind": kind or "base"}
             meta |= {"environment": environment(torch.device("cpu"))}
             if kind == "instruct":
                 check_template(folder, n_known == tokenizer.n_vocab)
@@ -138,7 +140,8 @@ def main() -> None:
     i = commands.add_parser("import", help="from transformers: a base; of an export, what it was")
     i.add_argument("source", help=f"{', '.join(GPT2_NAMES)}, owner/name on the hub, or a folder")
     i.add_argument("out", type=Path, help="folder to make: a run with one checkpoint")
-    i.add_argument("--kind", choices=("base", "instruct"), default="base", help="(default base)")
+    kinds = "default base; of an export, what it was; instruct if its chat template is ours"
+    i.add_argument("--kind", choices=("base", "instruct"), help=kinds)
     i.add_argument("--dropout", type=float, help="of training from here on (default: its own)")
     i.add_argument("--downloads", type=Path, default="out/downloads", help="(default %(default)s)")
     e = commands.add_parser("export", help="a folder for transformers")

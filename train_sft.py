@@ -105,8 +105,8 @@ def main(config: SFTConfig) -> Path:
         batches, replayed = data.micro_batches(step, rows), data.replayed(step, rows)
         return train_step(network, optimizers, batches, step, config.optim, replayed)
 
-    at = f"step {run.first_step} of {run.last_step}, {data.steps_per_epoch} an epoch"
-    say(f"{model.n_params():,} parameters on {device.type}, from {base.path}; {at}")
+    at = f"from {config.tune.init or base.path}; step {run.first_step} of {run.last_step}"
+    say(f"{model.n_params():,} parameters on {device.type}, {at}, {data.steps_per_epoch} an epoch")
     say(data.shares(run.rows))
     with run:
         for step in run.steps():

@@ -207,10 +207,9 @@ class ForeignModel(GPT):
 
 
 def chat_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """`render_prompt`; for a model from elsewhere, its own chat template."""
-    if isinstance(tokenizer, ForeignTokenizer):
-        return tokenizer.chat_prompt(messages)
-    return render_prompt(messages, tokenizer)
+    """`render_prompt`, but for a tokenizer that has a way of its own, as those from elsewhere."""
+    own = getattr(tokenizer, "chat_prompt", None)
+    return own(messages) if own else render_prompt(messages, tokenizer)
 
 
 def is_foreign(checkpoint: Checkpoint) -> bool:
@@ -245,7 +244,7 @@ def load(path: str, kind: str, device: torch.device) -> Checkpoint:
         meta = meta_of(folder, kind, model, tokenizer.fingerprint)
         return Checkpoint(model, tokenizer, meta, folder)
     except Exception as error:  # what foreign files make of a library cannot be foreseen
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{folder} cannot be used: {reason:.200}") from None
 
 

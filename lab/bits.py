@@ -143,4 +143,4 @@ def quantised(change: Tensor, bits_each: int) -> tuple[Tensor, float]:
 
 
 if __name__ == "__main__":
-    run_instrument(__doc__ or "", bits, questions=100)
+    run_instrument(__doc__ or "", bits, questions=100, shots=False)

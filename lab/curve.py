@@ -34,7 +34,7 @@ from lab.pair import for_each_seed, measured_by, open_pair, replayed
 from lab.report import INSTRUMENTS, OF_A_WORLD, qa_files, text_at
 from lab.stats import Difference, Mean, Share, kind_of, pool, to_json
 from lab.sweep import content_of, leaves
-from lab.tables import at, figure, grid, leads
+from lab.tables import DEFAULTS, at, figure, grid, leads
 from runtime import files
 from runtime.cli import Parser, listed, one_line_errors, parse_config, say
 from runtime.device import environment, pick_device
@@ -43,41 +43,7 @@ from train_sft import main as sft
 from training.checkpoint import identity, read_checkpoint
 from training.config import MAY_CHANGE
 
-OF_EACH = ("knowledge", "behaviour", "phrasings", "forms", "names", "exposures", "probes")
-# What is drawn where --figures does not say.
-DEFAULTS: dict[str, tuple[str, ...]] = {
-    "knowledge": (
-        *("base.cloze.held_out.all", "instruct.cloze.held_out.all"),
-        "instruct.answers.held_out.answered.all",
-    ),
-    "behaviour": ("base.stops", "instruct.stops", "base.ranking", "instruct.ranking"),
-    "shift": ("chat.words.classes.unshifted", "chat.words.kl"),
-    "phrasings": (
-        *("base.groups.used.right.all", "instruct.groups.used.right.all"),
-        "instruct.groups.untaught.right.all",
-    ),
-    "forms": (
-        "base.bare.hobby.right",
-        "instruct.bare.hobby.answers",
-        "instruct.sentence.hobby.answers",
-    ),
-    "names": (
-        "base.held_out.whole.answers",
-        "instruct.held_out.whole.answers",
-        "instruct.held_out.cut.answers",
-    ),
-    "rows": ("none.unsaid.answers", "unsaid.unsaid.answers", "none.said.answers"),
-    "exposures": ("base.-1.cloze", "instruct.-1.answers"),
-    "weights": ("interpolation.0:5.stops", "interpolation.0:5.right"),
-    "bits": ("smallest.rank", "smallest.magnitude", "smallest.quantised"),
-    "positions": ("words.only.right", "last.only.right"),
-    "probes": (
-        *("base.places.name.-1.rank", "base.places.cloze.-1.rank"),
-        "instruct.places.reply.-1.rank",
-    ),
-    "trace": ("layers.-1.size", "layers.-1.words"),
-    "forgetting": ("tuning.-1.kept", "recovery.all.-1.kept"),
-}
+OF_EACH = ("knowledge", "behaviour", "phrasings", "forms", "names", "exposures", "probes", "facts")
 KINDS = {kind.__name__: kind for kind in (Share, Mean, Difference)}
 Step = tuple[str, int]  # "pretraining" or "tuning", and how many were taken
 

@@ -145,8 +145,12 @@ def open_with_facts(
     Raises:
         ValueError: they are no pair, or the file holds no facts that fit into their context.
     """
+    return with_facts(open_both(base, instruct, device), file, shots)
+
+
+def with_facts(pair: tuple[Checkpoint, Checkpoint], file: Path | None, shots: int) -> FactPair:
+    """Two checkpoints and what to ask them. Arguments and errors as those of `open_with_facts`."""
     relations = read_facts(file or OURS)
-    pair = open_both(base, instruct, device)
     asked = [
         [Message(role="user", content=f.question), Message(role="assistant", content=f.sentence)]
         for relation in relations.values()
@@ -204,6 +208,16 @@ def facts(pair: FactPair, questions: int) -> Facts:
             for grade in ("said", "first")
         },
     )
+
+
+def public_facts(pair: Pair, questions: int) -> Facts:
+    """All figures of any pair, of at most `questions` facts of data/facts.toml.
+
+    Raises:
+        NothingFitsError: none does into its context.
+    """
+    shots = len(pair.examples) // 2
+    return facts(with_facts((pair.base, pair.instruct), None, shots), questions)
 
 
 def in_context(

@@ -129,4 +129,4 @@ def return_to_text(pair: Pair, text: PretrainData) -> Iterator[tuple[str, Checkp
 
 
 if __name__ == "__main__":
-    run_instrument(__doc__ or "", forgetting, questions=100)
+    run_instrument(__doc__ or "", forgetting, questions=100, shots=False)

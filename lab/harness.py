@@ -12,6 +12,7 @@ python -m lab.harness --base out/quickstart/base --instruct out/quickstart/instr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -31,7 +32,7 @@ from lab.paired import Compared, compared, scores_of
 from lab.stats import lines, to_json
 from model.check import check_range
 from model.generate import Sampling, stream
-from runtime.cli import Parser, one_line_errors, say
+from runtime.cli import Parser, listed, one_line_errors, say
 from runtime.device import environment, has_bf16, set_up
 from runtime.files import check_file, write_json, write_text
 from training.checkpoint import Checkpoint
@@ -285,20 +286,23 @@ def run(a: argparse.Namespace) -> None:
     from lm_eval.utils import make_table
 
     include = None if a.include_path is None else str(a.include_path)
-    manager = tasks.TaskManager(include_path=include)
+    with one_line("--include-path"):
+        manager = tasks.TaskManager(include_path=include)
     names = [name.strip() for name in a.tasks.split(",") if name.strip()]
     if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise ValueError(f"--tasks: the harness has no {', '.join(unknown)}; `lm_eval ls tasks`")
+        remedy = f"can its YAML in {include} be read?" if include else "`lm_eval ls tasks`"
+        raise ValueError(f"--tasks: the harness has no {', '.join(unknown)}; {remedy}")
     every: dict[str, Any] = {}
     for column, model in columns.items():
-        found = every[column] = simple_evaluate(
-            model,
-            tasks=names,
-            num_fewshot=a.num_fewshot,
-            limit=a.limit,
-            apply_chat_template=model.chat,
-            task_manager=manager,
-        )
+        with one_line("--tasks"):
+            found = every[column] = simple_evaluate(
+                model,
+                tasks=names,
+                num_fewshot=a.num_fewshot,
+                limit=a.limit,
+                apply_chat_template=model.chat,
+                task_manager=manager,
+            )
         if not model.swapped:
             if a.checkpoint is None:
                 say(f"{column}:")
@@ -309,6 +313,9 @@ def run(a: argparse.Namespace) -> None:
     if a.checkpoint is None:
         comparison = to_json(compare(every))
         say("\n".join(lines(comparison)))
+        for name, of in comparison.items():
+            gained, lost = (f"{len(of[k])} ({listed(of[k]) or '-'})" for k in ("gained", "lost"))
+            say(f"{name}: items gained {gained}, lost {lost}")
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
     results = {c: {key: f[key] for key in kept if key in f} for c, f in every.items()}
     if a.log is not None:
@@ -321,6 +328,7 @@ def run(a: argparse.Namespace) -> None:
         weight = first.model.wte.weight
         settings = {
             **{k: getattr(a, k) for k in ("chat", "shots", "limit", "num_fewshot", "batch_size")},
+            "qa": a.qa and str(a.qa),
             "lm_eval": version("lm_eval"),
             "precision": str(weight.dtype).removeprefix("torch."),
             **environment(weight.device),
@@ -332,6 +340,18 @@ def run(a: argparse.Namespace) -> None:
         say(f"written: {a.out}")
 
 
+@contextlib.contextmanager
+def one_line(option: str) -> Iterator[None]:
+    """Raises ValueError for whatever a task makes of the harness: tasks are other people's."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise ValueError(f"{option}: a task fails with {reason}") from None
+
+
 def models_of(a: argparse.Namespace) -> dict[str, HarnessModel]:
     """What a command line asks of, by column; one checkpoint alone is in a column without a name.
 
@@ -341,6 +361,11 @@ def models_of(a: argparse.Namespace) -> dict[str, HarnessModel]:
     of_pair = (a.base, a.instruct)
     if (a.checkpoint is None) != all(of_pair) or (a.checkpoint and any(of_pair)):
         raise ValueError("name one checkpoint, or --base and --instruct")
+    if a.checkpoint is not None and (a.shots or a.qa):
+        what = "--shots and --qa are for the base of a pair"
+        raise ValueError(f"{what}; of one checkpoint --num-fewshot shows a task's own examples")
+    if a.qa and not a.shots:
+        raise ValueError("--qa is where the --shots are from; give their number")
     if a.checkpoint is not None:
         kind = "instruct" if a.chat else "base"
         checkpoints = [load_checkpoint(a.checkpoint, set_up(a.device), kind)]

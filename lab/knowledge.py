@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES, BARE, FORMS, SPLITS, Attribute, Person, Turn, World
 from hf.adapter import chat_prompt
 from lab.likelihood import ask, reply_limit, score_choices
-from lab.pair import Pair, contexts_of, run_instrument
+from lab.pair import Pair, after_shown, contexts_of, run_instrument
 from lab.questions import (
     Fact,
     Grade,
@@ -397,12 +397,14 @@ class Both:
     Attributes:
         differences: on the same facts about held-out people, what the name says.
         lint: see Lint.
+        examples: those of the "base" after answered questions; empty without --shots.
     """
 
     base: Knowledge
     instruct: Knowledge
     differences: dict[str, Difference]
     lint: Lint
+    examples: dict[str, Knowledge]
 
 
 def knowledge(pair: Pair, questions: int) -> Both:
@@ -436,7 +438,9 @@ def knowledge(pair: Pair, questions: int) -> Both:
         f"answers {how} - bare": (found.answered, {"all": asked}) for how, found in others.items()
     }
     differences = {name: difference(a["all"], b["all"]) for name, (a, b) in against.items()}
-    return Both(base, instruct, differences, lint(pair.world, pair.base.tokenizer))
+    shown = {"base": after_shown(pair)} if pair.examples else {}
+    examples = {name: measure(c, pair.world, questions) for name, c in shown.items()}
+    return Both(base, instruct, differences, lint(pair.world, pair.base.tokenizer), examples)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,6 +133,10 @@ def open_both(base: str, instruct: str | None, device: str) -> tuple[Checkpoint,
     return pair
 
 
+class NothingFitsError(ValueError):
+    """No question leaves room for a reply in a model's context."""
+
+
 def fitting(
     conversations: list[list[Message]],
     checkpoint: Checkpoint,
@@ -141,7 +146,7 @@ def fitting(
     """The conversations that leave room for a reply of `limit` tokens, and whose own is no longer.
 
     Raises:
-        ValueError: there are none.
+        NothingFitsError: there are none.
     """
     tokenizer, room = checkpoint.tokenizer, checkpoint.model.config.block_size - limit
     found = [
@@ -151,7 +156,7 @@ def fitting(
         and len(tokenizer.encode(c[-1]["content"])) < limit
     ]
     if not found:
-        raise ValueError(f"no question fits into {room} tokens with a reply in {limit} more")
+        raise NothingFitsError(f"no question fits into {room} tokens with a reply in {limit} more")
     if left_out := len(conversations) - len(found):
         say(f"note: {left_out} of {len(conversations)} questions do not fit", error=True)
     return found
@@ -238,13 +243,23 @@ def needs_world(pair: Pair) -> World:
 
 
 def of_both(pair: Pair, measure: Callable[[Checkpoint, World, int], T], n: int) -> dict[str, T]:
-    """The same measurement of both models about their world, on n questions.
+    """The same measurement of both models about their world, on n questions, and of the base after
+    examples if there are some.
 
     Raises:
         ValueError: there is no world to ask about.
     """
     world, models = needs_world(pair), {"base": pair.base, "instruct": pair.instruct}
+    if pair.examples:
+        models["base_examples"] = after_shown(pair)
     return {name: measure(checkpoint, world, n) for name, checkpoint in models.items()}
+
+
+def after_shown(pair: Pair) -> Checkpoint:
+    """The base, with plain text after the pair's examples as its chat prompt."""
+    tokenizer, put = copy.copy(pair.base.tokenizer), pair.contexts["examples"]
+    tokenizer.chat_prompt = lambda messages: put(messages, pair.base.tokenizer)  # type: ignore[attr-defined]
+    return replace(pair.base, tokenizer=tokenizer)
 
 
 # ---- command line --------------------------------------------------------------------------
@@ -253,20 +268,23 @@ def of_both(pair: Pair, measure: Callable[[Checkpoint, World, int], T], n: int) 
 QA = ("--qa", "ask from this Q&A file or folder, not about the world")
 
 
-def pair_arguments(about: str, file: tuple[str, str] = QA) -> argparse.ArgumentParser:
+def pair_arguments(
+    about: str, file: tuple[str, str] = QA, shots: bool = True
+) -> argparse.ArgumentParser:
     """The options that every instrument has; `file` is the one that names what is asked, and its
-    help.
+    help. Without `shots` there is no base after examples to show.
     """
     p = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--base", required=True, help="base checkpoint, or its run")
-    p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
+    p.add_argument("--base", required=True, help="base checkpoint or run, or hf:NAME, hf:FOLDER")
+    p.add_argument("--instruct", required=True, help="instruct checkpoint; hf: is of transformers")
     p.add_argument(
         "--seeds", nargs="+", help="pool several pairs: each of these for {seed} in both paths"
     )
-    p.add_argument(file[0], dest="qa", type=Path, help=file[1])
-    p.add_argument(
-        "--shots", type=int, default=0, help="also ask the base after so many answered questions"
-    )
+    p.add_argument(file[0], dest="qa", type=Path, metavar="FILE", help=file[1])
+    p.set_defaults(shots=0)
+    if shots:
+        help_ = "also ask the base after so many answered questions"
+        p.add_argument("--shots", type=int, help=help_)
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     return p
 
@@ -328,7 +346,6 @@ def measured_by() -> str:
     ]
     files += [root / "sample.py"]
     drawn = {"harness", "plot", "figures", "report", "sweep", "tables", "findings", "web", "curve"}
-    drawn |= {"facts", "relations"}  # which no sweep asks for
     return fingerprint(sorted(sha256_file(f) for f in files if f.stem not in drawn))
 
 
@@ -338,6 +355,7 @@ def run_instrument(
     questions: int,
     opened: Callable[[str, str, str, Path | None, int], Pair] = open_pair,
     file: tuple[str, str] = QA,
+    shots: bool = True,
 ) -> None:
     """The command line of one instrument: prints its figures, and with --out writes them.
 
@@ -345,8 +363,9 @@ def run_instrument(
         questions: default of --questions, which is the instrument's second argument.
         opened: makes its first argument of two paths, a device, what the option `file` names, and
             --shots.
+        file, shots: see `pair_arguments`.
     """
-    p = pair_arguments(about, file)
+    p = pair_arguments(about, file, shots)
     p.add_argument(
         "--questions", type=int, default=questions, help=f"per figure (default {questions})"
     )

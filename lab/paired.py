@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lab.stats import Difference, Mean, paired
+from lab.stats import Difference, Mean, Share, paired
 
 Scores = dict[str, float]  # by item
 
@@ -22,15 +22,15 @@ class Compared:
     """One metric of one task.
 
     Attributes:
-        scores: the mean over items, by column.
+        scores: the mean over items, by column; of right and wrong ones a share.
         swapped: the same where each item had another item's question.
         differences: "instruct - base" and the like, and what each column loses with swapped
             questions ("instruct - swapped"), item by item.
         gained, lost: items on which the instruct model scores more than the base, or less.
     """
 
-    scores: dict[str, Mean]
-    swapped: dict[str, Mean]
+    scores: dict[str, Share | Mean]
+    swapped: dict[str, Share | Mean]
     differences: dict[str, Difference]
     gained: list[str]
     lost: list[str]
@@ -42,12 +42,20 @@ def compared(asked: dict[str, Scores], swapped: dict[str, Scores]) -> Compared:
     pairs = {f"instruct - {name}": (instruct, asked[name]) for name in asked if name != "instruct"}
     pairs |= {f"{name} - swapped": (asked[name], scores) for name, scores in swapped.items()}
     return Compared(
-        scores={name: Mean.of(s.values()) for name, s in asked.items()},
-        swapped={name: Mean.of(s.values()) for name, s in swapped.items()},
+        scores={name: over_items(s) for name, s in asked.items()},
+        swapped={name: over_items(s) for name, s in swapped.items()},
         differences={name: paired(a, b) for name, (a, b) in pairs.items()},
         gained=[item for item in base if instruct[item] > base[item]],
         lost=[item for item in base if instruct[item] < base[item]],
     )
+
+
+def over_items(scores: Scores) -> Share | Mean:
+    """The mean; where each item is right or wrong, their share, whose interval has a width even if
+    all are."""
+    if set(scores.values()) <= {0.0, 1.0}:
+        return Share.of(score == 1.0 for score in scores.values())
+    return Mean.of(scores.values())
 
 
 def scores_of(found: dict[str, Any]) -> dict[str, Scores]:

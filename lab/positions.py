@@ -154,4 +154,4 @@ def mixing(base: GPT, instruct: GPT, tuned: Tensor) -> contextlib.AbstractContex
 
 
 if __name__ == "__main__":
-    run_instrument(__doc__ or "", positions, questions=60)
+    run_instrument(__doc__ or "", positions, questions=60, shots=False)

@@ -13,7 +13,7 @@ python -m lab.probe --base out/quickstart/base --instruct out/quickstart/instruc
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def probes(pair: Pair, questions: int) -> dict[str, Probed]:
     Raises:
         ValueError: there is no world, so nobody knows the values.
     """
-    return of_both(pair, probed, questions)
+    return of_both(replace(pair, examples=[]), probed, questions)
 
 
 def probed(checkpoint: Checkpoint, world: World, n: int) -> Probed:
@@ -183,4 +183,4 @@ def classify(inputs: Tensor, classes: Tensor, n: int, test: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    run_instrument(__doc__ or "", probes, questions=100)
+    run_instrument(__doc__ or "", probes, questions=100, shots=False)

@@ -27,12 +27,21 @@ from lab import headline as heads
 from lab.behaviour import behaviour
 from lab.bits import bits
 from lab.exposures import exposures
+from lab.facts import public_facts
 from lab.figures import report_plots, templates
 from lab.forgetting import forgetting
 from lab.forms import forms
 from lab.knowledge import knowledge
 from lab.names import names
-from lab.pair import Pair, measured_by, open_pair, pair_arguments, pairs_of, provenance
+from lab.pair import (
+    NothingFitsError,
+    Pair,
+    measured_by,
+    open_pair,
+    pair_arguments,
+    pairs_of,
+    provenance,
+)
 from lab.phrasings import phrasings
 from lab.positions import positions
 from lab.probe import probes
@@ -75,6 +84,7 @@ INSTRUMENTS: dict[str, tuple[Any, int]] = {
     "probes": (probes, 3),
     "trace": (trace, 3),
     "forgetting": (forgetting, 3),
+    "facts": (public_facts, 3),
 }
 # What knows the truth, and names.
 OF_A_WORLD = (
@@ -133,11 +143,16 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
             report[name] = None
             continue
         start = time.perf_counter()
-        results = [instrument(pair, max(1, questions // part)) for pair in pairs]
+        try:
+            results = [instrument(pair, max(1, questions // part)) for pair in pairs]
+        except NothingFitsError as error:
+            say(f"note: {name}: {error}", error=True)
+            report[name] = None
+            continue
         report[name] = to_json(pool(results))
         seconds[name] = round(time.perf_counter() - start, 1)
         say(f"{name}: {seconds[name]:.0f} s")
-    columns = columns_of({"base": first.base, "instruct": first.instruct})
+    columns = columns_of({"base": first.base, "instruct": first.instruct}, first.examples)
     sampling = Sampling(48)
     report["examples"] = []
     for prompts in illustrations(first):
@@ -180,6 +195,8 @@ def fits(name: str, pairs: list[Pair]) -> bool:
         return False
     if name == "trace":
         return all(map(traceable, pairs))
+    if name == "facts":  # nobody in an invented world has heard of them
+        return world is None
     if name == "exposures":  # where everybody was read about as often, there is one group
         return world is not None and world.config.fewest is not None
     return world is not None or name not in OF_A_WORLD

@@ -64,4 +64,4 @@ def said_tokens(world: World, tokenizer: Tokenizer) -> set[int]:
 
 
 if __name__ == "__main__":
-    run_instrument(__doc__ or "", rows, questions=300)
+    run_instrument(__doc__ or "", rows, questions=300, shots=False)

@@ -49,6 +49,7 @@ from data.world import ATTRIBUTES, SPLITS, Person, World, WorldConfig
 from lab.behaviour import behaviour, measure_point
 from lab.bits import bits
 from lab.exposures import exposures
+from lab.facts import public_facts
 from lab.figures import instrument_plots, sweep_plot
 from lab.forgetting import forgetting
 from lab.forms import forms
@@ -72,7 +73,7 @@ from lab.report import OF_A_WORLD
 from lab.rows import rows
 from lab.shift import shift
 from lab.stats import Mean, Share, difference, kind_of, pool, to_json
-from lab.tables import markdown, named_cells, problem_of
+from lab.tables import default_figures, markdown, named_cells, problem_of
 from lab.trace import trace
 from lab.weights import weights
 from runtime import files
@@ -101,6 +102,7 @@ INSTRUMENTS: dict[str, Callable[[Pair, int], Any]] = {
     "names": names,
     "rows": rows,
     "exposures": exposures,
+    "facts": public_facts,
 }
 STAGES = ("world", "pretrain", "more", "qa", "sft", "qa2", "sft2")
 # What a run has logged of its last step that says how it went.
@@ -579,7 +581,9 @@ def table_of(
         "about": spec["about"],
         "spec": spec,
         "runs": [
-            {"cell": r.cell, "seed": r.seed, "replayed": r.replayed, **to_json(r.logged | r.row)}
+            {"cell": r.cell, "seed": r.seed, "replayed": r.replayed}
+            | to_json(r.logged | r.row)
+            | default_figures(to_json(r.found))
             for r in runs
         ],
         "cells": pooled,

@@ -8,7 +8,7 @@ A `[[tables]]` entry is one of three kinds. A path is dotted, through table.json
     rows, columns   a table a cell: {label = path with a {}}, {label = what goes there}; or, for
                     the keys of what it leads to, columns_of = path
 
-A sweep that asks for none has one of the first kind.
+A sweep that asks for none has one of the first kind, with DEFAULTS of its instruments.
 
 The sweep's `labels` name the cells, in their order; without them they are named by their keys.
 """
@@ -34,6 +34,44 @@ STANDARD = {
     "cloze after": "cloze_held_out",
     "unseen people": "answers_unseen",
 }
+# Of each instrument, what is shown where nobody says which figures.
+DEFAULTS: dict[str, tuple[str, ...]] = {
+    "knowledge": (
+        *("base.cloze.held_out.all", "instruct.cloze.held_out.all"),
+        "instruct.answers.held_out.answered.all",
+    ),
+    "behaviour": ("base.stops", "instruct.stops", "base.ranking", "instruct.ranking"),
+    "shift": ("chat.words.classes.unshifted", "chat.words.kl"),
+    "phrasings": (
+        *("base.groups.used.right.all", "instruct.groups.used.right.all"),
+        "instruct.groups.untaught.right.all",
+    ),
+    "forms": (
+        "base.bare.hobby.right",
+        "instruct.bare.hobby.answers",
+        "instruct.sentence.hobby.answers",
+    ),
+    "names": (
+        "base.held_out.whole.answers",
+        "instruct.held_out.whole.answers",
+        "instruct.held_out.cut.answers",
+    ),
+    "rows": ("none.unsaid.answers", "unsaid.unsaid.answers", "none.said.answers"),
+    "exposures": ("base.-1.cloze", "instruct.-1.answers"),
+    "weights": ("interpolation.0:5.stops", "interpolation.0:5.right"),
+    "bits": ("smallest.rank", "smallest.magnitude", "smallest.quantised"),
+    "positions": ("words.only.right", "last.only.right"),
+    "probes": (
+        *("base.places.name.-1.rank", "base.places.cloze.-1.rank"),
+        "instruct.places.reply.-1.rank",
+    ),
+    "trace": ("layers.-1.size", "layers.-1.words"),
+    "facts": (
+        *("base.cloze.first.right.all", "instruct.cloze.first.right.all"),
+        "instruct.chat.first.right.all",
+    ),
+    "forgetting": ("tuning.-1.kept", "recovery.all.-1.kept"),
+}
 
 
 def markdown(table: dict[str, Any]) -> list[str]:
@@ -42,7 +80,19 @@ def markdown(table: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: a path that leads nowhere, or a column twice.
     """
-    return [made(named_cells(table), wanted) for wanted in table["spec"].get("tables") or [{}]]
+    cells, names = named_cells(table), table["spec"].get("instruments", {})
+    found = [default_figures({name: cell[name] for name in names}) for cell in cells.values()]
+    first = found[0] if found else {}
+    shown = {path: path for path in first if all(path in figures for figures in found)}
+    wanted = table["spec"].get("tables") or [{"columns": shown}]
+    return [made(cells, entry) for entry in wanted]
+
+
+def default_figures(found: dict[str, Any]) -> dict[str, Any]:
+    """What of DEFAULTS some instruments have found, by its path; `found` is by their names."""
+    paths = [f"{name}.{path}" for name in found for path in DEFAULTS[name]]
+    figures = {path: at(found, path) for path in paths if leads(found, path)}
+    return {path: figure for path, figure in figures.items() if kind_of(figure)}
 
 
 def problem_of(wanted: Any) -> str:

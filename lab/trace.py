@@ -175,4 +175,4 @@ def written(
 
 
 if __name__ == "__main__":
-    run_instrument(__doc__ or "", trace, questions=100)
+    run_instrument(__doc__ or "", trace, questions=100, shots=False)

@@ -203,4 +203,4 @@ def mixed(instruct: Checkpoint, state: State) -> Checkpoint:
 
 
 if __name__ == "__main__":
-    run_instrument(__doc__ or "", weights, questions=100)
+    run_instrument(__doc__ or "", weights, questions=100, shots=False)

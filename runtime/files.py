@@ -214,11 +214,15 @@ def step_of(path: Path) -> int:
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder from itself or from its run's folder (then the newest whole one)."""
+    if str(path).startswith("hf:"):
+        raise ValueError(f"{path} can be compared, not trained: import it with convert.py first")
     folder = Path(at_home(str(path)))
     if (folder / "meta.json").exists() or not folder.is_dir():
         return folder  # whatever is wrong with it, read_meta says so
     steps = checkpoints(folder)
     if not steps and (folder / "config.json").exists():
+        if any(folder.glob("*.safetensors")):
+            raise ValueError(f"{folder} is a model of transformers; say hf:{folder}, or import it")
         raise ValueError(f"{folder} is a run without a checkpoint yet; train it further first")
     return steps[-1] if steps else folder
 

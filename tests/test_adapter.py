@@ -16,7 +16,7 @@ from convert import export_checkpoint, import_checkpoint
 from data.chat import Message
 from hf import adapter
 from hf.adapter import ForeignTokenizer, chat_prompt, load, load_models, load_pair
-from lab import behaviour, bits, forgetting, probe, report, shift, trace, web, weights
+from lab import behaviour, bits, facts, forgetting, probe, report, shift, trace, web, weights
 from lab.likelihood import ask, log_likelihoods
 from lab.pair import open_pair
 from lab.residual import read
@@ -400,8 +400,18 @@ def test_the_report_and_sample_take_such_a_pair(
     out = ["--qa", str(tmp_path / "qa.json"), "--out", str(tmp_path / "r"), "--questions", "6"]
     monkeypatch.setattr(sys, "argv", ["report", *pair, *out, "--shots", "1"])
     report.main()
-    assert "stops by itself" in capsys.readouterr().out
-    assert "after answered questions" in (tmp_path / "r" / "report.html").read_text()
+    found = capsys.readouterr()
+    assert "stops by itself" in found.out
+    assert "note: facts: no question fits" in found.err  # ours are longer than this context
+    assert "Facts of public knowledge" not in (tmp_path / "r" / "report.html").read_text()
+    text = '[place]\ncloze = ["{subject}:"]\nquestions = ["{subject}?"]\n[place.facts]\nA = "b"\n'
+    (tmp_path / "facts.toml").write_text(text + 'C = "d"\n')
+    monkeypatch.setattr(facts, "OURS", tmp_path / "facts.toml")
+    monkeypatch.setattr(sys, "argv", ["report", *pair, *out[:-1], "7", "--shots", "1"])
+    report.main()
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "after answered questions" in page
+    assert "Facts of public knowledge" in page
     monkeypatch.setattr(sys, "argv", ["sample", *pair, "--prompt", "So?", "--max-new-tokens", "4"])
     sample.main()
     assert "[instruct] " in capsys.readouterr().out

@@ -24,7 +24,7 @@ def session(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     """The names that the section's blocks leave behind, on a tiny pair."""
     base, instruct = map(load_checkpoint, runs)
     prompt = render_prompt([Message(role="user", content="Who?")], base.tokenizer)
-    names = {"torch": torch, "Path": Path, "base": base, "instruct": instruct, "prompt": prompt}
+    names = {"torch": torch, "base": base, "instruct": instruct, "prompt": prompt}
     names["tokenizer"] = base.tokenizer
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("bridges"))

@@ -177,6 +177,18 @@ def missing(folder: Path) -> Path:
     return folder / "nothing"
 
 
+def of_transformers(path: Path) -> Path:
+    folder = path.parent / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text("")
+    return folder
+
+
+def named_hf(path: Path) -> Path:
+    return Path(f"hf:{path}")
+
+
 def new_run(folder: Path) -> Path:
     (folder / "run").mkdir()
     write_json(folder / "run" / "config.json", CONFIG)
@@ -197,6 +209,8 @@ def new_run(folder: Path) -> Path:
         (prepared_data, r"is not a checkpoint"),
         (missing, r"nothing not found"),
         (new_run, r"is a run without a checkpoint"),
+        (of_transformers, r"is a model of transformers; say hf:"),
+        (named_hf, r"can be compared, not trained"),
     ],
 )
 def test_what_is_no_whole_checkpoint_is_refused_in_one_line(

@@ -396,12 +396,12 @@ def test_what_does_not_depend_on_the_question_is_exposed_by_another_items(
             model.favourites = favourites
             every[column + harness.SWAPPED * swapped] = evaluate(model, reading, "reading")
     (found,) = harness.compare(every).values()
-    assert found.scores["instruct"].mean == 1
-    assert found.swapped["instruct"].mean == 0  # the other item's question holds the other choice
-    assert found.scores["base"].mean == found.swapped["base"].mean
+    assert found.scores["instruct"].value == 1
+    assert found.swapped["instruct"].value == 0  # the other item's question holds the other choice
+    assert found.scores["base"].value == found.swapped["base"].value
     assert found.differences["base - swapped"].value == 0
     assert found.differences["instruct - swapped"].value == 1
-    assert found.scores["base"].mean == 0.75  # wrong only of eve, whose other choice is ada
+    assert found.scores["base"].value == 0.75  # wrong only of eve, whose other choice is ada
     assert found.differences["instruct - base"].value == 0.25
     assert (found.gained, found.lost) == (["3"], [])
 
@@ -450,9 +450,11 @@ def test_a_pair_is_asked_the_same_items_and_every_reply_is_logged(
     call(monkeypatch, *pair, *options, "--out", out, "--log", log)
     printed = capsys.readouterr().out
     assert "tiny_choice acc.differences.instruct - base_examples" in printed
+    assert "tiny_choice acc: items gained " in printed
     written = json.loads(out.read_text())
     assert written["runs"][0].keys() == {"base", "instruct"}
     assert written["settings"]["shots"] == 1
+    assert written["settings"]["qa"] is None
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     columns = {f"{c}{s}" for c in ("base", "instruct", "base_examples") for s in ("", ", swapped")}
     assert {row["column"] for row in rows} == columns == written["columns"].keys()
@@ -464,7 +466,8 @@ def test_a_pair_is_asked_the_same_items_and_every_reply_is_logged(
     acc = written["compared"]["tiny_choice acc"]
     for column in ("base", "instruct", "base_examples"):
         alone = written["columns"][column]["results"]["tiny_choice"]["acc,none"]
-        assert acc["scores"][column]["mean"] == pytest.approx(alone)
+        assert acc["scores"][column]["share"] == pytest.approx(alone)
+        assert acc["scores"][column]["high"] > acc["scores"][column]["low"]
     call(monkeypatch, runs[1], *options, "--chat", "--out", out)
     alone = json.loads(out.read_text())["results"]
     assert alone == written["columns"]["instruct"]["results"]
@@ -535,6 +538,9 @@ def test_the_command_prints_the_table_and_writes_where_it_comes_from(
         (["--tasks", ","], "No tasks specified"),
         (["--tasks", "tiny_choice", "--include-path", "gone"], "--include-path gone"),
         (["--tasks", "tiny_choice", "--out", "gone/x.json"], "--out gone/x.json"),
+        (["--tasks", "tiny_choice", "--shots", "2"], "--shots and --qa are for the base of a pair"),
+        (["--tasks", "strange"], "--tasks: a task fails with UndefinedError: "),
+        (["--tasks", "empty"], "--tasks: a task fails with "),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -545,6 +551,13 @@ def test_mistakes_are_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    task = json.loads((folder / "tiny_choice.yaml").read_text())
+    strange = task | {"task": "strange", "doc_to_text": "{{nobody.asks}}"}
+    (folder / "strange.yaml").write_text(json.dumps(strange))
+    (folder.parent / "none.json").write_text("")
+    none = {"data_files": {"test": str(folder.parent / "none.json")}}
+    empty = task | {"task": "empty", "dataset_kwargs": none}
+    (folder / "empty.yaml").write_text(json.dumps(empty))
     with pytest.raises(SystemExit, match="1"):
         call(monkeypatch, runs[0], "--include-path", folder, *options)
     error = capsys.readouterr().err.splitlines()[-1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
+import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +16,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.chat import render_prompt
+from data.chat import Message, render_prompt
 from data.tokenizer import Tokenizer
 from data.world import ATTRIBUTES, World, WorldConfig
+from hf.adapter import chat_prompt
 from lab import bits, exposures, forms, names, phrasings, positions, probe, residual, rows, trace
 from lab.behaviour import measure_point
 from lab.forgetting import forgetting
 from lab.likelihood import ask
-from lab.pair import Pair, open_pair
+from lab.pair import Pair, after_shown, of_both, open_pair
 from lab.questions import Grade, draw, openings
 from model.gpt import GPT, ModelConfig
 from tests.conftest import pretrain_config, sft_config
 from train_pretrain import main as pretrain
 from train_sft import main as sft
+from training.checkpoint import Checkpoint
 from training.step import train_step
 
 Runs = tuple[Path, Path]
@@ -52,6 +56,35 @@ def gpt2(world_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def twins(pair: Pair) -> Pair:
     """The instruct model on both sides."""
     return replace(pair, base=pair.instruct)
+
+
+def test_a_third_column_is_the_base_after_examples(runs: Runs) -> None:
+    pair = open_pair(str(runs[0]), str(runs[1]), "cpu", None, shots=1)
+    shown, own = after_shown(pair), pair.base.tokenizer
+    asked = [Message(role="user", content="Who?")]
+    assert chat_prompt(asked, shown.tokenizer) == pair.contexts["examples"](asked, own)
+    assert chat_prompt(asked, own) == render_prompt(asked, own)  # the base itself stays as it was
+    assert shown.model is pair.base.model
+    seen = list[list[int]]()
+
+    def measure(checkpoint: Checkpoint, world: World, n: int) -> int:
+        seen.append(chat_prompt(asked, checkpoint.tokenizer))
+        return n
+
+    assert of_both(pair, measure, 3) == {"base": 3, "instruct": 3, "base_examples": 3}
+    assert seen[0] == seen[1] != seen[2]
+    assert set(of_both(replace(pair, examples=[]), measure, 3)) == {"base", "instruct"}
+    assert set(probe.probes(pair, 2)) == {"base", "instruct"}  # nothing of it is asked for
+
+
+@pytest.mark.parametrize("name", ["bits", "positions", "probe", "rows", "trace", "weights"])
+def test_what_asks_a_base_alone_nothing_takes_no_examples(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--base", "a", "--instruct", "b", "--shots", "2"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(Path(probe.__file__).with_name(f"{name}.py")), run_name="__main__")
+    assert "unrecognized arguments: --shots 2" in capsys.readouterr().err
 
 
 def changed(pair: Pair, change: Callable[[GPT], object]) -> Pair:

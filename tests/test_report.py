@@ -17,13 +17,14 @@ from playwright.sync_api import Page
 
 from data.world import ATTRIBUTES, SPLITS
 from lab import headline, report, sweep
-from lab.curve import DEFAULTS, check_figures
+from lab.curve import check_figures
 from lab.exposures import exposures
+from lab.facts import public_facts
 from lab.figures import PLOTS, instrument_plots
 from lab.pair import Pair, open_pair
 from lab.qa import strangers_to
 from lab.stats import difference, pool, to_json
-from lab.tables import markdown, named_cells
+from lab.tables import DEFAULTS, default_figures, markdown, named_cells
 
 SWEEPS = Path(__file__).parents[1] / "configs" / "sweeps"
 Runs = tuple[Path, Path]
@@ -118,7 +119,7 @@ def cell(runs: Runs, made: Path, measured: dict[str, Any]) -> dict[str, Any]:
     assert pair.world is not None
     row = sweep.measure_row(pair, 5, pair.world.by_split["known"], strangers_to(pair.world, 3))
     differences = {key: difference(share, share) for key, share in row.items() if share.flags}
-    found = measured | {"exposures": exposures(pair, 5)}
+    found = measured | {"exposures": exposures(pair, 5), "facts": public_facts(pair, 5)}
     assert set(found) == set(sweep.INSTRUMENTS) == set(report.INSTRUMENTS)
     return {
         "cell": {},
@@ -148,6 +149,19 @@ def test_every_default_figure_of_a_curve_is_there(cell: dict[str, Any]) -> None:
     assert set(DEFAULTS) == set(report.INSTRUMENTS)
     paths = [f"{name}.{path}" for name, paths in DEFAULTS.items() for path in paths]
     check_figures(cell, {path: path for path in paths})
+
+
+def test_a_sweep_that_asks_for_no_table_shows_what_its_instruments_found(
+    cell: dict[str, Any],
+) -> None:
+    spec = {"instruments": {"behaviour": 4}, "labels": ["one", "two"]}
+    (made,) = markdown({"cells": [cell, cell], "spec": spec})
+    head, _, *rows = made.splitlines()
+    assert set(DEFAULTS["behaviour"]) == {
+        name.strip().removeprefix("behaviour.") for name in head.split("|") if "behaviour." in name
+    }
+    assert [row.split("|")[1].strip() for row in rows] == ["one", "two"]
+    assert default_figures({"behaviour": cell["behaviour"]}).keys() <= set(head.split(" | "))
 
 
 def test_each_row_of_the_headline_is_the_figure_that_it_names(pair: Pair) -> None:
