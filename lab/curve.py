@@ -282,6 +282,8 @@ def run(a: argparse.Namespace) -> None:
             what = f"--steps {min(missing)}: {' and '.join(runs)} has no checkpoint of this step"
             raise ValueError(what)
     points = [point for curve in curves for point in curve.values()]
+    if a.tune and not any(point.tuning for point in points):
+        raise ValueError("--tune is for the run of a base; this one is a tuning already")
     check_instruments(names, points, a.qa)
     figures = figures_of(a.figures, names, all(point.alone for point in points))
     steps = [step for step in curves[0] if all(step in curve for curve in curves)]

@@ -92,7 +92,11 @@ def open_pair(
     Raises:
         ValueError: they are no pair, have different shapes, or there is nothing to ask.
     """
-    pair = open_both(base, instruct, device)
+    return pair_of(open_both(base, instruct, device), qa, shots)
+
+
+def pair_of(pair: tuple[Checkpoint, Checkpoint], qa: Path | None, shots: int) -> Pair:
+    """Two checkpoints and what to ask them. Arguments and errors as those of `open_pair`."""
     world, conversations, examples = asked_of(pair, qa, shots)
     limit = reply_limit(pair[0], (c[-1]["content"] for c in conversations))
     conversations = fitting(conversations, pair[0], limit, contexts_of(world, examples))

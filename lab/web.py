@@ -281,8 +281,8 @@ def examples(base: Checkpoint, instruct: Checkpoint) -> list[str]:
 def main() -> None:
     """Serves the page until Ctrl-C."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--base", required=True, help="base checkpoint, or its run")
-    p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run")
+    p.add_argument("--base", required=True, help="base checkpoint, or its run; hf:NAME")
+    p.add_argument("--instruct", required=True, help="instruct checkpoint, or its run; hf:NAME")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     p.add_argument("--host", default="127.0.0.1", help="other than 127.0.0.1, others can see it")
     p.add_argument("--port", type=int, default=7860, help="default 7860; 0 takes a free one")

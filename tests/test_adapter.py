@@ -164,9 +164,27 @@ def test_instruments_run_on_a_pair(named: Any) -> None:
     assert {"layer 0", "layer 1", "attention", "MLP", "norms", "template rows"} <= {*moved.grafts}
     assert all(change.relative > 0 for change in moved.matrices.values())
     assert bits.bits(pair, 2).whole.kilobytes > 1
-    for instrument in (forgetting.forgetting, trace.trace, probe.probes):
-        with pytest.raises(ValueError, match=r"project|world"):
+    for instrument in (forgetting.forgetting, trace.trace):
+        with pytest.raises(ValueError, match="project"):
             instrument(pair, 2)
+
+
+def test_public_facts_are_probed_in_a_pair(named: Any, tmp_path: Path) -> None:
+    text = '[at]\ncloze = ["{subject} at"]\nquestions = ["Where is {subject}?"]\n[at.facts]\n'
+    text += "".join(
+        f'{letter}{letter} = "{"lr"[i % 2]}"\n' for i, letter in enumerate("abcdefghijkl")
+    )
+    (tmp_path / "at.toml").write_text(text)
+    pair = probe.open_probed(named[0], named[1], "cpu", tmp_path / "at.toml")
+    found = probe.probes(pair, 3)
+    layers = [str(i) for i in range(pair.base.model.config.n_layer + 1)]
+    for model in ("base", "instruct"):
+        assert found[model].places.keys() == set(probe.PLACES)
+        for place, readouts in found[model].places.items():
+            assert [*readouts] == layers
+            assert all(readout.first.n == 12 for readout in readouts.values())
+            groups = found[model].answered[place]
+            assert groups["read"].n + groups["unread"].n == 3
 
 
 def test_between_equal_models_nothing_is_found(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def test_seeds_are_pooled_where_all_have_a_step(
         ("forms --run BASE --tune SFT data.pth=x", "data.pth"),
         ("forms --run BASE --tune SFT base=x", "--tune base=x"),
         ("forms --run BASE --tune SFT data.path=OTHER", "about another world"),
+        ("forms --run INSTRUCT --tune SFT", "--tune is for the run of a base"),
         ("forms --run BASE --questions 0", "--questions is 0"),
         ("forms --run BASE --steps 8 7 9", "--steps 7: "),
     ],

@@ -22,10 +22,12 @@ from data.world import ATTRIBUTES, World, WorldConfig
 from hf.adapter import chat_prompt
 from lab import bits, exposures, forms, names, phrasings, positions, probe, residual, rows, trace
 from lab.behaviour import measure_point
+from lab.facts import OURS, FactPair
 from lab.forgetting import forgetting
 from lab.likelihood import ask
-from lab.pair import Pair, after_shown, of_both, open_pair
-from lab.questions import Grade, draw, openings
+from lab.pair import NothingFitsError, Pair, after_shown, of_both, open_pair
+from lab.questions import Grade, Question, draw, openings
+from lab.relations import read_facts
 from model.gpt import GPT, ModelConfig
 from tests.conftest import pretrain_config, sft_config
 from train_pretrain import main as pretrain
@@ -184,23 +186,48 @@ def test_a_readout_is_tested_on_held_out_people_alone() -> None:
     asked = openings(facts, rng)
     code = torch.randn(40, 48, generator=torch.Generator().manual_seed(3)).double()
     values = [q.turn.attribute.values.index(q.value) for q in asked]
-    found = probe.ranks_of(code[values], asked)
+    folds = probe.by_kind(asked)
+    found = probe.ranks_of(code[values], folds)
     assert found.readout.first.n == 5 * len(world.by_split["held_out"])
-    assert set(found.first) == {
-        f"{p.name}/{a.name}" for p in world.by_split["held_out"] for a in ATTRIBUTES
-    }
+    held = [i for i, q in enumerate(asked) if q.turn.person.split == "held_out"]
+    assert sorted(found.first) == held
     assert (found.readout.first.value or 0) > 0.9
     assert found.readout.rank.mean > 0.97
     assert (found.readout.shuffled.value or 0) < 0.12
-    nothing = probe.ranks_of(torch.zeros(len(values), 4).double(), asked)
+    nothing = probe.ranks_of(torch.zeros(len(values), 4).double(), folds)
     assert nothing.readout.rank.mean == pytest.approx(0.5, abs=0.08)  # what ties counts half
     # Written for known people only: nothing of it is left for the others.
     noise = torch.randn(len(values), 48, generator=torch.Generator().manual_seed(4)).double()
     held_out = torch.tensor([q.turn.person.split == "held_out" for q in asked])
     hidden = torch.where(held_out[:, None], noise, code[values])
-    found = probe.ranks_of(hidden, asked)
+    found = probe.ranks_of(hidden, folds)
     assert (found.readout.first.value or 0) < 0.12
     assert found.readout.rank.mean == pytest.approx(0.5, abs=0.08)
+
+
+def test_public_facts_are_read_in_tenths_each_once_and_by_others_alone(pair: Pair) -> None:
+    relation = read_facts(OURS)["continent"]
+    many = FactPair(
+        *(pair.base, pair.instruct, None, [], 9),
+        relations={"continent": relation, "capital": read_facts(OURS)["capital"]},
+        file=OURS,
+    )
+    facts, folds = probe.tenths(many)  # of capitals none is shared
+    assert {f.subject for f in facts} == relation.facts.keys()
+    assert sorted(i for fold in folds for i in fold.test) == list(range(len(facts)))
+    for fold in folds:
+        rows = fold.train | fold.test
+        assert sorted(rows) == list(range(len(facts)))
+        assert all(relation.values[value] == facts[i].value for i, value in rows.items())
+        assert not fold.train.keys() & fold.test.keys()
+    generator = torch.Generator().manual_seed(3)
+    code = torch.randn(len(relation.values), 16, generator=generator).double()
+    classes = torch.tensor([relation.values.index(f.value) for f in facts])
+    assert (probe.ranks_of(code[classes], folds).readout.first.value or 0) == 1
+    noise = torch.randn(len(facts), 16, generator=generator).double()
+    assert probe.ranks_of(noise, folds).readout.rank.mean == pytest.approx(0.5, abs=0.15)
+    with pytest.raises(NothingFitsError, match="no relation of"):
+        probe.tenths(replace(many, relations={"capital": many.relations["capital"]}))
 
 
 def test_probes_of_one_model_agree_with_themselves(pair: Pair) -> None:
@@ -219,8 +246,8 @@ def test_a_question_that_does_not_fit_into_the_context_is_not_probed(
 ) -> None:
     asked = list[int]()
 
-    def count(place: str, checkpoint: Any, world: World, questions: list[Any]) -> list[Tensor]:
-        asked.append(len(questions))
+    def count(place: str, checkpoint: Any, texts: list[Any]) -> list[Tensor]:
+        asked.append(len(texts))
         return []
 
     monkeypatch.setattr(probe, "streams_at", count)
@@ -510,13 +537,17 @@ def test_groups_of_phrasings_ask_about_the_same_facts(
     monkeypatch.setattr(phrasings, "ask_all", spied)
     found = phrasings.phrased(pair.base, world_of(pair), 12)
     for real, other in ((asked[1], asked[2]), (asked[3], asked[4]), (asked[5], asked[6])):
-        assert [probe.topic(q) for q in real] == [probe.topic(q) for q in other]
+        assert [about(q) for q in real] == [about(q) for q in other]
         assert [phrasings.made_up(q.turn.wording) for q in real] == [q.turn.wording for q in other]
-    assert [probe.topic(q) for q in asked[0]] == [probe.topic(q) for q in asked[7]]
+    assert [about(q) for q in asked[0]] == [about(q) for q in asked[7]]
     for group in ("early", "late"):
         assert found.word[group].value == 1.0
         assert found.groups[group].right["all"].value == 1.0
         assert found.groups[f"{group}, made up"].right["all"].value == 0.0
+
+
+def about(question: Question) -> tuple[str, str]:
+    return question.turn.person.name, question.turn.attribute.name
 
 
 def right_if(flag: bool, in_form: bool = True) -> Grade:
@@ -647,7 +678,7 @@ def test_people_are_grouped_by_how_often_they_were_read_about(
 @pytest.mark.parametrize(
     "instrument",
     [
-        *(probe.probes, positions.positions, phrasings.phrasings, forms.forms, names.names),
+        *(positions.positions, phrasings.phrasings, forms.forms, names.names),
         *(rows.rows, exposures.exposures),
     ],
     ids=lambda f: f.__name__,

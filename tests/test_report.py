@@ -32,7 +32,7 @@ SECTIONS = (
     *("table", "replies", "behaviour", "shift", "weights", "bits", "trace", "forgetting"),
     *("limits", "settings"),
 )
-OF_A_WORLD = ("knowledge", "phrasings", "forms", "names", "rows", "positions", "probes")
+OF_A_WORLD = ("knowledge", "phrasings", "forms", "names", "rows", "positions")
 
 
 @pytest.fixture
