@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.figures import Curves, curve_plot
-from lab.pair import for_each_seed, measured_by, open_pair, replayed
+from lab.pair import Pair, for_each_seed, measured_by, open_both, open_pair, replayed
 from lab.report import INSTRUMENTS, OF_A_WORLD, qa_files, text_at
 from lab.stats import Difference, Mean, Share, kind_of, pool, to_json
 from lab.sweep import content_of, leaves
@@ -149,7 +149,8 @@ def check_instruments(names: list[str], points: Collection[Point], qa: Path | No
     prepared = [read_checkpoint(base)[1]["prepared"] for base in {p.base for p in points}]
     has_world = qa is None and all("world" in of for of in prepared)
     for name in names:
-        if name in OF_A_WORLD and not has_world:
+        about = name in OF_A_WORLD or (name == "probes" and any("world" in of for of in prepared))
+        if about and not has_world:
             raise ValueError(f"{name} asks about a world, and these models have read about none")
         if name not in OF_EACH and any(point.alone for point in points):
             what = f"{name} says what tuning changed, and there is a base alone"
@@ -191,7 +192,10 @@ def measure(point: Point, names: list[str], a: argparse.Namespace) -> dict[str, 
     rows = {name: a.out / "rows" / f"{files.fingerprint([name, of])}.json" for name in names}
     if missing := [name for name in names if not rows[name].exists()]:
         instruct = None if point.instruct is None else str(point.instruct)
-        pair = open_pair(str(point.base), instruct, a.device, a.qa)
+        if set(missing) <= {"facts", "probes"} and "world" not in metas[0]["prepared"]:
+            pair = Pair(*open_both(str(point.base), instruct, a.device), None, [], 0)  # no Q&A
+        else:
+            pair = open_pair(str(point.base), instruct, a.device, a.qa)
         for name in missing:
             found = stored(INSTRUMENTS[name][0](pair, a.questions))
             if instruct is None:

@@ -164,7 +164,8 @@ def with_facts(pair: tuple[Checkpoint, Checkpoint], file: Path | None, shots: in
     for name, r in relations.items():
         facts = {s: f for s, f in r.facts.items() if (f.question, f.sentence) in fit}
         relations[name] = Relation(facts, r.forms)
-    return FactPair(*pair, None, asked, limit, examples, relations=relations, file=file or OURS)
+    where = {"relations": relations, "file": file or OURS}
+    return FactPair(*pair, None, asked, limit, examples, shots, **where)  # type: ignore[arg-type]
 
 
 def facts(pair: FactPair, questions: int) -> Facts:
@@ -216,8 +217,7 @@ def public_facts(pair: Pair, questions: int) -> Facts:
     Raises:
         NothingFitsError: none does into its context.
     """
-    shots = len(pair.examples) // 2
-    return facts(with_facts((pair.base, pair.instruct), None, shots), questions)
+    return facts(with_facts((pair.base, pair.instruct), None, pair.shots), questions)
 
 
 def in_context(

@@ -439,7 +439,7 @@ def knowledge(pair: Pair, questions: int) -> Both:
     }
     differences = {name: difference(a["all"], b["all"]) for name, (a, b) in against.items()}
     shown = {"base": after_shown(pair)} if pair.examples else {}
-    examples = {name: measure(c, pair.world, questions) for name, c in shown.items()}
+    examples = {k: measure(c, pair.world, questions, thorough=False) for k, c in shown.items()}
     return Both(base, instruct, differences, lint(pair.world, pair.base.tokenizer), examples)
 
 

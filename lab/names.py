@@ -9,7 +9,7 @@ python -m lab.names --base out/quickstart/base --instruct out/quickstart/instruc
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.tokenizer import Tokenizer
 from data.world import SPLITS, World
@@ -39,7 +39,7 @@ def names(pair: Pair, questions: int) -> dict[str, dict[str, dict[str, Asked]]]:
     Raises:
         ValueError: there is no world to ask about.
     """
-    return of_both(pair, by_cut, questions)
+    return of_both(replace(pair, examples=[]), by_cut, questions)
 
 
 def by_cut(checkpoint: Checkpoint, world: World, n: int) -> dict[str, dict[str, Asked]]:
@@ -64,4 +64,4 @@ def is_cut(name: str, tokenizer: Tokenizer) -> bool:
 
 
 if __name__ == "__main__":
-    run_instrument(__doc__ or "", names, questions=200)
+    run_instrument(__doc__ or "", names, questions=200, shots=False)

@@ -47,8 +47,9 @@ class Pair:
             about held-out people of the world, else from the instruct model's validation set.
             All fit into the model's context, however they are put.
         limit: tokens in which a reply to one of them must end.
-        examples: answered questions that the base is also given before each question; none of them
-            is asked.
+        examples: answered questions that the base is also given before each question; none of the
+            conversations is among them.
+        shots: how many these are.
     """
 
     base: Checkpoint
@@ -57,6 +58,7 @@ class Pair:
     conversations: list[list[Message]]
     limit: int
     examples: list[Message] = field(default_factory=list)
+    shots: int = 0
 
     @property
     def contexts(self) -> dict[str, Prompt]:
@@ -100,7 +102,7 @@ def pair_of(pair: tuple[Checkpoint, Checkpoint], qa: Path | None, shots: int) ->
     world, conversations, examples = asked_of(pair, qa, shots)
     limit = reply_limit(pair[0], (c[-1]["content"] for c in conversations))
     conversations = fitting(conversations, pair[0], limit, contexts_of(world, examples))
-    return Pair(*pair, world, conversations, limit, examples)
+    return Pair(*pair, world, conversations, limit, examples, shots)
 
 
 def asked_of(
@@ -260,7 +262,8 @@ def of_both(pair: Pair, measure: Callable[[Checkpoint, World, int], T], n: int) 
 
 
 def after_shown(pair: Pair) -> Checkpoint:
-    """The base, with plain text after the pair's examples as its chat prompt."""
+    """The base, with plain text after the pair's examples as its chat prompt: of a longer one it
+    sees the newest tokens, as always."""
     tokenizer, put = copy.copy(pair.base.tokenizer), pair.contexts["examples"]
     tokenizer.chat_prompt = lambda messages: put(messages, pair.base.tokenizer)  # type: ignore[attr-defined]
     return replace(pair.base, tokenizer=tokenizer)
@@ -389,6 +392,9 @@ def run_instrument(
         if a.out is not None:
             device = pairs[0].base.model.wte.weight.device
             settings = {"questions": a.questions, "decoding": "greedy", "shots": a.shots}
+            if a.qa is not None:
+                whole = sha256_file(a.qa) if a.qa.is_file() else None
+                settings |= {"file": str(a.qa), "sha256": whole}
             settings |= environment(device)
             runs = [provenance(pair) for pair in pairs]
             write_json(a.out, {"settings": settings, "runs": runs, "result": result})

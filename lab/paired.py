@@ -41,19 +41,21 @@ def compared(asked: dict[str, Scores], swapped: dict[str, Scores]) -> Compared:
     instruct, base = asked["instruct"], asked["base"]
     pairs = {f"instruct - {name}": (instruct, asked[name]) for name in asked if name != "instruct"}
     pairs |= {f"{name} - swapped": (asked[name], scores) for name, scores in swapped.items()}
+    every = (score for s in (*asked.values(), *swapped.values()) for score in s.values())
+    binary = set(every) <= {0.0, 1.0}
     return Compared(
-        scores={name: over_items(s) for name, s in asked.items()},
-        swapped={name: over_items(s) for name, s in swapped.items()},
+        scores={name: over_items(s, binary) for name, s in asked.items()},
+        swapped={name: over_items(s, binary) for name, s in swapped.items()},
         differences={name: paired(a, b) for name, (a, b) in pairs.items()},
         gained=[item for item in base if instruct[item] > base[item]],
         lost=[item for item in base if instruct[item] < base[item]],
     )
 
 
-def over_items(scores: Scores) -> Share | Mean:
-    """The mean; where each item is right or wrong, their share, whose interval has a width even if
-    all are."""
-    if set(scores.values()) <= {0.0, 1.0}:
+def over_items(scores: Scores, binary: bool) -> Share | Mean:
+    """The mean; where each item is right or wrong, the share, whose interval has a width even if
+    all are right."""
+    if binary:
         return Share.of(score == 1.0 for score in scores.values())
     return Mean.of(scores.values())
 

@@ -176,7 +176,7 @@ def tenths(pair: FactPair) -> tuple[list[Fact], list[Fold]]:
     """
     facts, folds = list[Fact](), list[Fold]()
     for relation in pair.relations.values():
-        if len(relation.facts) < SHARED * len(relation.values):
+        if not 2 <= len(relation.values) <= len(relation.facts) / SHARED:
             continue
         own = [*relation.facts.values()]
         random.Random("tenths").shuffle(own)

@@ -151,6 +151,8 @@ def make_report(pairs: list[Pair], questions: int) -> dict[str, Any]:
         seconds[name] = round(time.perf_counter() - start, 1)
         say(f"{name}: {seconds[name]:.0f} s")
     columns = columns_of({"base": first.base, "instruct": first.instruct}, first.examples)
+    if first.examples:  # as they are put wherever a figure is of them
+        columns["base_examples"] = first.base, first.contexts["examples"]
     sampling = Sampling(48)
     report["examples"] = []
     for prompts in illustrations(first):
@@ -193,8 +195,9 @@ def fits(name: str, pairs: list[Pair]) -> bool:
         return False
     if name == "trace":
         return all(map(traceable, pairs))
-    if name == "facts":  # nobody in an invented world has heard of them
-        return world is None
+    if name in ("facts", "probes"):  # public facts: nobody in an invented world has heard of them
+        invented = "world" in pairs[0].base.meta["prepared"]
+        return not invented or (name == "probes" and world is not None)
     if name == "exposures":  # where everybody was read about as often, there is one group
         return world is not None and world.config.fewest is not None
     return world is not None or name not in OF_A_WORLD

@@ -63,7 +63,7 @@ from lab.knowledge import (
     summarize,
 )
 from lab.names import names
-from lab.pair import Pair, measured_by, open_pair, replayed
+from lab.pair import NothingFitsError, Pair, measured_by, open_pair, replayed
 from lab.phrasings import phrasings
 from lab.positions import positions
 from lab.probe import probes
@@ -73,7 +73,7 @@ from lab.report import OF_A_WORLD
 from lab.rows import rows
 from lab.shift import shift
 from lab.stats import Mean, Share, difference, kind_of, pool, to_json
-from lab.tables import default_figures, markdown, named_cells, problem_of
+from lab.tables import at, default_columns, markdown, named_cells, problem_of
 from lab.trace import trace
 from lab.weights import weights
 from runtime import files
@@ -185,6 +185,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {key} is the sweep's own to set; {remedy}")
     if on_own_text(spec):
         check_own_text(path, spec)
+    elif "facts" in spec.get("instruments", {}):
+        raise ValueError(f"{path}: facts are public ones, and an invented world has none of them")
     return spec
 
 
@@ -522,7 +524,12 @@ def measured_run(run: Measured, spec: dict[str, Any], out: Path, device: str) ->
         asked = [n, *([person.name for person in some] for some in people)]
         row = cached_row(pair, asked, lambda: measure_row(pair, n, *people), out)
     asked_of = spec.get("instruments", {}).items()
-    found = {name: INSTRUMENTS[name](pair, n) for name, n in asked_of}
+    found = dict[str, Any]()
+    for name, n in asked_of:
+        try:
+            found[name] = INSTRUMENTS[name](pair, n)
+        except NothingFitsError as error:  # after hours of training
+            say(f"note: {name}: {error}", error=True)
     return replace(run, row=row, found=found)
 
 
@@ -581,9 +588,7 @@ def table_of(
         "about": spec["about"],
         "spec": spec,
         "runs": [
-            {"cell": r.cell, "seed": r.seed, "replayed": r.replayed}
-            | to_json(r.logged | r.row)
-            | default_figures(to_json(r.found))
+            {"cell": r.cell, "seed": r.seed, "replayed": r.replayed} | to_json(r.logged | r.row)
             for r in runs
         ],
         "cells": pooled,
@@ -598,9 +603,11 @@ def write_tables(folder: Path, table: dict[str, Any]) -> None:
     figures = [key for key in table["runs"][0] if key not in ("cell", "seed", "replayed")]
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow([*keys, "seed", "replayed", *figures])
+    shown = default_columns(table)
+    writer.writerow([*keys, "seed", "replayed", *figures, *shown])
     for run in table["runs"]:
-        values = (run[key][kind_of(run[key])] for key in figures)
+        values = [run[key][kind_of(run[key])] for key in figures]
+        values += [of_run(table, run, path) for path in shown]
         texts = ["" if value is None else f"{value:.4f}" for value in values]
         writer.writerow(
             [*(run["cell"].get(k, "") for k in keys), run["seed"], run["replayed"], *texts]
@@ -611,6 +618,15 @@ def write_tables(folder: Path, table: dict[str, Any]) -> None:
         **instrument_plots(named_cells(table)),
     }.items():
         files.write_text(folder / f"{name}.svg", text)
+
+
+def of_run(table: dict[str, Any], run: dict[str, Any], path: str) -> float | None:
+    """One run's part of a figure that its cell has pooled over the seeds."""
+    cell = next(cell for cell in table["cells"] if cell["cell"] == run["cell"])
+    figure, seeds = at(cell, path), table["spec"]["seeds"]
+    pooled = figure.get("runs") or [figure[kind_of(figure)]]
+    found: float | None = pooled[seeds.index(run["seed"])]
+    return found
 
 
 def same_questions(a: Share, b: Share) -> bool:

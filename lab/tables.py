@@ -80,19 +80,17 @@ def markdown(table: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: a path that leads nowhere, or a column twice.
     """
-    cells, names = named_cells(table), table["spec"].get("instruments", {})
-    found = [default_figures({name: cell[name] for name in names}) for cell in cells.values()]
-    first = found[0] if found else {}
-    shown = {path: path for path in first if all(path in figures for figures in found)}
-    wanted = table["spec"].get("tables") or [{"columns": shown}]
+    cells = named_cells(table)
+    wanted = table["spec"].get("tables") or [{"columns": default_columns(table)}]
     return [made(cells, entry) for entry in wanted]
 
 
-def default_figures(found: dict[str, Any]) -> dict[str, Any]:
-    """What of DEFAULTS some instruments have found, by its path; `found` is by their names."""
-    paths = [f"{name}.{path}" for name in found for path in DEFAULTS[name]]
-    figures = {path: at(found, path) for path in paths if leads(found, path)}
-    return {path: figure for path, figure in figures.items() if kind_of(figure)}
+def default_columns(table: dict[str, Any]) -> dict[str, str]:
+    """What of DEFAULTS a sweep's instruments have found in each of its cells."""
+    names, cells = table["spec"].get("instruments", {}), table["cells"]
+    paths = [f"{name}.{path}" for name in names for path in DEFAULTS[name]]
+    paths = [path for path in paths if all(leads(cell, path) for cell in cells)]
+    return {path: path for path in paths if all(kind_of(at(cell, path)) for cell in cells)}
 
 
 def problem_of(wanted: Any) -> str:

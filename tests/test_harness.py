@@ -565,6 +565,17 @@ def test_mistakes_are_told_in_one_line(
     assert message in error
 
 
+def test_a_bug_of_our_own_is_not_told_as_a_tasks(
+    runs: Runs, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(HarnessModel, "score", fails)
+    with pytest.raises(RuntimeError, match="ours"):
+        call(monkeypatch, runs[0], "--include-path", folder, "--tasks", "tiny_choice")
+
+
 def test_a_folder_that_is_no_checkpoint_and_a_missing_harness_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

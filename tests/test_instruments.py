@@ -79,7 +79,9 @@ def test_a_third_column_is_the_base_after_examples(runs: Runs) -> None:
     assert set(probe.probes(pair, 2)) == {"base", "instruct"}  # nothing of it is asked for
 
 
-@pytest.mark.parametrize("name", ["bits", "positions", "probe", "rows", "trace", "weights"])
+@pytest.mark.parametrize(
+    "name", ["bits", "forgetting", "names", "positions", "probe", "rows", "trace", "weights"]
+)
 def test_what_asks_a_base_alone_nothing_takes_no_examples(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

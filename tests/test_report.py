@@ -24,7 +24,7 @@ from lab.figures import PLOTS, instrument_plots
 from lab.pair import Pair, open_pair
 from lab.qa import strangers_to
 from lab.stats import difference, pool, to_json
-from lab.tables import DEFAULTS, default_figures, markdown, named_cells
+from lab.tables import DEFAULTS, markdown, named_cells
 
 SWEEPS = Path(__file__).parents[1] / "configs" / "sweeps"
 Runs = tuple[Path, Path]
@@ -161,7 +161,14 @@ def test_a_sweep_that_asks_for_no_table_shows_what_its_instruments_found(
         name.strip().removeprefix("behaviour.") for name in head.split("|") if "behaviour." in name
     }
     assert [row.split("|")[1].strip() for row in rows] == ["one", "two"]
-    assert default_figures({"behaviour": cell["behaviour"]}).keys() <= set(head.split(" | "))
+
+
+def test_a_run_of_a_sweep_has_its_own_part_of_what_its_cell_pooled(cell: dict[str, Any]) -> None:
+    one = {"share": 0.5, "n": 4, "low": 0.1, "high": 0.9}
+    cells = [{"cell": {"a": i}, "x": one | {"runs": [0.25, 0.75]}, "y": one} for i in (1, 2)]
+    table = {"cells": cells, "spec": {"seeds": [7, 9]}}
+    assert sweep.of_run(table, {"cell": {"a": 2}, "seed": 9}, "x") == 0.75
+    assert sweep.of_run(table | {"spec": {"seeds": [7]}}, {"cell": {"a": 1}, "seed": 7}, "y") == 0.5
 
 
 def test_each_row_of_the_headline_is_the_figure_that_it_names(pair: Pair) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from data.prepare import prepare_text
-from lab import figures, sweep
+from lab import curve, figures, sweep
 from lab.stats import Share
 from tests.conftest import TINY
 from training.checkpoint import read_checkpoint
@@ -440,11 +440,29 @@ def test_a_sweep_of_pretraining_alone_may_vary_the_text(
     assert (folder / "picture.svg").exists()
 
 
-def test_instruments_that_need_no_world_are_asked_on_own_text(own: Path, tmp_path: Path) -> None:
-    text = OWN.replace("[1, 2]", "[1]") + "[instruments]\nbehaviour = 2\n"
+def test_instruments_that_need_no_world_are_asked_on_own_text(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = OWN.replace("[1, 2]", "[1]") + "[instruments]\nbehaviour = 2\nfacts = 2\n"
+    folder = sweep.run(write(tmp_path, on(own, text)), tmp_path / "out", "cpu")
+    made = (folder / "tables.md").read_text()
+    assert "| behaviour.base.stops |" in made
+    assert "| facts.instruct.chat.first.right.all |" in made
+    head, row = list(csv.reader((folder / "table.csv").open()))
+    assert 0 <= float(row[head.index("behaviour.instruct.stops")]) <= 1
     tables = '[[tables]]\nonly = true\ncolumns = {echoes = "behaviour.instruct.echoes"}\n'
     folder = sweep.run(write(tmp_path, on(own, text + tables)), tmp_path / "out", "cpu")
     assert "| echoes |" in (folder / "tables.md").read_text()
+    (base,) = (tmp_path / "out" / "runs").glob("pretrain-*")
+    alone = ("facts", "--run", base, "--out", tmp_path / "curve", "--questions", 2)  # and no Q&A
+    monkeypatch.setattr(sys, "argv", ["curve", *map(str, alone)])
+    curve.main()
+    assert "facts.base.cloze.first.right.all" in (tmp_path / "curve" / "curve.csv").read_text()
+
+
+def test_public_facts_are_not_asked_of_an_invented_world(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="facts are public ones"):
+        sweep.read_sweep(write(tmp_path, SPEC + "[instruments]\nfacts = 2\n"))
 
 
 @pytest.mark.parametrize(
