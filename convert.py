@@ -48,10 +48,8 @@ def import_checkpoint(
         files = weight_files(folder)
         if (meta := origin_of(folder, files)) is not None:
             config = ModelConfig(**meta["model"])
-            if meta["kind"] not in ("base", "instruct"):
-                raise ValueError(f"its {ORIGIN_FILE} names an unknown kind")
-            if kind not in (None, meta["kind"]):
-                raise ValueError(f"it is the export of a checkpoint of kind {meta['kind']}")
+            if meta["kind"] not in ([kind] if kind else ("base", "instruct")):
+                raise ValueError(f"its {ORIGIN_FILE} says that it is of kind {meta['kind']!r:.20}")
             check_meta(meta, f"its {ORIGIN_FILE}")
         else:
             meta = unknown_training() | {"kind": kind or "base"}

@@ -171,8 +171,6 @@ def run(a: Namespace) -> None:
         raise ValueError("--samples is for --prompt and --prompts; a chat goes on with one reply")
     if a.temperature is None:
         a.temperature = float(bool(a.samples > 1 or a.top_k or a.top_p))
-    if a.samples > 1 and not a.temperature:
-        raise ValueError(f"at --temperature 0 all {a.samples} --samples would be the same")
     if a.examples and not a.base:
         raise ValueError("--examples are for a base; give --base")
     seeds = [*range(a.seed, a.seed + a.samples)]

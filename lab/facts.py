@@ -164,8 +164,8 @@ def with_facts(pair: tuple[Checkpoint, Checkpoint], file: Path | None, shots: in
     for name, r in relations.items():
         facts = {s: f for s, f in r.facts.items() if (f.question, f.sentence) in fit}
         relations[name] = Relation(facts, r.forms)
-    where = {"relations": relations, "file": file or OURS}
-    return FactPair(*pair, None, asked, limit, examples, shots, **where)  # type: ignore[arg-type]
+    given = (*pair, None, asked, limit, examples, shots)
+    return FactPair(*given, relations=relations, file=file or OURS)
 
 
 def facts(pair: FactPair, questions: int) -> Facts:

@@ -87,7 +87,7 @@ INSTRUMENTS: dict[str, tuple[Any, int]] = {
     "facts": (public_facts, 3),
 }
 # What knows the truth, and names.
-OF_A_WORLD = (*("knowledge", "phrasings", "forms", "names", "rows", "exposures", "positions"),)
+OF_A_WORLD = ("knowledge", "phrasings", "forms", "names", "rows", "exposures", "positions")
 SPLIT_NAMES = dict(zip(SPLITS, ("known", "held-out", "unseen"), strict=True))
 
 

@@ -212,7 +212,7 @@ def test_what_is_exported_and_imported_is_what_it_was(
 
 def test_an_export_is_not_imported_as_the_other_kind(tmp_path: Path) -> None:
     folder = str(exported(make_checkpoint(tmp_path, "base"), tmp_path))
-    with pytest.raises(ValueError, match="it is the export of a checkpoint of kind base"):
+    with pytest.raises(ValueError, match="says that it is of kind 'base'"):
         import_checkpoint(folder, tmp_path / "back", tmp_path, None, "instruct")
     assert not (tmp_path / "back").exists()
 

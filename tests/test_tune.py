@@ -228,7 +228,10 @@ def test_weight_decay_draws_the_adapters_to_the_base() -> None:
     [
         ({"lora_rank": 0}, "tune.lora_rank is 0; it must be 1 to 32"),
         ({"lora_rank": 33}, "tune.lora_rank is 33; it must be 1 to 32"),
-        ({"lora_rank": 2, "freeze": "blocks"}, "tune.lora_rank: tune.freeze leaves it no matrix"),
+        (
+            {"lora_rank": 2, "freeze": "blocks"},
+            "tune.lora_rank is 2; it must be 1 to 0; the rank of what is not frozen",
+        ),
         ({"lora_alpha": 0.0}, "tune.lora_alpha is 0.0"),
         ({"kl": -1.0}, "tune.kl is -1.0"),
         ({"kl": math.nan}, "tune.kl is nan"),

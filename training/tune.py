@@ -69,9 +69,7 @@ class LoRA(AdamW):
         if model.is_sharded:
             raise ValueError("run.shard is not for tune.lora_rank: leave one of them out")
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
-        if not matrices:
-            raise ValueError("tune.lora_rank: tune.freeze leaves it no matrix of the blocks")
-        full = max(min(W.shape) for W in matrices)
+        full = max((min(W.shape) for W in matrices), default=0)
         check_range("tune.lora_rank", rank, f"1 to {full}", "the rank of what is not frozen")
         self.scale, self.parts = alpha / rank, list[tuple[Tensor, Tensor, Tensor, Tensor]]()
         for W in matrices:
